@@ -1,0 +1,33 @@
+# The environment is .venv in this folder, made by tools/setup_env.py; `make help` lists the targets.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+SOURCES := vllm_adrenaline tests tools
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## Make .venv with vLLM for CPU, this package and its tools (at once if it is up to date)
+	@$(PYTHON) tools/setup_env.py
+
+demo: setup  ## Compare plain vLLM, disaggregation and offloading on a small model, on this machine
+	@$(BIN)/adrenaline demo
+
+test: setup lint  ## Check style and types, then run all tests
+	@$(BIN)/pytest
+
+lint: setup  ## Check style, formatting and types
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/mypy
+
+format: setup  ## Format the sources and fix what ruff can fix
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+clean:  ## Remove .venv and everything that was generated
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

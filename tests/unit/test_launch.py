@@ -1,0 +1,209 @@
+"""The launcher without vLLM: its checks, its processes (dummy commands), and that nothing is left of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vllm_adrenaline import cli
+from vllm_adrenaline.launch import roles, system
+from vllm_adrenaline.launch.cluster import Cluster
+from vllm_adrenaline.launch.process import EngineProcess, group_members, meaningful_lines
+from vllm_adrenaline.launch.supervisor import LaunchError, Supervisor
+from vllm_adrenaline.proxy.server import bind
+
+# Has a child that ignores SIGTERM, as a hanging worker would.
+STUBBORN_FAMILY = """
+import signal, subprocess, sys, time
+code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('child', flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", code])
+time.sleep(60)
+"""
+SERVER = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+def run_cli(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
+    status = cli.main(args)
+    return status, capsys.readouterr().err
+
+
+def test_port_in_use(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        status, error = run_cli(capsys, "up", str(tmp_path), "--port", port)
+    assert (status, error) == (1, f"adrenaline: port {port} on 127.0.0.1 is in use; choose another with --port\n")
+
+
+def test_missing_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, error = run_cli(capsys, "up", f"{tmp_path}/nothing")
+    assert (status, error) == (1, f"adrenaline: there is no model at {tmp_path}/nothing\n")
+
+
+@pytest.mark.parametrize("ratio", ["-0.1", "1.5", "nan"])
+def test_ratio_out_of_range(capsys: pytest.CaptureFixture[str], tmp_path: Path, ratio: str) -> None:
+    status, error = run_cli(capsys, "up", str(tmp_path), f"--offload-ratio={ratio}")
+    assert status == 1
+    assert error == f"adrenaline: --offload-ratio is {ratio}; it is a share of the requests, from 0 to 1\n"
+
+
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
+    code = "import sys; from vllm_adrenaline import cli; cli.make_parser().format_help(); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not {"torch", "vllm", "aiohttp", "starlette", "uvicorn"} & set(modules)
+
+
+def test_unknown_flags_go_to_engines_and_role_flags_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Namespace, list[str]]] = []
+
+    def run(options: Namespace, rest: list[str]) -> int:
+        seen.append((options, rest))
+        return 0
+
+    monkeypatch.setattr("vllm_adrenaline.launch.up.run", run)
+    assert cli.main(["up", "m", "--dtype", "float32", "--decode-args", "--enforce-eager", "--port", "1"]) == 0
+    options, rest = seen[0]
+    assert rest == ["--dtype", "float32"]
+    assert (options.decode_args, options.port) == ("--enforce-eager", 1)
+
+
+def test_stop_kills_the_whole_group(tmp_path: Path) -> None:
+    process = EngineProcess("dummy", [sys.executable, "-c", STUBBORN_FAMILY], dict(os.environ), tmp_path / "log")
+    wait_until(lambda: "child" in process.log.read_text())
+    assert len(group_members(process.pid)) == 2
+    process.terminate()
+    process.finish(time.monotonic() + 0.3)
+    assert group_members(process.pid) == []
+    assert process.exit_status is not None
+
+
+def test_shared_memory_of_killed_processes_is_removed(tmp_path: Path) -> None:
+    name = f"/dev/shm/adrenaline-test-{os.getpid()}"
+    code = f"""
+import mmap, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+file = open({name!r}, "w+b"); file.truncate(4096); memory = mmap.mmap(file.fileno(), 4096)
+print("mapped", flush=True); time.sleep(60)
+"""
+    process = EngineProcess("dummy", [sys.executable, "-c", code], dict(os.environ), tmp_path / "log")
+    wait_until(lambda: "mapped" in process.log.read_text())
+    process.terminate()
+    process.finish(time.monotonic())
+    assert not Path(name).exists()
+
+
+def test_engine_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    code = f"""
+import os, sys, time
+from pathlib import Path
+from vllm_adrenaline.launch.process import EngineProcess
+process = EngineProcess("d", [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), Path({str(tmp_path / "log")!r}))
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    engine = int(parent.stdout.readline())
+    time.sleep(0.5)
+    assert group_members(engine)
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    wait_until(lambda: not group_members(engine))
+
+
+def test_engine_that_ends_stops_the_others_and_says_why(tmp_path: Path) -> None:
+    lasting = [sys.executable, "-c", "import time; time.sleep(60)"]
+    failing = [sys.executable, "-c", "import time; time.sleep(1); raise ValueError('no such model')"]
+    specs = [roles.EngineSpec("decode", 1, lasting), roles.EngineSpec("prefill", 1, failing)]
+    supervisor = Supervisor(specs, logs=tmp_path)
+    pids: list[int] = []
+    original = supervisor.check
+
+    def check() -> None:
+        pids[:] = [process.pid for process in supervisor.processes.values()]
+        original()
+
+    supervisor.check = check  # type: ignore[method-assign]
+    with pytest.raises(LaunchError) as error, supervisor:
+        pass
+    assert str(error.value).splitlines() == [
+        f"the prefill engine ended with status 1; its log: {tmp_path}/prefill.log",
+        "  | ValueError: no such model",
+    ]
+    assert len(pids) == 2
+    assert [group_members(pid) for pid in pids] == [[], []]
+
+
+def test_ready_when_healthy(tmp_path: Path) -> None:
+    (port,) = system.free_ports(1)
+    spec = roles.EngineSpec("decode", port, [sys.executable, "-c", SERVER, str(port)])
+    with Supervisor([spec], logs=tmp_path) as supervisor:
+        supervisor.check()
+        os.kill(supervisor.processes["decode"].pid, signal.SIGKILL)
+        wait_until(lambda: supervisor.processes["decode"].exit_status is not None)
+        with pytest.raises(LaunchError, match="was killed by SIGKILL"):
+            supervisor.check()
+
+
+def test_cluster_leaves_no_folder_and_no_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dummy(name: str, model: str, port: int, args: object, env: dict[str, str]) -> roles.EngineSpec:
+        return roles.EngineSpec(name, port, [sys.executable, "-c", SERVER, str(port)], env)
+
+    monkeypatch.setattr(roles, "engine_spec", dummy)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "logs").mkdir()
+    with Cluster(tmp_path, offload_ratio=0.5, logs=tmp_path / "logs") as cluster:
+        pids = [process.pid for process in cluster.processes.values()]
+        (runtime,) = tmp_path.glob("adrenaline-*")
+        assert runtime.stat().st_mode & 0o777 == 0o700
+        port = int(cluster.url.rpartition(":")[2])
+        cluster.check()
+    assert not list(tmp_path.glob("adrenaline-*"))
+    assert [group_members(pid) for pid in pids] == [[], []]
+    bind("127.0.0.1", port).close()
+
+
+def test_meaningful_lines_of_a_vllm_log() -> None:
+    log = """\
+(APIServer pid=7) INFO 11-20 22:13:22 [api_server.py:12] starting
+(EngineCore pid=9) ERROR 11-20 22:13:23 [core.py:99] Traceback (most recent call last):
+(EngineCore pid=9) ERROR 11-20 22:13:23 [core.py:99]   File "x.py", line 3, in f
+(EngineCore pid=9) ERROR 11-20 22:13:23 [core.py:99] ValueError: the KV cache is too small
+(EngineCore pid=9) ValueError: the KV cache is too small
+(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above.
+"""
+    assert meaningful_lines(log) == ["ValueError: the KV cache is too small"]
+    assert meaningful_lines("one\n\ntwo\n") == ["one", "two"]
+    assert meaningful_lines("usage: x\napi_server.py: error: unrecognized arguments: --y") == [
+        "api_server.py: error: unrecognized arguments: --y"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cores", "halves"),
+    [([0, 1], ("0", "1")), ([0, 1, 2], ("0,1", "2")), ([5], ("5", "5")), ([0, 2, 4, 6], ("0,2", "4,6"))],
+)
+def test_cores_are_halved(cores: list[int], halves: tuple[str, str]) -> None:
+    assert system.split_cores(cores) == halves

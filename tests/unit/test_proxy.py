@@ -1,0 +1,320 @@
+"""The front door in front of fake engines: what is sent where, and what happens when somebody fails or leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from vllm_adrenaline.launch.system import free_ports
+from vllm_adrenaline.proxy import bodies
+from vllm_adrenaline.proxy.app import create_app
+from vllm_adrenaline.proxy.errors import Refused
+from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
+
+PARAMS = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_block_ids": [[1, 2]]}
+BODY = {"model": "m", "prompt": "hello", "max_tokens": 7}
+
+
+class FakeEngine:
+    """An engine that records what it is asked and answers as it is told; `wait` blocks it until its client leaves."""
+
+    def __init__(self, answer: Any = None, status: int = 200, wait: bool = False, cut: bool = False) -> None:
+        self.answer, self.status, self.wait, self.cut = answer, status, wait, cut
+        self.seen: list[tuple[str, dict[str, Any], dict[str, str]]] = []
+        self.started, self.cancelled = asyncio.Event(), asyncio.Event()
+        self.url = ""
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/health":
+            return web.Response(status=self.status)
+        if request.path == "/v1/models":
+            return web.json_response({"data": [{"id": "m"}]})
+        body = await request.json()
+        self.seen.append((request.path, body, {name.lower(): value for name, value in request.headers.items()}))
+        self.started.set()
+        try:
+            if body.get("stream"):
+                return await self.stream(request)
+            if self.wait:
+                await asyncio.sleep(60)
+        except (asyncio.CancelledError, ConnectionError):
+            self.cancelled.set()
+            raise
+        return web.json_response(self.answer, status=self.status)
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "X-Engine": "d"})
+        await response.prepare(request)
+        await response.write(b'data: {"a":  1}\n\n')
+        if self.cut:
+            assert request.transport is not None
+            request.transport.abort()
+        if self.wait:
+            await asyncio.sleep(60)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[None]:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self.handle)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            yield
+        finally:
+            await runner.cleanup()
+
+
+Test = Callable[[aiohttp.ClientSession, FakeEngine, FakeEngine], Awaitable[None]]
+
+
+def with_door(prefill: Callable[[], FakeEngine], decode: Callable[[], FakeEngine], test: Test) -> None:
+    """Run the test with a client of a front door before the two engines."""
+
+    async def run() -> None:
+        p, d = prefill(), decode()
+        async with p.serve(), d.serve():
+            listener = bind("127.0.0.1", 0)
+            door = ServerThread(listener, [p.url], [d.url])
+            door.start()
+            try:
+                async with aiohttp.ClientSession(url_of(listener)) as client:
+                    await asyncio.wait_for(test(client, p, d), 20)
+            finally:
+                await asyncio.to_thread(door.stop)
+                listener.close()
+
+    asyncio.run(run())
+
+
+def good_prefill() -> FakeEngine:
+    return FakeEngine({"kv_transfer_params": PARAMS})
+
+
+def good_decode() -> FakeEngine:
+    return FakeEngine({"choices": [{"text": "x"}]})
+
+
+def test_prefill_first_then_decode_with_its_params() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        headers = {"Authorization": "Bearer k", "X-Request-Id": "r1"}
+        body = BODY | {"stream_options": None, "min_tokens": 3, "logprobs": 2, "stop": ["x"]}
+        async with client.post("/v1/completions", json=body, headers=headers) as answer:
+            assert (answer.status, await answer.json()) == (200, {"choices": [{"text": "x"}]})
+        (path, sent, seen), (_, to_decode, decode_seen) = p.seen[0], d.seen[0]
+        assert path == "/v1/completions"
+        assert sent == {
+            "model": "m",
+            "prompt": "hello",
+            "max_tokens": 1,
+            "stream": False,
+            "ignore_eos": True,
+            "kv_transfer_params": bodies.KEEP_KV_FOR_DECODE,
+        }
+        assert to_decode == body | {"kv_transfer_params": PARAMS}
+        for headers_seen in (seen, decode_seen):
+            assert headers_seen["x-request-id"] == "r1"
+            assert headers_seen["authorization"] == "Bearer k"
+
+    with_door(good_prefill, good_decode, test)
+
+
+def test_request_id_is_made_and_the_same_for_both() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/chat/completions", json={"messages": [], "max_completion_tokens": 9}) as answer:
+            assert answer.status == 200
+        assert p.seen[0][2]["x-request-id"] == d.seen[0][2]["x-request-id"]
+        assert p.seen[0][1]["max_completion_tokens"] == p.seen[0][1]["max_tokens"] == 1
+        assert d.seen[0][1]["max_completion_tokens"] == 9
+
+    with_door(good_prefill, good_decode, test)
+
+
+def test_stream_goes_through_untouched() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", json=BODY | {"stream": True}) as answer:
+            assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+            assert answer.headers["X-Engine"] == "d"
+            assert await answer.read() == b'data: {"a":  1}\n\ndata: [DONE]\n\n'
+
+    with_door(good_prefill, good_decode, test)
+
+
+def test_first_bytes_arrive_before_the_rest_exists() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", json=BODY | {"stream": True}) as answer:
+            assert await answer.content.readline() == b'data: {"a":  1}\n'
+        await asyncio.wait_for(d.cancelled.wait(), 5)
+
+    with_door(good_prefill, lambda: FakeEngine(wait=True), test)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_client_that_leaves_cancels_the_engine(phase: str) -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        engine = p if phase == "prefill" else d
+        request = asyncio.create_task(client.post("/v1/completions", json=BODY))
+        await engine.started.wait()
+        request.cancel()
+        await asyncio.wait_for(engine.cancelled.wait(), 5)
+        assert bool(d.seen) == (phase == "decode")
+
+    waiting = FakeEngine
+    if phase == "prefill":
+        with_door(lambda: waiting(wait=True), good_decode, test)
+    else:
+        with_door(good_prefill, lambda: waiting(wait=True), test)
+
+
+def test_refusal_of_the_prefill_engine_is_passed_on() -> None:
+    error = {"error": {"message": "too long", "type": "BadRequestError", "param": None, "code": 400}}
+
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", json=BODY) as answer:
+            assert (answer.status, await answer.json()) == (400, error)
+        assert not d.seen
+
+    with_door(lambda: FakeEngine(error, status=400), good_decode, test)
+
+
+@pytest.mark.parametrize("missing", ["prefill", "decode"])
+def test_engine_that_is_down_is_503(missing: str) -> None:
+    async def run() -> None:
+        engine = good_prefill() if missing == "decode" else good_decode()
+        async with engine.serve():
+            down = f"http://127.0.0.1:{free_ports(1)[0]}"
+            urls = (down, engine.url) if missing == "prefill" else (engine.url, down)
+            listener = bind("127.0.0.1", 0)
+            door = ServerThread(listener, [urls[0]], [urls[1]])
+            door.start()
+            try:
+                async with aiohttp.ClientSession(url_of(listener)) as client:
+                    async with client.post("/v1/completions", json=BODY) as answer:
+                        assert answer.status == 503
+                        assert "Retry-After" in answer.headers
+                        error = (await answer.json())["error"]
+                        assert error["code"] == 503
+                        assert f"the {missing} engine at {down} does not answer" in error["message"]
+                    async with client.get("/health") as answer:
+                        assert answer.status == 503
+                        assert f"{missing} engine" in (await answer.json())["error"]["message"]
+            finally:
+                await asyncio.to_thread(door.stop)
+                listener.close()
+
+    asyncio.run(run())
+
+
+def test_engine_that_dies_mid_answer_is_no_whole_answer() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", json=BODY | {"stream": True}) as answer:
+            with pytest.raises(aiohttp.ClientError):
+                await answer.read()
+
+    with_door(good_prefill, lambda: FakeEngine(cut=True), test)
+
+
+def test_health_models_and_unknown_paths() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.get("/health") as answer:
+            assert answer.status == 200
+        async with client.get("/v1/models") as answer:
+            assert (await answer.json())["data"] == [{"id": "m"}]
+        async with client.post("/v1/nothing", json={}) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (404, 404)
+        async with client.get("/v1/completions") as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (405, 405)
+
+    with_door(good_prefill, good_decode, test)
+
+
+@pytest.mark.parametrize(
+    "extra", [{"kv_transfer_params": {"do_remote_prefill": True}}, {"vllm_xargs": {"kv_transfer_params": 1}}]
+)
+def test_kv_transfer_params_of_clients_are_refused(extra: dict[str, Any]) -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", json=BODY | extra) as answer:
+            assert answer.status == 400
+            assert (await answer.json())["error"]["param"] == "kv_transfer_params"
+        assert not p.seen and not d.seen
+
+    with_door(good_prefill, good_decode, test)
+
+
+@pytest.mark.parametrize("raw", [b"{", b"[]", b"\xff", b"[" * 200_000])
+def test_bodies_that_are_no_object_are_refused(raw: bytes) -> None:
+    with pytest.raises(Refused) as refused:
+        bodies.parse(raw)
+    assert refused.value.status == 400
+
+
+def test_body_size_is_bounded() -> None:
+    async def run() -> None:
+        sent: list[dict[str, Any]] = []
+        parts = [{"type": "http.request", "body": b"x" * 60, "more_body": True}] * 2
+
+        async def receive() -> dict[str, Any]:
+            return parts.pop()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        app = create_app(["http://p"], ["http://d"], max_body_bytes=100)
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        await app(scope, receive, send)
+        assert sent[0]["status"] == 413
+        assert json.loads(sent[1]["body"])["error"]["code"] == 413
+
+    asyncio.run(run())
+
+
+ALONE: list[dict[str, Any]] = [
+    {"n": 2},
+    {"best_of": 3},
+    {"echo": True},
+    {"prompt_logprobs": 0},
+    {"use_beam_search": True},
+    {"prompt": ["a", "b"]},
+    {"prompt": [[1, 2], [3]]},
+]
+
+
+@pytest.mark.parametrize("extra", ALONE)
+def test_requests_of_several_sequences_go_to_decode_alone(extra: dict[str, Any]) -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", json=BODY | extra) as answer:
+            assert answer.status == 200
+        assert not p.seen
+        assert d.seen[0][1] == BODY | extra
+
+    with_door(good_prefill, good_decode, test)
+
+
+@pytest.mark.parametrize("extra", [{"n": 1}, {"n": None}, {"prompt": [1, 2, 3]}, {"prompt": ["a"]}, {"echo": False}])
+def test_one_sequence_is_disaggregated(extra: dict[str, Any]) -> None:
+    assert bodies.can_disaggregate(BODY | extra)
+
+
+def test_prefill_that_kept_nothing_leaves_all_to_decode() -> None:
+    assert bodies.for_decode(BODY, b'{"kv_transfer_params": null}') == BODY
+    with pytest.raises(Refused):
+        bodies.for_decode(BODY, b"[]")
+
+
+def test_taken_port_is_one_sentence() -> None:
+    with bind("127.0.0.1", 0) as first:
+        first.listen()
+        port = first.getsockname()[1]
+        with pytest.raises(PortTaken, match=f"port {port} on 127.0.0.1 is in use"):
+            bind("127.0.0.1", port)

@@ -1,0 +1,190 @@
+"""The attention executor process: `python -m vllm_adrenaline.attention.executor`, an ExecutorSpec on stdin.
+
+It maps the prefill worker's KV cache and serves any number of decode workers, one thread and one channel each. Between
+steps it keeps nothing of any request: every step plan brings the block table and the lengths it needs, so that no
+abort, preemption or crash can leak anything here. Idle, it sleeps in poll().
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+
+import msgspec
+import torch
+import zmq
+
+from vllm_adrenaline.attention.kernels import CpuAttention
+from vllm_adrenaline.attention.spec import ExecutorSpec
+from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.data.shm import Shape, ShmExecutorChannel
+from vllm_adrenaline.errors import AdrenalineError
+
+logger = logging.getLogger("vllm.adrenaline")
+
+READY = "adrenaline-executor-ready"
+MAX_CHANNELS = 64
+
+
+class ChannelThread(threading.Thread):
+    """Serves the steps of one decode worker."""
+
+    def __init__(self, attention: CpuAttention, channel: ShmExecutorChannel, num_layers: int, idle_timeout: float) -> None:
+        super().__init__(name="adrenaline-channel", daemon=True)
+        self.wake = threading.Event()
+        self.closing = False
+        self._attention, self._channel = attention, channel
+        self._num_layers, self._idle_timeout = num_layers, idle_timeout
+
+    def run(self) -> None:
+        while True:
+            self.wake.wait()
+            self.wake.clear()
+            if self.closing:
+                return
+            try:
+                while self._channel.has_step:
+                    self._serve_step()
+            except Exception:
+                # The decode engine sees a late answer and recomputes; this executor goes on with the next step.
+                logger.exception("step %d failed", self._channel.step)
+
+    def _serve_step(self) -> None:
+        channel, attention = self._channel, self._attention
+        step = channel.take_step()
+        check_plan(step, attention.num_blocks, attention.block_size)
+        schedule = attention.schedule(step["query_start_loc"], step["seq_lens"])
+        rows = len(step["seq_lens"])
+        for layer in range(self._num_layers):
+            if not channel.wait_layer(layer, self._idle_timeout):
+                logger.warning("decode worker went silent in step %d, layer %d: step dropped", channel.step, layer)
+                return
+            attention.layer(layer, step, schedule)
+            channel.reply(layer, rows)
+
+
+def check_plan(step: dict[str, torch.Tensor], num_blocks: int, block_size: int) -> None:
+    """Raise AdrenalineError unless every block and slot that the kernel will touch is inside the KV cache."""
+    starts, lens, table, slots = (step[k] for k in ("query_start_loc", "seq_lens", "block_table", "slot_mapping"))
+    used = torch.arange(table.shape[1]) * block_size < lens[:, None]
+    blocks = table[used]
+    fits = (
+        int(starts[0]) == 0
+        and int(starts[-1]) == len(slots)
+        and bool((starts.diff() > 0).all())
+        and bool((lens >= starts.diff()).all())
+        and int(lens.max()) <= table.shape[1] * block_size
+        and int(blocks.min()) >= 0
+        and int(blocks.max()) < num_blocks
+        and int(slots.min()) >= -1
+        and int(slots.max()) < num_blocks * block_size
+    )
+    if not fits:
+        raise AdrenalineError("step plan points outside the KV cache")
+
+
+class Server:
+    """Answers Attach and Step on one ROUTER socket, and drops a channel when its decode worker ends."""
+
+    def __init__(self, spec: ExecutorSpec) -> None:
+        self._spec = spec
+        fd = os.open(f"/proc/{spec.kv.pid}/fd/{spec.kv.fd}", os.O_RDWR | os.O_CLOEXEC)
+        self._attention = CpuAttention(spec.kv, fd, spec.identity.split_kv)
+        os.close(fd)
+        self._socket, self._address = sockets.bind(spec.address)
+        self._threads: dict[bytes, ChannelThread] = {}
+        self._pidfds: dict[int, bytes] = {}
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self.bad_frames = 0
+
+    def serve(self) -> None:
+        """Serve until the process is told to end."""
+        print(f"{READY} {self._address}", flush=True)
+        try:
+            while True:
+                for source, _ in self._poller.poll():
+                    if source is self._socket:
+                        self._serve_one()
+                    else:
+                        self._drop(source)
+        finally:
+            sockets.unbind(self._socket, self._address)
+
+    def _serve_one(self) -> None:
+        frames = self._socket.recv_multipart()
+        try:
+            peer, frame = frames
+            message = messages.decode(frame)
+        except (ValueError, msgspec.DecodeError):
+            self.bad_frames += 1
+            return
+        if isinstance(message, messages.Step):
+            if (thread := self._threads.get(peer)) is not None:
+                thread.wake.set()
+        elif isinstance(message, messages.Attach):
+            try:
+                answer: messages.Message = self._attach(peer, message)
+            except (AdrenalineError, OSError, ValueError) as error:
+                answer = messages.Refused(str(error))
+            self._socket.send_multipart([peer, messages.encode(answer)], zmq.NOBLOCK)
+
+    def _attach(self, peer: bytes, message: messages.Attach) -> messages.Attached:
+        reason = messages.mismatch(self._spec.identity, message.identity, "attention executor", "decode worker")
+        if reason is None and message.rank != self._spec.rank:
+            reason = f"tensor-parallel rank is {self._spec.rank} on the attention executor and {message.rank} on the decode worker"
+        if reason is None and len(self._threads) >= MAX_CHANNELS:
+            reason = f"{MAX_CHANNELS} decode workers are attached already"
+        if reason is not None:
+            raise AdrenalineError(reason)
+        attention = self._attention
+        shape = Shape(
+            message.max_rows,
+            message.max_tokens,
+            message.max_blocks,
+            attention.num_heads,
+            attention.num_kv_heads,
+            attention.head_size,
+            attention.dtype,
+        )
+        pidfd = os.pidfd_open(message.pid)
+        try:
+            fd = os.open(f"/proc/{message.pid}/fd/{message.fd}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                channel = ShmExecutorChannel(fd, shape)
+            finally:
+                os.close(fd)
+        except Exception:
+            os.close(pidfd)
+            raise
+        layers = self._spec.kv.layers
+        thread = ChannelThread(attention, channel, len(layers), self._spec.idle_timeout)
+        thread.start()
+        self._threads[peer] = thread
+        self._pidfds[pidfd] = peer
+        self._poller.register(pidfd, zmq.POLLIN)
+        return messages.Attached([layer.name for layer in layers], os.getpid())
+
+    def _drop(self, pidfd: int) -> None:
+        self._poller.unregister(pidfd)
+        os.close(pidfd)
+        thread = self._threads.pop(self._pidfds.pop(pidfd))
+        thread.closing = True
+        thread.wake.set()
+
+
+def main() -> None:
+    """Read the spec and serve; SIGTERM ends the process with its socket removed."""
+    logging.basicConfig(level=logging.INFO, format="(adrenaline executor %(process)d) %(levelname)s %(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the engine, which ends us
+    spec = msgspec.json.decode(sys.stdin.buffer.read(), type=ExecutorSpec)
+    torch.set_num_threads(spec.kv.threads)
+    Server(spec).serve()
+
+
+if __name__ == "__main__":
+    main()

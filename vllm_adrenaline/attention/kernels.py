@@ -1,0 +1,74 @@
+"""vLLM's own CPU attention operators over a mapped KV cache: the same kernel as in the engine, so tokens can be equal.
+
+Checked against vllm/_custom_ops.py and vllm/v1/attention/backends/cpu_attn.py of 0.32 (run) and 0.33 (read).
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from vllm import _custom_ops as ops
+
+from vllm_adrenaline.attention.spec import KVExport
+
+
+class CpuAttention:
+    """Appends to and attends over the KV cache of one prefill worker. Holds no state of requests or steps."""
+
+    def __init__(self, kv: KVExport, fd: int, split_kv: bool) -> None:
+        if kv.isa == "amx":
+            # Without this the first AMX instruction is a SIGILL: an engine asks for the tiles through oneDNN.
+            torch.cpu._init_amx()
+        self.dtype = getattr(torch, kv.dtype)
+        if not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f"{kv.dtype} is no dtype")
+        self._isa, self._split_kv = kv.isa, split_kv
+        self.num_heads = kv.num_heads
+        self.num_blocks, self.num_kv_heads, double, self.head_size = kv.shape
+        self.block_size = double // 2
+        self._scales = [layer.scale for layer in kv.layers]
+        flat = torch.frombuffer(mmap.mmap(fd, kv.size), dtype=self.dtype)
+        self._key_caches, self._value_caches = [], []
+        for layer in kv.layers:
+            cache = flat.as_strided(kv.shape, kv.strides, layer.offset // self.dtype.itemsize)
+            keys, values = cache.chunk(2, dim=2)
+            self._key_caches.append(keys)
+            self._value_caches.append(values)
+
+    def schedule(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+        """Return the kernel's schedule for a step; all its layers share it."""
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_size,
+            seq_lens=seq_lens,
+            dtype=self.dtype,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self._isa,
+            enable_kv_split=self._split_kv,
+        )
+
+    def layer(self, index: int, step: dict[str, torch.Tensor], schedule: torch.Tensor) -> None:
+        """Append k, v of `step` to layer `index` and attend q; the result goes to step["out"]."""
+        keys, values = self._key_caches[index], self._value_caches[index]
+        ops.cpu_attn_reshape_and_cache(step["k"], step["v"], keys, values, step["slot_mapping"], self._isa)
+        ops.cpu_attention_with_kv_cache(
+            query=step["q"],
+            key_cache=keys,
+            value_cache=values,
+            output=step["out"],
+            query_start_loc=step["query_start_loc"],
+            seq_lens=step["seq_lens"],
+            scale=self._scales[index],
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=step["block_table"],
+            softcap=0,
+            scheduler_metadata=schedule,
+            s_aux=None,
+        )

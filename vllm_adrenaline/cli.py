@@ -1,0 +1,168 @@
+"""The `adrenaline` command. Subcommands import what they need themselves, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vllm_adrenaline import __version__
+
+DESCRIPTION = """\
+Disaggregated serving with vLLM in which the decode attention of some requests runs where their KV cache was made,
+beside the prefill engine.
+"""
+EPILOG = """\
+examples:
+  adrenaline up ./my-model --offload-ratio 0.5 --port 8000 --max-model-len 8192
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+       -d '{"model": "./my-model", "prompt": "Hello", "max_tokens": 16}'
+
+The engines are ordinary vLLM engines. To start them yourself:
+  vllm serve MODEL --plugin adrenaline --adrenaline-role prefill --adrenaline-listen ipc:///run/adr --port 8100
+  vllm serve MODEL --plugin adrenaline --adrenaline-role decode --adrenaline-peers ipc:///run/adr --port 8200
+  adrenaline proxy --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200 --port 8000
+`vllm serve --help=Adrenaline` lists the plugin's own flags.
+"""
+UP = """\
+Start a prefill engine, a decode engine and an OpenAI-compatible front door on this machine, and stop all of them
+together. Flags that are not listed here go to both engines, after MODEL, e.g. --max-model-len 8192 --dtype bfloat16.
+"""
+UP_EPILOG = """\
+On a CPU the cores are halved between the engines, unless VLLM_CPU_OMP_THREADS_BIND is set. The logs of the engines are
+kept in ~/.cache/vllm-adrenaline/logs (or below $XDG_CACHE_HOME); the last ten runs are.
+"""
+PROXY = """\
+Run the front door alone, in front of engines that run already. With several engines of a kind they are used in turn.
+"""
+DEMO = """\
+Make a small random model and run the same requests on plain vLLM, on a cluster that offloads nothing, and on one that
+offloads half of the requests. Compare tokens, latencies and KV cache use. Nothing is downloaded; takes a few minutes.
+"""
+
+
+def _address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address the front door listens on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port of the front door (default: %(default)s)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("adrenaline", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"vllm-adrenaline {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    up = commands.add_parser(
+        "up",
+        help="start both engines and the front door on this machine",
+        description=UP,
+        epilog=UP_EPILOG,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    up.add_argument("model", metavar="MODEL", help="folder or Hugging Face name of the model")
+    up.add_argument(
+        "--offload-ratio",
+        type=float,
+        default=0.5,
+        metavar="R",
+        help="share of the requests whose decode attention runs beside the prefill engine, 0 to 1 (default: %(default)s)",
+    )
+    _address(up)
+    for role in ("prefill", "decode"):
+        up.add_argument(
+            f"--{role}-args", default="", metavar='"ARGS"', help=f"more vLLM flags, for the {role} engine only"
+        )
+
+    proxy = commands.add_parser("proxy", help="run the front door alone", description=PROXY, formatter_class=raw)
+    for role in ("prefill", "decode"):
+        proxy.add_argument(
+            f"--{role}", required=True, metavar="URL[,URL]", help=f"{role} engines, e.g. http://127.0.0.1:8100"
+        )
+    _address(proxy)
+
+    commands.add_parser("demo", help="compare with plain vLLM here", description=DEMO, formatter_class=raw)
+    commands.add_parser(
+        "setup-vllm-cpu",
+        help="make the vllm command work with the package vllm-cpu",
+        description="The package vllm-cpu does not carry the name that the vllm command looks for; this adds it.",
+    )
+    return parser
+
+
+def _urls(flag: str, text: str) -> list[str]:
+    from vllm_adrenaline.launch.supervisor import LaunchError
+
+    urls = [url.strip() for url in text.split(",") if url.strip()]
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise LaunchError(f"{flag}: {url!r} is no URL; write http://HOST:PORT")
+    if not urls:
+        raise LaunchError(f"{flag} names no engine")
+    return urls
+
+
+def _proxy(options: argparse.Namespace) -> int:
+    from vllm_adrenaline.launch.supervisor import LaunchError, say
+    from vllm_adrenaline.proxy.server import PortTaken, bind, make_server, url_of
+
+    server = make_server(_urls("--prefill", options.prefill), _urls("--decode", options.decode))
+    try:
+        listener = bind(options.host, options.port)
+    except PortTaken as error:
+        raise LaunchError(str(error)) from None
+    with listener:
+        say(f"front door: {url_of(listener)}")
+        server.run(sockets=[listener])
+    return 0
+
+
+def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    if options.command == "setup-vllm-cpu":
+        from vllm_adrenaline.vllm_cpu import ensure_vllm_metadata
+
+        print(ensure_vllm_metadata())
+        return 0
+    if options.command == "proxy":
+        return _proxy(options)
+    if options.command == "up":
+        from vllm_adrenaline.launch import up
+
+        return up.run(options, rest)
+    from vllm_adrenaline.demo import run
+
+    return run.run()
+
+
+def _join_values(argv: Sequence[str]) -> list[str]:
+    """Write `--prefill-args VALUE` with "=": argparse would take a value such as --enforce-eager for a flag."""
+    joined: list[str] = []
+    words = iter(argv)
+    for word in words:
+        value = next(words, None) if word in ("--prefill-args", "--decode-args") else None
+        joined.append(word if value is None else f"{word}={value}")
+    return joined
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(_join_values(sys.argv[1:] if argv is None else argv))
+    if rest and options.command != "up":
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    from vllm_adrenaline.launch.signals import Stopped, ending_signals_raise
+    from vllm_adrenaline.launch.supervisor import LaunchError
+
+    try:
+        with ending_signals_raise():
+            return _run(options, rest)
+    except Stopped as stopped:
+        return stopped.exit_status
+    except LaunchError as error:
+        print(f"adrenaline: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

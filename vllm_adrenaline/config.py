@@ -1,0 +1,138 @@
+"""Every option, described once: `vllm serve --help=Adrenaline`, LLM(...) and all processes read this one Struct.
+
+Options travel inside vLLM's `additional_config["adrenaline"]`, so that they reach every process of an engine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from vllm_adrenaline.control import sockets
+from vllm_adrenaline.errors import AdrenalineError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PLUGIN = "adrenaline"
+FLAG_PREFIX = "--adrenaline-"
+
+
+def _option(description: str, metavar: str | None = None, **bounds: Any) -> msgspec.Meta:
+    return msgspec.Meta(description=description, extra={"metavar": metavar}, **bounds)
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All options of one engine. Field names are flag names: `offload_ratio` is `--adrenaline-offload-ratio`."""
+
+    role: Annotated[
+        Literal["prefill", "decode"],
+        _option("What this engine does: `prefill` computes prompts and runs the attention executors, `decode` decodes."),
+    ]
+    listen: Annotated[
+        str,
+        _option(
+            "Prefill engine: control address to listen at, ipc:///absolute/path or tcp://127.0.0.1:port. "
+            "Default: an ipc path in the temporary folder, the same for all engines of one user.",
+            "ADDRESS",
+        ),
+    ] = ""
+    peers: Annotated[
+        str,
+        _option(
+            "Decode engine: control addresses of the prefill engines, separated by commas. Default: the default of "
+            "--adrenaline-listen.",
+            "ADDRESS[,ADDRESS...]",
+        ),
+    ] = ""
+    offload_ratio: Annotated[
+        float,
+        _option(
+            "Decode engine: share of requests whose KV cache stays on the prefill engine, where their decode attention "
+            "runs then. 0: all local (plain disaggregation), 1: all offloaded.",
+            "RATIO",
+            ge=0,
+            le=1,
+        ),
+    ] = 0.5
+    lease_seconds: Annotated[
+        float,
+        _option(
+            "Prefill engine: take back everything lent to a decode engine that was silent for so long.",
+            "SECONDS",
+            ge=1,
+            le=3600,
+        ),
+    ] = 30.0
+    prefill_reserve: Annotated[
+        float,
+        _option(
+            "Prefill engine: share of its KV blocks that is never lent for growing requests.", "SHARE", ge=0, le=1
+        ),
+    ] = 0.05
+    executor_timeout: Annotated[
+        float,
+        _option(
+            "Decode engine: an attention executor that does not answer for so long is given up; its requests are "
+            "recomputed locally.",
+            "SECONDS",
+            ge=0.01,
+            le=300,
+        ),
+    ] = 20.0
+    connect_timeout: Annotated[
+        float,
+        _option("Decode engine: how long to wait at start-up for the prefill engines.", "SECONDS", ge=0, le=3600),
+    ] = 300.0
+
+    @property
+    def listen_address(self) -> str:
+        """The control address of a prefill engine."""
+        return self.listen or sockets.default_address()
+
+    @property
+    def peer_addresses(self) -> list[str]:
+        """The control addresses of a decode engine's prefill engines, in the order of their places."""
+        return [address.strip() for address in (self.peers or sockets.default_address()).split(",")]
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> Options:
+        """Return validated options; raises AdrenalineError with the name of the flag that is wrong."""
+        if "role" not in values:
+            raise AdrenalineError("--plugin adrenaline needs --adrenaline-role prefill or --adrenaline-role decode")
+        try:
+            options = msgspec.convert(values, cls, strict=False)
+        except msgspec.ValidationError as error:
+            message = str(error)
+            for name in cls.__struct_fields__:
+                message = message.replace(f"`$.{name}`", f"{FLAG_PREFIX}{name.replace('_', '-')}")
+            raise AdrenalineError(f"Adrenaline option refused: {message}") from None
+        for address in options.peer_addresses if options.role == "decode" else [options.listen_address]:
+            sockets.check_address(address)
+        unused = {"listen", "prefill_reserve", "lease_seconds"} if options.role == "decode" else {"peers", "offload_ratio"}
+        for name in sorted(unused & values.keys()):
+            raise AdrenalineError(f"{FLAG_PREFIX}{name.replace('_', '-')} is of no use with --adrenaline-role {options.role}")
+        return options
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> Options:
+        """Return the options of an engine in which the plugin is active."""
+        return cls.parse(dict(vllm_config.additional_config[PLUGIN]))
+
+
+def flags() -> list[tuple[str, str, dict[str, Any]]]:
+    """Return (field, flag, argparse arguments) for every option."""
+    result = []
+    for name, hint in get_type_hints(Options, include_extras=True).items():
+        kind, meta = hint.__origin__, next(m for m in hint.__metadata__ if isinstance(m, msgspec.Meta))
+        arguments: dict[str, Any] = {"help": meta.description}
+        if get_origin(kind) is Literal:
+            arguments["choices"] = list(get_args(kind))
+        else:
+            arguments |= {"type": kind, "metavar": (meta.extra or {})["metavar"]}
+            default = next(f.default for f in msgspec.structs.fields(Options) if f.name == name)
+            if default != "":
+                arguments["help"] = f"{meta.description} Default: {default}."
+        result.append((name, FLAG_PREFIX + name.replace("_", "-"), arguments))
+    return result

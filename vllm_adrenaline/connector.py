@@ -1,0 +1,137 @@
+"""vLLM's NixlConnector, wrapped: NIXL moves the KV of local requests, offloaded requests go past it.
+
+One class for both engines, scheduler and worker side. On the prefill engine it offers finished prompts to the lender
+and allocates the KV cache in shared memory; on the decode engine it asks `offload` first. Checked against
+vllm/distributed/kv_transfer/kv_connector/v1/nixl of 0.32 (run) and 0.33 (read).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPullConnector
+
+from vllm_adrenaline.config import Options
+from vllm_adrenaline.digest import token_digest
+from vllm_adrenaline.metrics import AdrenalinePromMetrics, AdrenalineStats
+from vllm_adrenaline.prefill.lender import Lender, Offer
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from vllm_adrenaline.decode.offload import Offload
+    from vllm_adrenaline.decode.remote import RemoteAttention
+
+
+class AdrenalineConnector(NixlPullConnector):
+    """See the module. `lender`, `offload` and `remote` are set by the scheduler or worker that the role brings."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.is_prefill = Options.of(vllm_config).role == "prefill"
+        self.lender: Lender | None = None
+        self.offload: Offload | None = None
+        self.remote: RemoteAttention | None = None
+        self.shared_kv: Any = None
+        self.kv_caches: dict[str, torch.Tensor] = {}
+        self._block_pool: Any = None
+
+    # Scheduler side, both engines
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        super().bind_gpu_block_pool(gpu_block_pool)
+        self._block_pool = gpu_block_pool
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if self.offload is not None:
+            self.offload.finished(request.request_id)
+        delay, params = super().request_finished_all_groups(request, block_ids)
+        if delay and self.lender is not None:
+            blocks = [self._block_pool.blocks[index] for index in block_ids[0]]
+            digest = token_digest(request.all_token_ids[: request.num_prompt_tokens])
+            self.lender.offer(request.request_id, Offer(blocks, request.num_prompt_tokens, digest))
+        return delay, params
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        super().update_connector_output(connector_output)
+        if self.lender is not None:
+            self.lender.withdraw(connector_output.finished_sending or ())
+        if self.offload is not None:
+            self.offload.observe(connector_output)
+
+    # Scheduler side, decode engine
+
+    def on_new_request(self, request: Request) -> None:
+        params = request.kv_transfer_params
+        if self.is_prefill and params:
+            # Whatever else a client asks of NIXL here (to read from some host, say) is not ours to do.
+            request.kv_transfer_params = {"do_remote_decode": True} if params.get("do_remote_decode") is True else None
+        elif self.offload is not None:
+            self.offload.arrived(request)
+        super().on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self.offload is not None and (answer := self.offload.matched_tokens(request, num_computed_tokens)) is not None:
+            return answer
+        return super().get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        if self.offload is not None and not self.offload.is_offloaded(request.request_id) and num_external_tokens > 0:
+            self.offload.pulled.add(request.request_id)
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
+        meta = super().build_connector_meta(scheduler_output)
+        # Attributes, not a subclass: NIXL makes this object itself and checks its type.
+        meta.received = self.offload.received(scheduler_output) if self.offload is not None else frozenset()
+        meta.claimed = self.lender.take_claimed() if self.lender is not None else frozenset()
+        return meta
+
+    # Worker side
+
+    def get_mem_pool_context(self) -> Any:
+        if not self.is_prefill:
+            return super().get_mem_pool_context()
+        from vllm_adrenaline.prefill.sharing import SharedKVCache
+
+        self.shared_kv = SharedKVCache()
+        return self.shared_kv
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self.kv_caches = kv_caches
+        super().register_kv_caches(kv_caches)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """A claimed prompt is held by its claim: NIXL's own hold on it ends, with no message and no handshake."""
+        results = super().get_transfer_results(finished_req_ids)
+        worker = self.connector_worker
+        for request_id in self._connector_metadata.claimed:
+            if worker._reqs_to_send.pop(request_id, None) is not None:
+                worker._reqs_to_process.discard(request_id)
+                results.finished_sending.add(request_id)
+        return results
+
+    def build_connector_worker_meta(self) -> Any:
+        return self.remote.take_report() if self.remote is not None else super().build_connector_worker_meta()
+
+    # Metrics
+
+    def get_kv_connector_stats(self) -> AdrenalineStats | None:
+        ours = self.offload or self.remote
+        nixl = super().get_kv_connector_stats()
+        return AdrenalineStats.merged(nixl, ours.take_counts() if ours is not None else {})
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> AdrenalineStats:
+        return AdrenalineStats(data=data) if data is not None else AdrenalineStats()
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> AdrenalinePromMetrics:
+        return AdrenalinePromMetrics(*args)

@@ -1,0 +1,182 @@
+"""Every message of the control plane, its bounds, and the only place where they are encoded and decoded.
+
+msgpack through msgspec: typed, validated while decoding, no pickle. A frame that is no valid message raises
+`msgspec.ValidationError` or `msgspec.DecodeError`; socket loops count it and go on.
+"""
+
+from typing import Annotated
+
+import msgspec
+
+PROTOCOL = 1
+"""Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
+
+MAX_FRAME = 1 << 20
+"""Bytes of the largest control frame a socket accepts."""
+
+Name = Annotated[str, msgspec.Meta(max_length=512)]
+BlockIndex = Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
+Blocks = Annotated[list[BlockIndex], msgspec.Meta(max_length=1 << 16)]
+Names = Annotated[list[Name], msgspec.Meta(max_length=4096)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """Base of all control messages; the class name is the tag."""
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What two engines must have in common before one may attend over the other's KV cache."""
+
+    protocol: int
+    vllm: Name
+    model: Name
+    architecture: Name
+    dtype: Name
+    kv_cache_dtype: Name
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_size: Count
+    block_size: Count
+    kv_layout: Name
+    isa: Name
+    split_kv: bool
+    tensor_parallel_size: Count
+
+
+class Hello(Message, frozen=True):
+    """Decode to prefill engine: the first message of a connection. `borrows` is False for a start-up check."""
+
+    identity: Identity
+    borrows: bool
+
+
+class Welcome(Message, frozen=True):
+    """Prefill to decode engine: we fit. Says which engine life this is and where its executors listen (by rank)."""
+
+    engine_id: Name
+    nixl_host: Name
+    nixl_port: Count
+    num_blocks: Count
+    executors: Names
+
+
+class Refused(Message, frozen=True):
+    """We do not fit, and why, naming both sides."""
+
+    reason: Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class Claim(Message, frozen=True):
+    """Decode to prefill engine: keep the prompt KV of this finished prefill for me until I release it."""
+
+    request: Name
+
+
+class Claimed(Message, frozen=True):
+    """The prompt KV is yours: its blocks in order, the tokens in them, and a digest of those tokens."""
+
+    request: Name
+    blocks: Blocks
+    num_tokens: Count
+    digest: bytes
+
+
+class Gone(Message, frozen=True):
+    """The prompt KV of this request is not held here (any more)."""
+
+    request: Name
+
+
+class Release(Message, frozen=True):
+    """Decode to prefill engine: these claims and these leased blocks are no longer needed."""
+
+    requests: Names
+    blocks: Blocks
+
+
+class Lease(Message, frozen=True):
+    """Decode to prefill engine: lend me up to `want` free blocks for growing requests."""
+
+    want: Count
+
+
+class Leased(Message, frozen=True):
+    """The blocks lent; fewer than asked for (even none) when the prefill engine needs its memory itself."""
+
+    blocks: Blocks
+
+
+class Fault(Message, frozen=True):
+    """Decode to prefill engine: an attention executor of yours failed us. Kill them all before you reuse any block:
+    one that only slept would wake up and write into a block that is somebody else's by then."""
+
+
+class Beat(Message, frozen=True):
+    """Either way: I am alive. A borrower that stays silent loses its claims and leases."""
+
+
+class Attach(Message, frozen=True):
+    """Decode worker to attention executor: map this channel (an open memfd of process `pid`) and serve it."""
+
+    identity: Identity
+    rank: Count
+    pid: Count
+    fd: Count
+    max_rows: Count
+    max_tokens: Count
+    max_blocks: Count
+
+
+class Attached(Message, frozen=True):
+    """The channel is mapped; `layers` names the attention layers in the order of their numbers, `pid` the executor."""
+
+    layers: Names
+    pid: Count
+
+
+class Step(Message, frozen=True):
+    """Decode worker to attention executor: a step plan lies in the channel; wake up."""
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | Refused
+    | Claim
+    | Claimed
+    | Gone
+    | Release
+    | Lease
+    | Leased
+    | Fault
+    | Beat
+    | Attach
+    | Attached
+    | Step
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    """Return the message as one frame."""
+    return _encoder.encode(message)
+
+
+def decode(frame: bytes) -> AnyMessage:
+    """Return the message in `frame`; raises msgspec.ValidationError or msgspec.DecodeError when it is none."""
+    return _decoder.decode(frame)
+
+
+def mismatch(ours: Identity, theirs: Identity, our_name: str, their_name: str) -> str | None:
+    """Return one sentence that names every differing field with both values, or None when the two fit."""
+    different = [
+        f"{field.replace('_', ' ')} is {getattr(ours, field)} on the {our_name} "
+        f"and {getattr(theirs, field)} on the {their_name}"
+        for field in Identity.__struct_fields__
+        if getattr(ours, field) != getattr(theirs, field)
+    ]
+    return "; ".join(different) or None

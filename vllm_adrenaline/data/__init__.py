@@ -1,0 +1,1 @@
+"""The data plane: the per-layer path of q, k, v and attention output."""

@@ -1,0 +1,1 @@
+"""What runs inside the decode engine: KV space, scheduler, attention backend, worker."""

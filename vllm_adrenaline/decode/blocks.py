@@ -1,0 +1,118 @@
+"""Remote blocks in vLLM's own bookkeeping: blocks that know where they live, and a manager that hands them out.
+
+A request's blocks are vLLM KVCacheBlocks with an id of the KV space. vLLM gives a block back to `block.pool`
+(vllm/v1/core/block_pool.py, BlockPool.free_blocks), so abort, stop, preemption and error all return a remote block
+through the same door as a local one. Checked against single_type_kv_cache_manager.py of 0.32 (run) and 0.33 (read).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from vllm_adrenaline import kv_space
+
+if TYPE_CHECKING:
+    from vllm_adrenaline.decode.borrower import Borrower
+    from vllm_adrenaline.decode.offload import Offload
+
+
+class RemoteBlock(KVCacheBlock):
+    """A block of another engine's KV cache; `claim` names the claim it came with, None for a leased block."""
+
+    __slots__ = ("claim",)
+
+    def __init__(self, block_id: int, pool: Any, claim: str | None) -> None:
+        super().__init__(block_id, ref_cnt=1, pool=pool)
+        self.claim = claim
+
+
+class RemotePool:
+    """What this decode engine has of one prefill engine's KV cache: claimed prompts, leased blocks, free ones of those."""
+
+    def __init__(self, executor: int, borrower: Borrower) -> None:
+        self.executor, self.borrower = executor, borrower
+        self.free: list[int] = []
+        self.leased = 0
+        self.asked = 0
+        self.dead = False
+        self._claimed: Counter[str] = Counter()
+
+    def adopt(self, claim: str, indices: Sequence[int]) -> list[RemoteBlock]:
+        """Return the blocks of a granted claim; the claim is released when the last of them is freed."""
+        self._claimed[claim] = len(indices)
+        return [RemoteBlock(kv_space.remote_id(self.executor, i), self, claim) for i in indices]
+
+    def add_leased(self, indices: Sequence[int]) -> None:
+        """Take blocks that the prefill engine lent."""
+        self.asked = 0
+        self.leased += len(indices)
+        self.free.extend(indices)
+
+    def take(self, count: int) -> list[RemoteBlock]:
+        """Return `count` leased blocks; the caller has checked that there are so many."""
+        indices = [self.free.pop() for _ in range(count)]
+        return [RemoteBlock(kv_space.remote_id(self.executor, i), self, None) for i in indices]
+
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
+        """vLLM gives blocks back (BlockPool.free_blocks)."""
+        if self.dead:
+            return  # the prefill engine is gone, or has taken everything back
+        done = []
+        for block in ordered_blocks:
+            assert isinstance(block, RemoteBlock)
+            if block.claim is None:
+                self.free.append(kv_space.index_of(block.block_id))
+                continue
+            self._claimed[block.claim] -= 1
+            if self._claimed[block.claim] == 0:
+                del self._claimed[block.claim]
+                done.append(block.claim)
+        if done:
+            self.borrower.release(done, [])
+
+    def give_back(self, count: int) -> None:
+        """Return `count` free leased blocks to the prefill engine."""
+        indices = [self.free.pop() for _ in range(count)]
+        self.leased -= count
+        self.borrower.release([], indices)
+
+
+class KVSpaceManager(FullAttentionManager):
+    """vLLM's manager for local requests; for offloaded ones every block is remote and none is taken here."""
+
+    offload: Offload
+
+    def _remote(self, request_id: str) -> bool:
+        return self.offload.is_offloaded(request_id)
+
+    def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
+        if self._remote(request_id):
+            return 0
+        return super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
+
+    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        if not self._remote(request_id):
+            super().add_local_computed_blocks(request_id, *args, **kwargs)
+
+    def allocate_external_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        if not self._remote(request_id):
+            super().allocate_external_computed_blocks(request_id, *args, **kwargs)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        if not self._remote(request_id):
+            return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        blocks = self.req_to_blocks[request_id]
+        new = self.offload.blocks_for(request_id, len(blocks), -(-num_tokens // self.block_size))
+        blocks.extend(new)
+        # vLLM takes a request that is in here for a running one, which has no prefix to look up.
+        self.num_cached_block.setdefault(request_id, 0)
+        return new
+
+    def cache_blocks(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        if not self._remote(request.request_id):
+            super().cache_blocks(request, *args, **kwargs)

@@ -1,0 +1,112 @@
+"""A decode worker's link to one attention executor: attached at start-up, dropped on failure, attached again later."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import threading
+import time
+
+import zmq
+
+from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel
+from vllm_adrenaline.errors import AdrenalineError
+
+logger = logging.getLogger("vllm.adrenaline")
+
+ANSWER_S = 5.0
+RETRY_S = 1.0
+
+
+class Link:
+    """`channel` is None while the executor is not there; the step that finds it so counts its rows as failed."""
+
+    def __init__(
+        self,
+        address: str,
+        identity: messages.Identity,
+        rank: int,
+        layers: list[str],
+        shape: Shape,
+        timeout_s: float,
+    ) -> None:
+        self.address, self.layers, self.shape, self.timeout_s = address, layers, shape, timeout_s
+        self._identity, self._rank = identity, rank
+        self.channel: ShmDecodeChannel | None = None
+        self._socket: zmq.Socket[bytes] | None = None
+        self._pidfd = -1
+
+    def attach(self) -> None:
+        """Find the executor of our rank through its prefill engine and attach; raises AdrenalineError."""
+        executor = self._find()
+        socket = sockets.connect(executor)
+        step = messages.encode(messages.Step())
+        channel = ShmDecodeChannel(self.shape, self.timeout_s, lambda: socket.send(step, zmq.NOBLOCK), self._gone)
+        try:
+            answer = sockets.ask(
+                socket,
+                messages.Attach(
+                    self._identity,
+                    self._rank,
+                    os.getpid(),
+                    channel.fd,
+                    self.shape.max_rows,
+                    self.shape.max_tokens,
+                    self.shape.max_blocks,
+                ),
+                ANSWER_S,
+            )
+            if isinstance(answer, messages.Refused):
+                raise AdrenalineError(f"the attention executor at {executor} refuses us: {answer.reason}")
+            if not isinstance(answer, messages.Attached):
+                raise AdrenalineError(f"the attention executor at {executor} does not answer")
+            if answer.layers != self.layers:
+                raise AdrenalineError(f"the attention executor at {executor} has other layers than this engine")
+            self._pidfd = os.pidfd_open(answer.pid)
+        except BaseException:
+            channel.close()
+            socket.close()
+            raise
+        self._socket, self.channel = socket, channel
+
+    def _find(self) -> str:
+        socket = sockets.connect(self.address)
+        try:
+            answer = sockets.ask(socket, messages.Hello(self._identity, borrows=False), ANSWER_S)
+        finally:
+            socket.close()
+        if isinstance(answer, messages.Refused):
+            raise AdrenalineError(f"the prefill engine at {self.address} refuses us: {answer.reason}")
+        if not isinstance(answer, messages.Welcome) or self._rank >= len(answer.executors):
+            raise AdrenalineError(f"the prefill engine at {self.address} does not answer")
+        return answer.executors[self._rank]
+
+    def _gone(self) -> bool:
+        return bool(select.select([self._pidfd], [], [], 0)[0])
+
+    def fail(self) -> None:
+        """Give the channel up and try for a new one in the background."""
+        self.close()
+        threading.Thread(target=self._reattach, name="adrenaline-reattach", daemon=True).start()
+
+    def _reattach(self) -> None:
+        while self.channel is None:
+            time.sleep(RETRY_S)
+            with contextlib.suppress(AdrenalineError, OSError, zmq.ZMQError):
+                self.attach()
+        logger.info("attached to the attention executor behind %s again", self.address)
+
+    def close(self) -> None:
+        """Detach; the executor notices when this process ends or attaches anew."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1

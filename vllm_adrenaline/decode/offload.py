@@ -1,0 +1,297 @@
+"""Everything the decode engine's scheduler knows about offloaded requests: placement, claims, remote blocks, leases.
+
+The scheduler is the only caller, from one thread. No decision is made here: placement asks the policy, and vLLM's own
+allocation and freeing drive the blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+
+from vllm_adrenaline.control import messages
+from vllm_adrenaline.decode.blocks import RemoteBlock, RemotePool
+from vllm_adrenaline.decode.borrower import Borrower
+from vllm_adrenaline.decode.growth import LOOKAHEAD, growth, lease_change
+from vllm_adrenaline.decode.remote import Report
+from vllm_adrenaline.digest import token_digest
+from vllm_adrenaline.placement.policy import Observed, Placement, place
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("vllm.adrenaline")
+
+CLAIM_WAIT_S = 0.002
+"""How long a step waits for claims under way: an answer takes a tenth of that, a missed step much more."""
+STARVE_S = 1.0
+"""How long a request waits for a growth block before it moves to the decode engine."""
+
+
+class RemoteParams(msgspec.Struct, frozen=True):
+    """The part of a request's kv_transfer_params that NIXL acts on, bounded. It comes with the request: trust nothing."""
+
+    do_remote_prefill: bool
+    remote_engine_id: messages.Name
+    remote_request_id: messages.Name
+    remote_host: messages.Name
+    remote_port: messages.Count
+    remote_block_ids: Annotated[list[messages.Blocks], msgspec.Meta(min_length=1, max_length=1)]
+    tp_size: messages.Count = 1
+    dcp_size: messages.Count = 1
+    pp_size: messages.Count = 1
+    do_remote_decode: bool = False
+
+
+@dataclass
+class Offloaded:
+    """One offloaded request. `adopted`: its prompt's blocks between the grant and vLLM's first allocation."""
+
+    request: Request
+    pool: RemotePool
+    claim: str
+    granted: bool = False
+    adopted: list[RemoteBlock] = field(default_factory=list)
+    held: int = 0
+    starved_since: float | None = None
+
+
+class Offload:
+    """See the module."""
+
+    def __init__(self, borrowers: list[Borrower], ratio: float, block_size: int, tensor_parallel_size: int) -> None:
+        self.pools = [RemotePool(executor, borrower) for executor, borrower in enumerate(borrowers)]
+        self.requests: dict[str, Offloaded] = {}
+        self.pulled: set[str] = set()
+        self._ratio, self._block_size, self._tp = ratio, block_size, tensor_parallel_size
+        self._cancelled: dict[str, RemotePool] = {}
+        self._down: frozenset[int] = frozenset()
+        self._placed: Counter[Placement] = Counter()
+        self._counts: Counter[str] = Counter()
+
+    # A request's way through
+
+    def arrived(self, request: Request) -> None:
+        """Place a new request; if it is offloaded, claim its prompt KV."""
+        if not request.kv_transfer_params:
+            return
+        pool, params = self._peer_of(request.kv_transfer_params)
+        if pool is None or params is None or len(params.remote_block_ids[0]) > self._blocks(request.num_prompt_tokens):
+            logger.warning("request %s names no prefill engine of ours: computing its prompt here", request.request_id)
+            self._counts["refused_params"] += 1
+            request.kv_transfer_params = None
+            return
+        placement = Placement.LOCAL
+        if not request.skip_reading_prefix_cache:
+            ready = pool.executor not in self._down
+            decided = self._placed.total()
+            placement = place(Observed(self._ratio, decided, self._placed[Placement.OFFLOADED], ready))
+            self._placed[placement] += 1
+        if placement is Placement.LOCAL:
+            self._counts["local_requests"] += 1
+            return
+        # Not NIXL's business any more, even if the claim fails: what is gone there must not be read.
+        request.kv_transfer_params["do_remote_prefill"] = False
+        self.requests[request.request_id] = Offloaded(request, pool, params.remote_request_id)
+        pool.borrower.claim(params.remote_request_id)
+
+    def matched_tokens(self, request: Request, num_local: int) -> tuple[int | None, bool] | None:
+        """Answer for KVConnector.get_num_new_matched_tokens; None when NIXL is to answer."""
+        offloaded = self.requests.get(request.request_id)
+        if offloaded is None:
+            return None
+        if not offloaded.granted:
+            return None, False
+        return max(0, request.num_tokens - 1 - num_local), False
+
+    def is_offloaded(self, request_id: str) -> bool:
+        """Whether the request's KV lives with a prefill engine (or is about to)."""
+        return request_id in self.requests
+
+    def blocks_for(self, request_id: str, held: int, needed: int) -> list[RemoteBlock]:
+        """Return the blocks that bring a request from `held` to `needed`; `reserve_growth` made sure they are there."""
+        offloaded = self.requests[request_id]
+        new: list[RemoteBlock] = []
+        if held == 0:
+            new, offloaded.adopted = offloaded.adopted, []
+        missing = needed - held - len(new)
+        if missing > 0:
+            new += offloaded.pool.take(missing)
+        offloaded.held = held + len(new)
+        return new
+
+    def finished(self, request_id: str) -> None:
+        """The request ends, in whatever way. vLLM frees the blocks it was given; the rest is let go here."""
+        self.pulled.discard(request_id)
+        offloaded = self.requests.pop(request_id, None)
+        if offloaded is None:
+            return
+        if not offloaded.granted and not offloaded.pool.dead:
+            self._cancelled[offloaded.claim] = offloaded.pool
+        offloaded.pool.free_blocks(offloaded.adopted)
+
+    def to_local(self, request_id: str) -> None:
+        """The request goes on in the decode engine's own memory; its blocks are freed already."""
+        if request_id in self.requests:
+            self.finished(request_id)
+            self._counts["fallback_requests"] += 1
+
+    # Once a step
+
+    def poll(self) -> list[str]:
+        """Take the prefill engines' answers; return the requests that have lost their blocks."""
+        lost: list[str] = []
+        for index, pool in enumerate(self.pools):
+            if any(not o.granted and o.pool is pool for o in self.requests.values()):
+                pool.borrower.answered.wait(CLAIM_WAIT_S)
+            for message in pool.borrower.take_answers():
+                if isinstance(message, messages.Leased):
+                    pool.add_leased(message.blocks)
+                elif isinstance(message, messages.Claimed):
+                    self._granted(pool, message)
+                elif isinstance(message, messages.Gone):
+                    self._gone(pool, message.request)
+                elif isinstance(message, messages.Refused):
+                    lost += [name for name, o in self.requests.items() if o.pool is pool]
+                    self._cancelled = {claim: of for claim, of in self._cancelled.items() if of is not pool}
+                    pool.dead = True
+                    pool = self.pools[index] = RemotePool(index, pool.borrower)
+        return lost
+
+    def reserve_growth(self, running: list[Request]) -> tuple[list[Request], list[Request]]:
+        """Look at the offloaded requests of this step: those that must wait for a block, and those that waited enough."""
+        waiting, leaving = [], []
+        now = time.monotonic()
+        spare = {id(pool): len(pool.free) for pool in self.pools}
+        for request in running:
+            offloaded = self.requests.get(request.request_id)
+            if offloaded is None:
+                continue
+            needed = self._blocks(request.num_tokens_with_spec) - offloaded.held
+            key = id(offloaded.pool)
+            if needed <= spare.get(key, 0):
+                spare[key] = spare.get(key, 0) - max(0, needed)
+                offloaded.starved_since = None
+            elif offloaded.starved_since is None or now - offloaded.starved_since < STARVE_S:
+                offloaded.starved_since = offloaded.starved_since or now
+                waiting.append(request)
+            else:
+                leaving.append(request)
+        return waiting, leaving
+
+    def adjust_leases(self) -> None:
+        """Ask for blocks that will be needed soon, give back what will not be."""
+        for pool in self.pools:
+            mine = [o for o in self.requests.values() if o.pool is pool and o.granted]
+            near = [self._growth(o, LOOKAHEAD) for o in mine]
+            far = [self._growth(o, 2 * LOOKAHEAD) for o in mine]
+            change = lease_change(len(pool.free), pool.asked, near, far)
+            if change > 0 and pool.borrower.welcome is not None:
+                pool.asked = change
+                pool.borrower.lease(change)
+            elif change < 0:
+                pool.give_back(-change)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether answers are awaited or leases must go back: the engine loop stays awake until then."""
+        return bool(self._cancelled) or any(pool.asked or (pool.leased and not self.requests) for pool in self.pools)
+
+    def received(self, scheduler_output: SchedulerOutput) -> frozenset[str]:
+        """Return the requests of this step that recompute the last token of a prompt whose KV was received.
+
+        That token's k and v are in the cache already, perhaps in a block that other requests read: they are not
+        written again, neither locally nor remotely.
+        """
+        result = set()
+        for new in scheduler_output.scheduled_new_reqs:
+            name = new.req_id
+            if name not in self.requests and name not in self.pulled:
+                continue
+            self.pulled.discard(name)
+            last = len(new.prompt_token_ids or ()) - 1
+            if new.num_computed_tokens == last and scheduler_output.num_scheduled_tokens[name] == 1:
+                result.add(name)
+        return frozenset(result)
+
+    def observe(self, output: KVConnectorOutput) -> None:
+        """Take what the workers report at the end of a step."""
+        if output.invalid_block_ids or output.failed_recving:
+            self.pulled.clear()  # a failed pull writes what it recomputes; so may, harmlessly, the others
+        if isinstance(report := output.kv_connector_worker_meta, Report):
+            self._down = report.down
+
+    def failed(self, executors: frozenset[int], scheduled: Any) -> list[str]:
+        """Executors did not answer in this step; return the scheduled requests whose tokens are worthless.
+
+        The prefill engine is told first: it kills its executors before any block that is released after this is reused.
+        """
+        for executor in executors:
+            self._counts["executor_failures"] += 1
+            self.pools[executor].borrower.report_fault()
+        self._down |= executors
+        return [n for n in scheduled if (o := self.requests.get(n)) is not None and o.pool.executor in executors]
+
+    def take_counts(self) -> dict[str, int]:
+        """Return what was counted since the last call."""
+        counts, self._counts = self._counts, Counter()
+        return dict(counts)
+
+    # Details
+
+    def _peer_of(self, raw: dict[str, Any]) -> tuple[RemotePool | None, RemoteParams | None]:
+        try:
+            params = msgspec.convert(raw, RemoteParams)
+        except msgspec.ValidationError:
+            return None, None
+        sizes = (params.tp_size, params.dcp_size, params.pp_size)
+        if params.do_remote_decode or not params.do_remote_prefill or sizes != (self._tp, 1, 1):
+            return None, None
+        where = (params.remote_engine_id, params.remote_host, params.remote_port)
+        for pool in self.pools:
+            peer = pool.borrower.welcome
+            if peer is not None and (peer.engine_id, peer.nixl_host, peer.nixl_port) == where:
+                fits = all(index < peer.num_blocks for index in params.remote_block_ids[0])
+                return (pool, params) if fits else (None, None)
+        return None, None
+
+    def _granted(self, pool: RemotePool, message: messages.Claimed) -> None:
+        if self._cancelled.pop(message.request, None) is not None:
+            pool.borrower.release([message.request], [])
+            return
+        for name, offloaded in self.requests.items():
+            if offloaded.pool is pool and offloaded.claim == message.request and not offloaded.granted:
+                request = offloaded.request
+                prompt = request.all_token_ids[: request.num_prompt_tokens]
+                if message.num_tokens != len(prompt) or message.digest != token_digest(prompt):
+                    logger.error("request %s was sent with the KV cache of another prompt: computing it here", name)
+                    del self.requests[name]
+                    break
+                offloaded.adopted = pool.adopt(message.request, message.blocks)
+                offloaded.granted = True
+                self._counts["offloaded_requests"] += 1
+                return
+        pool.borrower.release([message.request], [])
+
+    def _gone(self, pool: RemotePool, claim: str) -> None:
+        self._cancelled.pop(claim, None)
+        for name, offloaded in list(self.requests.items()):
+            if offloaded.pool is pool and offloaded.claim == claim and not offloaded.granted:
+                del self.requests[name]  # computed here from its first token
+                self._counts["fallback_requests"] += 1
+
+    def _growth(self, offloaded: Offloaded, ahead: int) -> int:
+        request = offloaded.request
+        held = offloaded.held + len(offloaded.adopted)
+        final = request.num_prompt_tokens + request.max_tokens
+        return growth(request.num_tokens, final, held, self._block_size, ahead)
+
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)

@@ -1,0 +1,75 @@
+"""The decode engine's worker: vLLM's CPU worker with our attention backend and links to the attention executors.
+
+Checked against vllm/v1/worker/cpu_worker.py of 0.32 (run) and 0.33 (read).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_adrenaline import identity
+from vllm_adrenaline.config import Options
+from vllm_adrenaline.data.shm import Shape
+from vllm_adrenaline.decode import backend, remote
+from vllm_adrenaline.decode.link import Link
+from vllm_adrenaline.errors import AdrenalineError
+
+
+class DecodeWorker(CPUWorker):
+    """See the module."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # CPU_ATTN itself is overridden: vLLM's CPU platform takes no other backend (vllm/platforms/cpu.py).
+        register_backend(AttentionBackendEnum.CPU_ATTN, backend.QUALNAME)
+        super().__init__(*args, **kwargs)
+        self.remote: remote.RemoteAttention | None = None
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        groups = kv_cache_config.kv_cache_groups
+        if len(groups) != 1:
+            raise AdrenalineError(f"the model has {len(groups)} KV cache groups; one is supported")
+        options, config, model = Options.of(self.vllm_config), self.vllm_config, self.vllm_config.model_config
+        layers = list(groups[0].layer_names)
+        shape = Shape(
+            max_rows=config.scheduler_config.max_num_seqs,
+            max_tokens=config.scheduler_config.max_num_batched_tokens,
+            max_blocks=self.model_runner.input_batch.block_table[0].max_num_blocks_per_req,
+            num_heads=model.get_num_attention_heads(self.parallel_config),
+            num_kv_heads=model.get_num_kv_heads(self.parallel_config),
+            head_size=model.get_head_size(),
+            dtype=model.dtype,
+        )
+        us = identity.of(config)
+        links = [Link(a, us, self.rank, layers, shape, options.executor_timeout) for a in options.peer_addresses]
+        for link in links:
+            link.attach()
+        self.remote = remote.RemoteAttention(links, layers, config.cache_config.block_size, counts_rows=self.rank == 0)
+        remote.activate(self.remote)
+        get_kv_transfer_group().remote = self.remote
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if self.remote is not None:
+            received = scheduler_output.kv_connector_metadata.received
+            self.remote.begin_step(received, self.model_runner.input_batch.req_id_to_index)
+        return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample; a row whose attention failed leaves its random generator as it was, for its token is dropped."""
+        failed = self.remote.failed_rows if self.remote is not None else []
+        generators = self.model_runner.input_batch.generators
+        before = [(generators[row], generators[row].get_state()) for row in failed if row in generators]
+        output = super().sample_tokens(grammar_output)
+        for generator, state in before:
+            generator.set_state(state)
+        return output
+
+    def shutdown(self) -> None:
+        if self.remote is not None:
+            remote.activate(None)
+            self.remote.close()
+        super().shutdown()

@@ -1,0 +1,139 @@
+"""A prefill engine, a decode engine and the front door on this machine, as one object for commands and tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from vllm_adrenaline.launch import roles, system
+from vllm_adrenaline.launch.process import EngineProcess
+from vllm_adrenaline.launch.supervisor import LaunchError, Supervisor
+from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
+
+# The kernel's limit for the path of a Unix socket is 107 bytes; ours end in a short name.
+LONGEST_RUNTIME = 80
+
+
+def check_ratio(ratio: float) -> None:
+    """Refuse an offload ratio that is no share."""
+    if not 0 <= ratio <= 1:
+        raise LaunchError(f"--offload-ratio is {ratio:g}; it is a share of the requests, from 0 to 1")
+
+
+def check_model(model: str) -> None:
+    """Refuse a model that looks like a local path but is not there; anything else is a name for vLLM to look up."""
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_local and not Path(model).expanduser().exists():
+        raise LaunchError(f"there is no model at {model}")
+
+
+def runtime_folder() -> Path:
+    """Return a new private folder, short enough for the addresses of Unix sockets."""
+    folder = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="adrenaline-", dir=folder if len(folder) < LONGEST_RUNTIME else "/tmp"))
+
+
+class Cluster:
+    """A context manager: engines and front door are up inside of it, and gone after it.
+
+    `offload_ratio=None` leaves the plugin out: the same cluster with vLLM's own disaggregation over NIXL.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        offload_ratio: float | None = 0.5,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        args: Sequence[str] = (),
+        prefill_args: Sequence[str] = (),
+        decode_args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        logs: Path | None = None,
+    ) -> None:
+        self.model = os.path.expanduser(str(model)) if str(model).startswith("~") else str(model)
+        self.offload_ratio = offload_ratio
+        self.host, self.port = host, port
+        self._args = {"prefill": [*args, *prefill_args], "decode": [*args, *decode_args]}
+        self._env = dict(env or {})
+        self._logs = logs
+        self._runtime: Path | None = None
+        self._listener: socket.socket | None = None
+        self._supervisor: Supervisor | None = None
+        self._door: ServerThread | None = None
+        self.url = self.prefill_url = self.decode_url = ""
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def processes(self) -> dict[str, EngineProcess]:
+        """Return the running engines by role: "prefill" and "decode"."""
+        return self._supervisor.processes if self._supervisor else {}
+
+    def check(self) -> None:
+        """Raise LaunchError if an engine or the front door has ended."""
+        if self._supervisor:
+            self._supervisor.check()
+        if self._door and not self._door.alive:
+            raise LaunchError("the front door has stopped")
+
+    def stop(self) -> None:
+        """Stop everything; may be called again."""
+        if self._door:
+            self._door.stop()
+        if self._listener:
+            self._listener.close()
+        if self._supervisor:
+            self._supervisor.stop()
+        if self._runtime:
+            shutil.rmtree(self._runtime, ignore_errors=True)
+        self._door = self._listener = self._supervisor = self._runtime = None
+
+    def _start(self) -> None:
+        check_model(self.model)
+        if self.offload_ratio is not None:
+            check_ratio(self.offload_ratio)
+        try:
+            # Held from now on, so that nobody takes it while the engines start; clients are refused until then.
+            self._listener = bind(self.host, self.port)
+        except PortTaken as error:
+            raise LaunchError(str(error)) from None
+        self._runtime = runtime_folder()
+        prefill, decode = self._specs(self._runtime)
+        self.prefill_url, self.decode_url = prefill.url, decode.url
+        self._supervisor = Supervisor([prefill, decode], logs=self._logs)
+        self._supervisor.start()
+        self._door = ServerThread(self._listener, [prefill.url], [decode.url])
+        self._door.start()
+        self.url = url_of(self._listener)
+
+    def _specs(self, runtime: Path) -> list[roles.EngineSpec]:
+        ports = system.free_ports(4)
+        env: dict[str, dict[str, str]] = {"prefill": {}, "decode": {}}
+        if self.offload_ratio is None:
+            flags = roles.plain_args()
+            env = roles.nixl_env(ports[2:])
+        else:
+            flags = roles.adrenaline_args(runtime, self.offload_ratio)
+        if system.is_cpu_build() and system.CORES_ENV not in {**os.environ, **self._env}:
+            decode, prefill = system.split_cores(system.physical_cores())
+            env["decode"][system.CORES_ENV], env["prefill"][system.CORES_ENV] = decode, prefill
+        return [
+            roles.engine_spec(role, self.model, port, [*flags[role], *self._args[role]], env={**env[role], **self._env})
+            for role, port in zip(("prefill", "decode"), ports, strict=False)
+        ]

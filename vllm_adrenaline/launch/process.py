@@ -1,0 +1,117 @@
+"""One engine as a supervised child process: its own process group, its own log file, gone when its parent is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# Runs first in the child, then becomes the command: SIGTERM for it (PR_SET_PDEATHSIG) when the thread that started it ends.
+# A preexec_fn would do the same, but can deadlock when the parent has other threads.
+DIE_WITH_PARENT = """\
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+SHM = "/dev/shm/"
+# vLLM puts "(EngineCore pid=7)" and "ERROR 11-20 22:13:22 [core.py:99]" before each line.
+LOG_PREFIX = re.compile(r"^(\([^)]* pid=\d+\)\s*)?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] ?)?)?")
+FAILURE = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b:? |^[\w./-]+: error: ")
+# Says only that something else, printed before it, went wrong.
+CONSEQUENCE = "Engine core initialization failed"
+
+
+def group_members(group: int) -> list[int]:
+    """Return the processes of a process group that are not zombies."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            # After the name, which may hold blanks and parentheses: state, parent, process group.
+            state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                members.append(int(entry.name))
+    return members
+
+
+def meaningful_lines(text: str, count: int = 3) -> list[str]:
+    """Return what a log says went wrong: its last error messages, or its last lines if there are none."""
+    lines = [LOG_PREFIX.sub("", line).rstrip() for line in text.splitlines()]
+    errors = list(dict.fromkeys(line for line in lines if FAILURE.match(line)))
+    causes = [line for line in errors if CONSEQUENCE not in line] or errors
+    return causes[-count:] or [line for line in lines if line.strip()][-count:]
+
+
+class EngineProcess:
+    """An engine, or any other command, in its own process group."""
+
+    def __init__(self, name: str, command: Sequence[str], env: dict[str, str], log: Path) -> None:
+        self.name, self.log = name, log
+        self._shm: set[str] = set()
+        with log.open("wb") as output:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *command],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Return the process id, which is the id of the group too."""
+        return self._popen.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """Return the exit status, or None while it runs."""
+        return self._popen.poll()
+
+    def failure(self) -> str:
+        """Return one message for the user about an engine that ended by itself."""
+        status = self.exit_status
+        how = (
+            f"was killed by {signal.Signals(-status).name}" if status and status < 0 else f"ended with status {status}"
+        )
+        lines = meaningful_lines(self.log.read_text(errors="replace")[-200_000:])
+        return "\n".join([f"the {self.name} engine {how}; its log: {self.log}", *(f"  | {line}" for line in lines)])
+
+    def remember_shared_memory(self) -> None:
+        """Note the files in /dev/shm that the group has mapped, for a killed process leaves them behind."""
+        for pid in group_members(self.pid):
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                    path = line[line.find(SHM) :] if SHM in line else ""
+                    if path and not path.endswith(" (deleted)"):
+                        self._shm.add(path)
+
+    def terminate(self) -> None:
+        """Ask the engine to stop; it stops its own children."""
+        if self.exit_status is None:
+            self.remember_shared_memory()
+            self._popen.terminate()
+
+    def finish(self, deadline: float) -> None:
+        """Wait for the whole group to end until the deadline (time.monotonic), then kill what is left of it."""
+        while time.monotonic() < deadline and (self.exit_status is None or group_members(self.pid)):
+            time.sleep(0.05)
+        # The id stays the group's own as long as there is a member, so this cannot hit another group.
+        while members := group_members(self.pid):
+            self.remember_shared_memory()
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        self._popen.wait()
+        for path in self._shm:
+            Path(path).unlink(missing_ok=True)

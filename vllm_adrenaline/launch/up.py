@@ -1,0 +1,42 @@
+"""`adrenaline up`: a whole cluster on this machine, until Ctrl-C or until one of its processes ends."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+
+from vllm_adrenaline.launch.cluster import Cluster
+from vllm_adrenaline.launch.supervisor import LaunchError, say
+
+CHECK_S = 0.5
+
+
+def split_flags(flag: str, text: str) -> list[str]:
+    """Split the value of --prefill-args or --decode-args as a shell would."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise LaunchError(f"cannot read {flag} {text!r}: {error}") from None
+
+
+def run(options: Namespace, engine_args: Sequence[str]) -> int:
+    """Start the cluster, say where it is, and watch it; ends by an exception only."""
+    cluster = Cluster(
+        options.model,
+        offload_ratio=options.offload_ratio,
+        host=options.host,
+        port=options.port,
+        args=engine_args,
+        prefill_args=split_flags("--prefill-args", options.prefill_args),
+        decode_args=split_flags("--decode-args", options.decode_args),
+    )
+    with cluster:
+        try:
+            say(f"ready: {cluster.url}  (prefill {cluster.prefill_url}, decode {cluster.decode_url}; Ctrl-C stops all)")
+            while True:
+                cluster.check()
+                time.sleep(CHECK_S)
+        finally:
+            say("stopping")

@@ -1,0 +1,1 @@
+"""Placement: the decision local, offloaded to which executor, or wait. Pure code."""

@@ -1,0 +1,1 @@
+"""What runs inside the prefill engine: KV sharing, lending of blocks, supervision of the attention executors."""

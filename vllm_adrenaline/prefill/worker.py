@@ -1,0 +1,57 @@
+"""The prefill engine's worker: vLLM's CPU worker, which can say where its KV cache is.
+
+Checked against vllm/v1/worker/cpu_worker.py of 0.32 (run) and 0.33 (read).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_adrenaline.attention.spec import KVExport, LayerSpec
+from vllm_adrenaline.errors import AdrenalineError
+
+
+class PrefillWorker(CPUWorker):
+    """Adds one remote call, `export_kv`."""
+
+    def export_kv(self) -> dict[str, Any]:
+        """Return a KVExport (as plain data: it crosses vLLM's own worker RPC) of this worker's KV cache."""
+        connector = get_kv_transfer_group()
+        shared = connector.shared_kv
+        config = self.model_runner.kv_cache_config
+        if len(config.kv_cache_groups) != 1:
+            raise AdrenalineError(f"the model has {len(config.kv_cache_groups)} KV cache groups; one is supported")
+        context = self.vllm_config.compilation_config.static_forward_context
+        names = config.kv_cache_groups[0].layer_names
+        layers: list[Attention] = [context[name] for name in names]
+        for layer in layers:
+            impl = layer.impl
+            if impl.alibi_slopes is not None or impl.sinks is not None or impl.logits_soft_cap or impl.sliding_window != -1:
+                raise AdrenalineError(f"{layer.layer_name} uses ALiBi, sinks, soft-capping or a window: not supported yet")
+        caches = [connector.kv_caches[name] for name in names]
+        blocks, heads, block_size, double = caches[0].shape
+        view = caches[0].view(blocks, heads, 2 * block_size, double // 2)
+        export = KVExport(
+            pid=os.getpid(),
+            fd=shared.fd,
+            size=shared.size,
+            shape=list(view.shape),
+            strides=list(view.stride()),
+            dtype=str(view.dtype).removeprefix("torch."),
+            isa=layers[0].isa,
+            num_heads=layers[0].impl.num_heads,
+            layers=[
+                LayerSpec(name, shared.offset(cache), layer.impl.scale)
+                for name, cache, layer in zip(names, caches, layers, strict=True)
+            ],
+            cpus=sorted(os.sched_getaffinity(0)),
+            threads=torch.get_num_threads(),
+        )
+        return msgspec.to_builtins(export)
