@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.5,
         metavar="R",
-        help="share of the requests whose decode attention runs beside the prefill engine, 0 to 1 (default: %(default)s)",
+        help="share of the requests whose decode attention is offloaded, 0 to 1 (default: %(default)s)",
     )
     _address(up)
     for role in ("prefill", "decode"):

@@ -57,9 +57,16 @@ def test_tokenizer_round_trip_and_chat(tmp_path: Path) -> None:
     assert chat == "<|user|>\nhi\n<|assistant|>\n"
 
 
-@pytest.mark.parametrize("sizes", [{"hidden": 64, "heads": 4}, {"heads": 8, "kv_heads": 3}, {"vocab": 100}])
-def test_impossible_sizes_are_refused(tmp_path: Path, sizes: dict[str, int]) -> None:
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        ({"hidden": 64, "heads": 4}, "head_dim is 16"),
+        ({"kv_heads": 3}, "8 heads cannot"),
+        ({"vocab": 100}, "vocab is 100"),
+    ],
+)
+def test_impossible_sizes_are_refused(tmp_path: Path, sizes: dict[str, int], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
         make_model(tmp_path, **sizes)
     assert list(tmp_path.glob("*/model.safetensors")) == []
 

@@ -119,7 +119,8 @@ def test_engine_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
 import os, sys, time
 from pathlib import Path
 from vllm_adrenaline.launch.process import EngineProcess
-process = EngineProcess("d", [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), Path({str(tmp_path / "log")!r}))
+command = [sys.executable, "-c", "import time; time.sleep(60)"]
+process = EngineProcess("d", command, dict(os.environ), Path({str(tmp_path / "log")!r}))
 print(process.pid, flush=True)
 time.sleep(60)
 """

@@ -247,7 +247,8 @@ def test_kv_transfer_params_of_clients_are_refused(extra: dict[str, Any]) -> Non
         async with client.post("/v1/completions", json=BODY | extra) as answer:
             assert answer.status == 400
             assert (await answer.json())["error"]["param"] == "kv_transfer_params"
-        assert not p.seen and not d.seen
+        assert not p.seen
+        assert not d.seen
 
     with_door(good_prefill, good_decode, test)
 

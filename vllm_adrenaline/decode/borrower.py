@@ -19,7 +19,7 @@ from vllm_adrenaline.control import messages, sockets
 logger = logging.getLogger("vllm.adrenaline")
 
 BEAT_S = 1.0
-SILENCE_S = 10.0
+SILENCE_S = 30.0
 
 
 class Borrower(threading.Thread):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Runs first in the child, then becomes the command: SIGTERM for it (PR_SET_PDEATHSIG) when the thread that started it ends.
+# Runs first in the child, then becomes the command: SIGTERM (PR_SET_PDEATHSIG) when the thread that started it ends.
 # A preexec_fn would do the same, but can deadlock when the parent has other threads.
 DIE_WITH_PARENT = """\
 import ctypes, os, signal, sys
@@ -24,7 +24,7 @@ os.execvp(sys.argv[2], sys.argv[2:])
 SHM = "/dev/shm/"
 # vLLM puts "(EngineCore pid=7)" and "ERROR 11-20 22:13:22 [core.py:99]" before each line.
 LOG_PREFIX = re.compile(r"^(\([^)]* pid=\d+\)\s*)?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] ?)?)?")
-FAILURE = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b:? |^[\w./-]+: error: ")
+FAILURE = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b:? |^[\w./-]+: error: |^adrenaline: ")
 # Says only that something else, printed before it, went wrong.
 CONSEQUENCE = "Engine core initialization failed"
 

@@ -9,7 +9,7 @@ import aiohttp
 
 CONNECT_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 5.0
-# vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request on one that is being closed would fail.
+# vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request on one being closed would fail.
 KEEP_ALIVE_S = 2.0
 
 # RFC 9110 7.6.1, and what each side states for itself.
