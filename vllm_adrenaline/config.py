@@ -59,12 +59,12 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lease_seconds: Annotated[
         float,
         _option(
-            "Prefill engine: take back everything lent to a decode engine that was silent for so long.",
+            "Prefill engine: take back what a decode engine was lent, or has not fetched, when it was silent for so long.",
             "SECONDS",
-            ge=1,
+            ge=6,
             le=3600,
         ),
-    ] = 30.0
+    ] = 60.0
     prefill_reserve: Annotated[
         float,
         _option(
@@ -74,13 +74,13 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     executor_timeout: Annotated[
         float,
         _option(
-            "Decode engine: an attention executor that does not answer for so long is given up; its requests are "
-            "recomputed locally.",
+            "Decode engine: an attention executor that lives but does not answer for so long is given up; its requests "
+            "are recomputed locally. One that has ended is noticed at once.",
             "SECONDS",
             ge=0.01,
             le=300,
         ),
-    ] = 20.0
+    ] = 60.0
     connect_timeout: Annotated[
         float,
         _option("Decode engine: how long to wait at start-up for the prefill engines.", "SECONDS", ge=0, le=3600),

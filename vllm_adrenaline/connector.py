@@ -7,17 +7,16 @@ vllm/distributed/kv_transfer/kv_connector/v1/nixl of 0.32 (run) and 0.33 (read).
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPullConnector
 
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.digest import token_digest
 from vllm_adrenaline.metrics import AdrenalinePromMetrics, AdrenalineStats
+from vllm_adrenaline.nixl_pause import pause_progress_thread
 from vllm_adrenaline.prefill.lender import Lender, Offer
 
 if TYPE_CHECKING:
@@ -30,23 +29,11 @@ if TYPE_CHECKING:
     from vllm_adrenaline.decode.remote import RemoteAttention
 
 
-def without_progress_thread() -> None:
-    """Let NIXL progress when vLLM asks it, not in a thread of its own.
-
-    NIXL 1.5.1 starts a thread for every agent that polls without a pause: it takes a whole core, idle or not (measured:
-    docs/vllm-notes.md). vLLM polls transfers and notifications once a step, and goes on stepping (every millisecond)
-    while a prompt waits to be read, on both engines. Idempotent. Remove when vLLM or NIXL lets one choose.
-    """
-    config = base_worker.nixl_agent_config
-    if config is not None and not isinstance(config, functools.partial):
-        base_worker.nixl_agent_config = functools.partial(config, enable_prog_thread=False)
-
-
 class AdrenalineConnector(NixlPullConnector):
     """See the module. `lender`, `offload` and `remote` are set by the scheduler or worker that the role brings."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
-        without_progress_thread()
+        pause_progress_thread()
         super().__init__(vllm_config, role, kv_cache_config)
         self.is_prefill = Options.of(vllm_config).role == "prefill"
         self.lender: Lender | None = None

@@ -149,7 +149,7 @@ class Fleet:
 
 
 @contextmanager
-def fleet(folder: Path, model: Path, common: list[str], engines: dict[str, tuple[str, list[str]]]) -> Iterator[Fleet]:
+def fleet(folder: Path, logs: Path, model: Path, common: list[str], engines: dict[str, tuple[str, list[str]]]) -> Iterator[Fleet]:
     """Start engines: name -> (role: plain, prefill, decode; further arguments). Decode engines use the one prefill engine."""
     address = f"ipc://{folder}/p"
     flags = {
@@ -163,7 +163,7 @@ def fleet(folder: Path, model: Path, common: list[str], engines: dict[str, tuple
         threads = os.environ.get("ADRENALINE_TEST_CORES", "0" if role == "decode" else "1")
         specs.append(roles.engine_spec(name, str(model), port, args, {system.CORES_ENV: threads, "HF_HUB_OFFLINE": "1"}))
     with ExitStack() as stack:
-        supervisor = stack.enter_context(Supervisor(specs, logs=folder))
+        supervisor = stack.enter_context(Supervisor(specs, logs=logs))
         members = {spec.name: Engine(spec.url, supervisor.processes[spec.name].pid) for spec in specs}
         doors: dict[str, Client] = {}
         for name, (role, _) in engines.items():
@@ -213,3 +213,10 @@ def serve(*args: str, timeout: float = 120) -> tuple[int, str]:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    """Like monkeypatch, for module fixtures."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch

@@ -22,7 +22,7 @@ SMALL_BLOCKS = 17  # 16 and vLLM's null block
 
 
 @pytest.fixture(scope="module")
-def engines(model: Path, short_tmp: Path) -> Iterator[Fleet]:
+def engines(model: Path, short_tmp: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     wanted = {
         "plain": ("plain", ["--kv-cache-memory-bytes", kv_bytes(400)]),
         "prefill": ("prefill", ["--kv-cache-memory-bytes", kv_bytes(400)]),
@@ -30,7 +30,7 @@ def engines(model: Path, short_tmp: Path) -> Iterator[Fleet]:
     }
     for name, ratio in RATIOS.items():
         wanted[name] = ("decode", ["--kv-cache-memory-bytes", kv_bytes(400), "--adrenaline-offload-ratio", str(ratio)])
-    with fleet(short_tmp, model, COMMON, wanted) as started:
+    with fleet(short_tmp, tmp_path_factory.mktemp("logs"), model, COMMON, wanted) as started:
         yield started
 
 

@@ -208,3 +208,27 @@ def test_meaningful_lines_of_a_vllm_log() -> None:
 )
 def test_cores_are_halved(cores: list[int], halves: tuple[str, str]) -> None:
     assert system.split_cores(cores) == halves
+
+
+def test_later_signals_do_not_interrupt_the_cleaning_up() -> None:
+    code = """
+import time
+from vllm_adrenaline.launch.signals import Stopped, ending_signals_raise
+with ending_signals_raise():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except Stopped as stopped:
+        print("stopping", flush=True)
+        time.sleep(0.5)
+        print("clean", stopped.exit_status, flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "stopping\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate()[0] in {"clean 130\n", "clean 143\n"}
+    assert process.returncode == 0

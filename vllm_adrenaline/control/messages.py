@@ -109,8 +109,10 @@ class Leased(Message, frozen=True):
 
 
 class Fault(Message, frozen=True):
-    """Decode to prefill engine: an attention executor of yours failed us. Kill them all before you reuse any block:
-    one that only slept would wake up and write into a block that is somebody else's by then."""
+    """Decode to prefill engine: these attention executor processes of yours failed us. Kill them before you reuse any
+    block: one that only slept would wake up and write into a block that is somebody else's by then."""
+
+    pids: Annotated[list[Count], msgspec.Meta(max_length=1024)]
 
 
 class Beat(Message, frozen=True):

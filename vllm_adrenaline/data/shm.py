@@ -29,31 +29,26 @@ LINE: Final = 8  # words of a 64-byte cache line
 W_MAGIC, W_PLAN, W_SENT, W_DONE, W_ROWS, W_LAYERS = (i * LINE for i in range(6))
 W_NUM_ROWS, W_NUM_TOKENS = 6 * LINE, 6 * LINE + 1
 
-SPIN: Final = 200
-"""Polls before yielding the core: about 40 us, more than a hot executor needs for a small batch."""
-YIELD_S: Final = 500e-6
-SLEEP_S: Final = 100e-6
+SPIN: Final = 500
+"""Polls before sleeping: some 50 us. No sched_yield: see vllm_adrenaline/cores.py."""
+SLEEP_S: Final = 50e-6
 
 
 def wait_word(
     words: memoryview, index: int, value: int, timeout_s: float, gone: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Wait until words[index] is `value`: spin, then yield, then sleep.
+    """Wait until words[index] is `value`: spin, then sleep in short turns.
 
     Return False after `timeout_s` seconds, or when `gone` (asked while sleeping) says that the peer has ended.
     """
     for _ in range(SPIN):
         if words[index] == value:
             return True
-    started = time.perf_counter()
+    deadline = time.perf_counter() + timeout_s
     while words[index] != value:
-        waited = time.perf_counter() - started
-        if waited < YIELD_S:
-            os.sched_yield()
-        elif waited < timeout_s and not gone():
-            time.sleep(SLEEP_S)
-        else:
+        if time.perf_counter() > deadline or gone():
             return words[index] == value
+        time.sleep(SLEEP_S)
     return True
 
 

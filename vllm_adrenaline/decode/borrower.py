@@ -19,7 +19,7 @@ from vllm_adrenaline.control import messages, sockets
 logger = logging.getLogger("vllm.adrenaline")
 
 BEAT_S = 1.0
-SILENCE_S = 30.0
+SILENCE_S = 60.0
 
 
 class Borrower(threading.Thread):
@@ -58,9 +58,9 @@ class Borrower(threading.Thread):
         """Give claims and blocks back."""
         self._post(messages.Release(list(requests), list(blocks)))
 
-    def report_fault(self) -> None:
-        """Tell the prefill engine that its executors failed us: it kills them before it reuses any block."""
-        self._post(messages.Fault())
+    def report_fault(self, pids: Iterable[int]) -> None:
+        """Tell the prefill engine which executor processes failed us: it kills them before it reuses any block."""
+        self._post(messages.Fault(list(pids)))
 
     def take_answers(self) -> list[messages.AnyMessage]:
         """Return the answers that came since the last call."""

@@ -38,6 +38,7 @@ class Link:
         self.channel: ShmDecodeChannel | None = None
         self._socket: zmq.Socket[bytes] | None = None
         self._pidfd = -1
+        self.pid = 0
 
     def attach(self) -> None:
         """Find the executor of our rank through its prefill engine and attach; raises AdrenalineError."""
@@ -66,6 +67,7 @@ class Link:
             if answer.layers != self.layers:
                 raise AdrenalineError(f"the attention executor at {executor} has other layers than this engine")
             self._pidfd = os.pidfd_open(answer.pid)
+            self.pid = answer.pid
         except BaseException:
             channel.close()
             socket.close()

@@ -228,16 +228,16 @@ class Offload:
         if isinstance(report := output.kv_connector_worker_meta, Report):
             self._down = report.down
 
-    def failed(self, executors: frozenset[int], scheduled: Any) -> list[str]:
+    def failed(self, report: Report, scheduled: Any) -> list[str]:
         """Executors did not answer in this step; return the scheduled requests whose tokens are worthless.
 
         The prefill engine is told first: it kills its executors before any block that is released after this is reused.
         """
-        for executor in executors:
+        for executor in report.failed:
             self._counts["executor_failures"] += 1
-            self.pools[executor].borrower.report_fault()
-        self._down |= executors
-        return [n for n in scheduled if (o := self.requests.get(n)) is not None and o.pool.executor in executors]
+            self.pools[executor].borrower.report_fault(report.pids)
+        self._down |= report.failed
+        return [n for n in scheduled if (o := self.requests.get(n)) is not None and o.pool.executor in report.failed]
 
     def take_counts(self) -> dict[str, int]:
         """Return what was counted since the last call."""

@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Report(KVConnectorWorkerMetadata):
-    """What a worker tells the scheduler at the end of a step: executors that failed in it, and those that are away."""
+    """What a worker tells the scheduler at the end of a step.
+
+    `failed`: executors that failed in it. `pids`: their processes. `down`: executors that are away.
+    """
 
     failed: frozenset[int]
+    pids: frozenset[int]
     down: frozenset[int]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Report:
         assert isinstance(other, Report)
-        return Report(self.failed | other.failed, self.down | other.down)
+        return Report(self.failed | other.failed, self.pids | other.pids, self.down | other.down)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def split_rows(
     keep[starts[received_rows]] = True
     masked = keep.copy()
     remote, remote_rows = {}, {}
-    for place in np.unique(places[places != kv_space.LOCAL]):
+    for place in sorted(set(places.tolist()) - {kv_space.LOCAL}):
         rows = np.flatnonzero(places == place)
         counts = query_lens[rows]
         row_of_token = np.repeat(rows, counts)
@@ -76,7 +80,7 @@ def split_rows(
         slots = blocks.astype(np.int64) * block_size + positions % block_size
         slots[keep[tokens]] = -1
         masked[tokens] = True
-        executor = int(place) - 1
+        executor = place - 1
         remote_rows[executor] = rows
         remote[executor] = RowsPlan(
             tokens=torch.from_numpy(tokens.astype(np.int64)),
@@ -181,7 +185,8 @@ class RemoteAttention:
         if not self._ever_failed:
             return None
         failed, self._failed = frozenset(self._failed), set()
-        return Report(failed, frozenset(i for i, link in enumerate(self.links) if link.channel is None))
+        pids = frozenset(self.links[executor].pid for executor in failed)
+        return Report(failed, pids, frozenset(i for i, link in enumerate(self.links) if link.channel is None))
 
     def take_counts(self) -> dict[str, int]:
         """Return the rows x layers attended since the last call, by the executors' own count (first rank only)."""

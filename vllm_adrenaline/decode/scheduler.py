@@ -16,6 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adrenaline import identity
 from vllm_adrenaline.config import Options
+from vllm_adrenaline.cores import wait_without_yield
 from vllm_adrenaline.decode.blocks import KVSpaceManager
 from vllm_adrenaline.decode.borrower import Borrower
 from vllm_adrenaline.decode.offload import Offload
@@ -27,6 +28,7 @@ class DecodeScheduler(Scheduler):
     """See the module."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        wait_without_yield()
         super().__init__(*args, **kwargs)
         options = Options.of(self.vllm_config)
         us = identity.of(self.vllm_config)
@@ -72,7 +74,7 @@ class DecodeScheduler(Scheduler):
         report = output.kv_connector_worker_meta if output is not None else None
         dropped: list[str] = []
         if isinstance(report, Report) and report.failed:
-            dropped = self.offload.failed(report.failed, scheduler_output.num_scheduled_tokens)
+            dropped = self.offload.failed(report, scheduler_output.num_scheduled_tokens)
             for name in dropped:
                 model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[name]] = []
         result = super().update_from_output(scheduler_output, model_runner_output)

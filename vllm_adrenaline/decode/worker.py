@@ -13,6 +13,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adrenaline import identity
 from vllm_adrenaline.config import Options
+from vllm_adrenaline.cores import settle_worker
 from vllm_adrenaline.data.shm import Shape
 from vllm_adrenaline.decode import backend, remote
 from vllm_adrenaline.decode.link import Link
@@ -23,6 +24,7 @@ class DecodeWorker(CPUWorker):
     """See the module."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        settle_worker()
         # CPU_ATTN itself is overridden: vLLM's CPU platform takes no other backend (vllm/platforms/cpu.py).
         register_backend(AttentionBackendEnum.CPU_ATTN, backend.QUALNAME)
         super().__init__(*args, **kwargs)

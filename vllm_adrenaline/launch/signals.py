@@ -22,10 +22,14 @@ class Stopped(BaseException):
 def ending_signals_raise() -> Iterator[None]:
     """Raise Stopped in the main thread on the first ending signal; later ones do not interrupt the cleaning up."""
 
+    stopping = False
+
     def stop(number: int, _: FrameType | None) -> None:
-        for ending in ENDING:
-            signal.signal(ending, signal.SIG_IGN)
-        raise Stopped(number)
+        # Not SIG_IGN for the later ones: Python raises OSError for a signal that came in before it was ignored.
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            raise Stopped(number)
 
     before = {number: signal.signal(number, stop) for number in ENDING}
     try:

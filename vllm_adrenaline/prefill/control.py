@@ -29,7 +29,7 @@ class ControlServer(threading.Thread):
         lender: Lender,
         lock: threading.RLock,
         welcome: Callable[[], messages.Welcome],
-        kill_executors: Callable[[], None],
+        kill_executors: Callable[[list[int] | None], None],
     ) -> None:
         super().__init__(name="adrenaline-control", daemon=True)
         self.identity, self.lender, self.lock, self.welcome = identity, lender, lock, welcome
@@ -44,8 +44,7 @@ class ControlServer(threading.Thread):
                 if self._socket.poll(POLL_MS):
                     self._serve_one()
                 with self.lock:
-                    for name in self.lender.expire():
-                        logger.warning("decode engine %s is silent: took back all it had borrowed", name.hex())
+                    self._evict_silent()
         finally:
             sockets.unbind(self._socket, self.address)
 
@@ -55,6 +54,16 @@ class ControlServer(threading.Thread):
         if self.is_alive():
             self.join(timeout=2 * POLL_MS / 1000)
 
+    def _evict_silent(self) -> None:
+        """Take back what silent decode engines have. One that only slept may wake up in the middle of a step, so the
+        executors are ended before any of its blocks can become somebody else's."""
+        silent = self.lender.silent()
+        if any(self.lender.borrowers[name].has_blocks for name in silent):
+            self.kill_executors(None)
+        for name in silent:
+            logger.warning("decode engine %s is silent: taking back all it had borrowed", name.hex())
+            self.lender.evict(name)
+
     def _serve_one(self) -> None:
         frames = self._socket.recv_multipart()
         try:
@@ -63,8 +72,12 @@ class ControlServer(threading.Thread):
         except (ValueError, msgspec.ValidationError, msgspec.DecodeError):
             self.bad_frames += 1
             return
-        with self.lock:
-            answer = self._answer(borrower, message)
+        try:
+            with self.lock:
+                answer = self._answer(borrower, message)
+        except Exception:
+            logger.exception("cannot serve %s", type(message).__name__)
+            return
         if answer is not None:
             try:
                 self._socket.send_multipart([borrower, messages.encode(answer)], zmq.NOBLOCK)
@@ -91,7 +104,7 @@ class ControlServer(threading.Thread):
         if isinstance(message, messages.Lease):
             return messages.Leased(lender.lease(borrower, message.want))
         if isinstance(message, messages.Fault):
-            self.kill_executors()
+            self.kill_executors(message.pids)
             return None
         if isinstance(message, messages.Release):
             lender.release(borrower, message.requests, message.blocks)

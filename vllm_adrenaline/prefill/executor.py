@@ -42,11 +42,13 @@ def addresses() -> list[str]:
     return [process.address for process in _site.processes]
 
 
-def kill_all() -> None:
-    """Kill the attention executors and wait for their end: after this they write nothing. They are started anew."""
+def kill(pids: list[int] | None) -> None:
+    """Kill those attention executors that still run under one of `pids` (None: all) and wait for their end: after this
+    they write nothing. They are started anew. A process that came in their place meanwhile is left alone."""
     if _site is not None:
         for process in _site.processes:
-            process.kill()
+            if pids is None or process.pid in pids:
+                process.kill()
 
 
 class ExecutorProcess:
@@ -73,6 +75,11 @@ class ExecutorProcess:
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(spec))
         self._process.stdin.close()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
 
     def wait_ready(self) -> None:
         """Read the address it listens at; raises AdrenalineError when it ends or is silent for too long."""

@@ -39,6 +39,11 @@ class Borrower:
     claims: dict[str, list[Block]] = field(default_factory=dict)
     leased: dict[int, Block] = field(default_factory=dict)
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether it has any block of ours."""
+        return bool(self.claims or self.leased)
+
 
 class Lender:
     """Offers, claims and leases of one prefill engine. `reserve`: free blocks never leased, kept for its own prompts."""
@@ -113,15 +118,16 @@ class Lender:
             self.pool.free_blocks(reversed(known.claims.pop(request_id, [])))
         self.pool.free_blocks([block for index in blocks if (block := known.leased.pop(index, None)) is not None])
 
-    def expire(self) -> list[bytes]:
-        """Take everything back from borrowers that were silent for `expiry_s`; return who they were."""
+    def silent(self) -> list[bytes]:
+        """Return the borrowers that were silent for `expiry_s`."""
         deadline = self.clock() - self.expiry_s
-        silent = [name for name, known in self.borrowers.items() if known.last_beat < deadline]
-        for name in silent:
-            known = self.borrowers[name]
-            self.release(name, list(known.claims), list(known.leased))
-            del self.borrowers[name]
-        return silent
+        return [name for name, known in self.borrowers.items() if known.last_beat < deadline]
+
+    def evict(self, borrower: bytes) -> None:
+        """Take everything back. The caller has made sure that nobody attends for this borrower any more."""
+        known = self.borrowers[borrower]
+        self.release(borrower, list(known.claims), list(known.leased))
+        del self.borrowers[borrower]
 
     @property
     def lent(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_adrenaline import identity
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import messages
+from vllm_adrenaline.cores import wait_without_yield
 from vllm_adrenaline.prefill import executor
 from vllm_adrenaline.prefill.control import ControlServer
 from vllm_adrenaline.prefill.lender import Lender
@@ -23,6 +24,7 @@ class PrefillScheduler(Scheduler):
     """Every entry that may touch the block pool holds `kv_lock`; uncontended, that costs nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        wait_without_yield()
         super().__init__(*args, **kwargs)
         options = Options.of(self.vllm_config)
         pool = self.kv_cache_manager.block_pool
@@ -40,7 +42,7 @@ class PrefillScheduler(Scheduler):
             self.lender,
             self.kv_lock,
             self._welcome,
-            executor.kill_all,
+            executor.kill,
         )
         self.control.start()
 

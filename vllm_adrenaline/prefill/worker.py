@@ -14,12 +14,17 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_adrenaline.cores import settle_worker
 from vllm_adrenaline.attention.spec import KVExport, LayerSpec
 from vllm_adrenaline.errors import AdrenalineError
 
 
 class PrefillWorker(CPUWorker):
     """Adds one remote call, `export_kv`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        settle_worker()
+        super().__init__(*args, **kwargs)
 
     def export_kv(self) -> dict[str, Any]:
         """Return a KVExport (as plain data: it crosses vLLM's own worker RPC) of this worker's KV cache."""

@@ -1,0 +1,92 @@
+"""When the prefill engine has no block to give, when its executor dies, and when a peer does not fit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine.conftest import Fleet, fleet, kv_bytes, serve, workload
+from vllm_adrenaline.launch.process import group_members
+
+PREFILL_BLOCKS = 17  # 16 and vLLM's null block
+
+
+@pytest.fixture(scope="module")
+def engines(model: Path, short_tmp: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    common = ["--dtype", "float32", "--max-model-len", "1024"]
+    wanted = {
+        "plain": ("plain", ["--kv-cache-memory-bytes", kv_bytes(100)]),
+        "prefill": ("prefill", ["--kv-cache-memory-bytes", kv_bytes(PREFILL_BLOCKS), "--adrenaline-prefill-reserve", "0"]),
+        "remote": ("decode", ["--kv-cache-memory-bytes", kv_bytes(100), "--adrenaline-offload-ratio", "1"]),
+    }
+    with fleet(short_tmp, tmp_path_factory.mktemp("logs"), model, common, wanted) as started:
+        yield started
+
+
+def executor_of(prefill: int) -> int:
+    """Return the attention executor's process in the prefill engine's group."""
+    for pid in group_members(prefill):
+        if b"vllm_adrenaline.attention" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+    raise AssertionError("no attention executor runs")
+
+
+def test_requests_that_cannot_grow_on_the_prefill_engine_finish_with_the_same_tokens(engines: Fleet) -> None:
+    work = workload(5, seed=41, prompts=[300], outputs=[300])  # 5 x 5 blocks of 16
+    wanted = [answer.tokens for answer in engines["plain"].complete(work)]
+    assert [answer.tokens for answer in engines.door("remote").complete(work)] == wanted
+    decode = engines["remote"]
+    assert decode.counter("fallback_requests") > 0, "nothing ran out: the test says nothing"
+    assert engines["prefill"].settle() == 0
+
+
+def test_a_killed_executor_costs_a_recomputation_and_no_token(engines: Fleet) -> None:
+    decode, pid = engines["remote"], executor_of(engines["prefill"].pid)
+    before = decode.counter("executor_failures")
+    work = workload(3, seed=42, prompts=[100], outputs=[300])
+    wanted = [a.tokens for a in engines["plain"].complete(work, temperature=0.8, seed=3)]
+    rows = decode.counter("remote_attention_rows")
+    killed = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if decode.counter("remote_attention_rows") > rows:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+                return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    got = [a.tokens for a in engines.door("remote").complete(work, temperature=0.8, seed=3)]
+    killer.join()
+    assert killed
+    assert got == wanted
+    assert decode.counter("executor_failures") > before
+    # It comes back, and requests are offloaded again.
+    deadline = time.monotonic() + 90
+    offloaded = decode.counter("offloaded_requests")
+    while decode.counter("offloaded_requests") == offloaded and time.monotonic() < deadline:
+        engines.door("remote").complete(workload(1, seed=43, prompts=[40], outputs=[5]))
+        time.sleep(1)
+    assert decode.counter("offloaded_requests") > offloaded
+    assert engines["prefill"].settle() == 0
+
+
+def test_a_decode_engine_that_does_not_fit_is_refused_with_both_values(
+    engines: Fleet, model: Path, short_tmp: Path
+) -> None:
+    flags = ["--plugin", "adrenaline", "--adrenaline-role", "decode", "--adrenaline-peers", f"ipc://{short_tmp}/p"]
+    code, output = serve(
+        "--model", str(model), "--dtype", "bfloat16", "--block-size", "64", "--max-model-len", "1024", *flags
+    )
+    assert code != 0
+    assert "dtype is float32 on the prefill engine and bfloat16 on the decode engine" in output
+    assert "block size is 128 on the prefill engine and 64 on the decode engine" in output
+    assert "Traceback" not in output

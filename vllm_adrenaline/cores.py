@@ -1,0 +1,39 @@
+"""How an engine's processes share cores on CPU: workers stay on their own cores, and nothing waits by sched_yield.
+
+vLLM's workers and engine core wait for each other in a sched_yield loop for up to a second after every message
+(vllm/distributed/device_communicators/shm_broadcast.py, SpinCondition; 0.32 run, 0.33 read). A prefill engine with a
+prompt on offer steps every millisecond, so it would spin without end, on the very cores the attention executor needs.
+Worse, on Linux 6.18 such a loop was seen to keep a runnable thread off its core for a minute (docs/vllm-notes.md).
+"""
+
+import os
+import re
+import time
+
+PAUSE_S = 50e-6
+AFFINITY_VARIABLES = ("KMP_AFFINITY", "GOMP_CPU_AFFINITY", "OMP_PLACES")
+
+
+def wait_without_yield() -> None:
+    """Let this process's message queues sleep 50 us between polls. Idempotent.
+
+    Removal condition: vLLM lets one set the busy-loop time of its message queues.
+    """
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    shm_broadcast.sched_yield = lambda: time.sleep(PAUSE_S)
+
+
+def bound_cores() -> set[int]:
+    """Return the cores vLLM bound this worker's OpenMP threads to (VLLM_CPU_OMP_THREADS_BIND); all, if it did not."""
+    for name in AFFINITY_VARIABLES:
+        cores = re.search(r"(?:proclist=\[|\{|^)([\d ,]+)", os.environ.get(name, ""))
+        if cores:
+            return {int(core) for core in re.findall(r"\d+", cores[1])}
+    return os.sched_getaffinity(0)
+
+
+def settle_worker() -> None:
+    """Keep this worker's main thread, and every thread it starts, on the cores of its OpenMP threads."""
+    wait_without_yield()
+    os.sched_setaffinity(0, bound_cores())
