@@ -76,8 +76,6 @@ def vllm_requirements() -> list[str]:
 
 def main() -> None:
     """Build the environment, or say at once that it is up to date."""
-    if sys.version_info < (3, 11):
-        sys.exit(f"vllm-adrenaline needs Python 3.11 or newer; this is {sys.version.split()[0]}. Try: make PYTHON=python3.11")
     if STAMP.exists() and STAMP.read_text() == fingerprint():
         say(".venv is up to date")
         return

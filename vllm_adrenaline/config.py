@@ -28,7 +28,9 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     role: Annotated[
         Literal["prefill", "decode"],
-        _option("What this engine does: `prefill` computes prompts and runs the attention executors, `decode` decodes."),
+        _option(
+            "What this engine does: `prefill` computes prompts and runs the attention executors, `decode` decodes."
+        ),
     ]
     listen: Annotated[
         str,
@@ -59,7 +61,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lease_seconds: Annotated[
         float,
         _option(
-            "Prefill engine: take back what a decode engine was lent, or has not fetched, when it was silent for so long.",
+            "Prefill engine: take back what a decode engine was lent, or did not fetch, when it is silent for so long.",
             "SECONDS",
             ge=6,
             le=3600,
@@ -67,9 +69,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 60.0
     prefill_reserve: Annotated[
         float,
-        _option(
-            "Prefill engine: share of its KV blocks that is never lent for growing requests.", "SHARE", ge=0, le=1
-        ),
+        _option("Prefill engine: share of its KV blocks that is never lent for growing requests.", "SHARE", ge=0, le=1),
     ] = 0.05
     executor_timeout: Annotated[
         float,
@@ -110,9 +110,13 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise AdrenalineError(f"Adrenaline option refused: {message}") from None
         for address in options.peer_addresses if options.role == "decode" else [options.listen_address]:
             sockets.check_address(address)
-        unused = {"listen", "prefill_reserve", "lease_seconds"} if options.role == "decode" else {"peers", "offload_ratio"}
+        unused = (
+            {"listen", "prefill_reserve", "lease_seconds"} if options.role == "decode" else {"peers", "offload_ratio"}
+        )
         for name in sorted(unused & values.keys()):
-            raise AdrenalineError(f"{FLAG_PREFIX}{name.replace('_', '-')} is of no use with --adrenaline-role {options.role}")
+            raise AdrenalineError(
+                f"{FLAG_PREFIX}{name.replace('_', '-')} is of no use with --adrenaline-role {options.role}"
+            )
         return options
 
     @classmethod

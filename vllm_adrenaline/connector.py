@@ -80,7 +80,10 @@ class AdrenalineConnector(NixlPullConnector):
         super().on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        if self.offload is not None and (answer := self.offload.matched_tokens(request, num_computed_tokens)) is not None:
+        if (
+            self.offload is not None
+            and (answer := self.offload.matched_tokens(request, num_computed_tokens)) is not None
+        ):
             return answer
         return super().get_num_new_matched_tokens(request, num_computed_tokens)
 

@@ -23,7 +23,7 @@ def pause_progress_thread() -> None:
         return  # vLLM says what is missing when it needs it
     bindings = sys.modules[NixlWrapper.__module__].nixlBind
 
-    class PausingConfig(bindings.nixlAgentConfig):  # type: ignore[misc]
+    class PausingConfig(bindings.nixlAgentConfig):  # type: ignore[name-defined]
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, PAUSE_US if name == "pthrDelay" else value)
 

@@ -29,7 +29,7 @@ def register() -> None:
         return
     setattr(EngineArgs, _MARK, True)
     add_cli_args = EngineArgs.add_cli_args
-    from_cli_args = EngineArgs.from_cli_args.__func__  # type: ignore[attr-defined]
+    from_cli_args = EngineArgs.from_cli_args.__func__
     create_engine_config = EngineArgs.create_engine_config
 
     def add_flags(parser: Any) -> Any:
@@ -43,7 +43,9 @@ def register() -> None:
     def take_flags(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
         engine_args = from_cli_args(cls, args)
         values = {
-            name: value for name, _, _ in config.flags() if (value := getattr(args, f"adrenaline_{name}", None)) is not None
+            name: value
+            for name, _, _ in config.flags()
+            if (value := getattr(args, f"adrenaline_{name}", None)) is not None
         }
         if getattr(args, "plugin", None) == PLUGIN:
             try:
@@ -76,6 +78,6 @@ def register() -> None:
             raise
         return vllm_config
 
-    EngineArgs.add_cli_args = staticmethod(add_flags)  # type: ignore[assignment]
-    EngineArgs.from_cli_args = classmethod(take_flags)  # type: ignore[assignment]
-    EngineArgs.create_engine_config = create  # type: ignore[method-assign]
+    EngineArgs.add_cli_args = staticmethod(add_flags)
+    EngineArgs.from_cli_args = classmethod(take_flags)
+    EngineArgs.create_engine_config = create

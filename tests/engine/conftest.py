@@ -149,8 +149,10 @@ class Fleet:
 
 
 @contextmanager
-def fleet(folder: Path, logs: Path, model: Path, common: list[str], engines: dict[str, tuple[str, list[str]]]) -> Iterator[Fleet]:
-    """Start engines: name -> (role: plain, prefill, decode; further arguments). Decode engines use the one prefill engine."""
+def fleet(
+    folder: Path, logs: Path, model: Path, common: list[str], engines: dict[str, tuple[str, list[str]]]
+) -> Iterator[Fleet]:
+    """Start engines: name -> (role: plain, prefill or decode; further arguments). There is one prefill engine."""
     address = f"ipc://{folder}/p"
     flags = {
         "plain": [],
@@ -161,7 +163,9 @@ def fleet(folder: Path, logs: Path, model: Path, common: list[str], engines: dic
     for port, (name, (role, more)) in zip(system.free_ports(len(engines)), engines.items(), strict=True):
         args = ["--served-model-name", "m", "--enforce-eager", *common, *flags[role], *more]
         threads = os.environ.get("ADRENALINE_TEST_CORES", "0" if role == "decode" else "1")
-        specs.append(roles.engine_spec(name, str(model), port, args, {system.CORES_ENV: threads, "HF_HUB_OFFLINE": "1"}))
+        specs.append(
+            roles.engine_spec(name, str(model), port, args, {system.CORES_ENV: threads, "HF_HUB_OFFLINE": "1"})
+        )
     with ExitStack() as stack:
         supervisor = stack.enter_context(Supervisor(specs, logs=logs))
         members = {spec.name: Engine(spec.url, supervisor.processes[spec.name].pid) for spec in specs}

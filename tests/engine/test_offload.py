@@ -139,7 +139,7 @@ def test_a_shared_prefix_is_computed_once_and_shared_by_offloaded_requests(engin
     work = [Work(prefix + rest.prompt, rest.tokens) for rest in rests] + [Work(prefix, 60)]
     wanted = engines["plain"].complete(work)
     door, prefill = engines.door("half"), engines["prefill"]
-    door.complete([Work(prefix + [11], 1)])
+    door.complete([Work([*prefix, 11], 1)])
     before = prefill.metrics()["vllm:prefix_cache_hits_total"]
     assert tokens(door.complete(work)) == tokens(wanted)
     # The last one is the prefix itself: vLLM recomputes the last block of a prompt it has in full.

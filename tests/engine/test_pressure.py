@@ -22,7 +22,10 @@ def engines(model: Path, short_tmp: Path, tmp_path_factory: pytest.TempPathFacto
     common = ["--dtype", "float32", "--max-model-len", "1024"]
     wanted = {
         "plain": ("plain", ["--kv-cache-memory-bytes", kv_bytes(100)]),
-        "prefill": ("prefill", ["--kv-cache-memory-bytes", kv_bytes(PREFILL_BLOCKS), "--adrenaline-prefill-reserve", "0"]),
+        "prefill": (
+            "prefill",
+            ["--kv-cache-memory-bytes", kv_bytes(PREFILL_BLOCKS), "--adrenaline-prefill-reserve", "0"],
+        ),
         "remote": ("decode", ["--kv-cache-memory-bytes", kv_bytes(100), "--adrenaline-offload-ratio", "1"]),
     }
     with fleet(short_tmp, tmp_path_factory.mktemp("logs"), model, common, wanted) as started:

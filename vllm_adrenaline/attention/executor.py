@@ -32,7 +32,9 @@ MAX_CHANNELS = 64
 class ChannelThread(threading.Thread):
     """Serves the steps of one decode worker."""
 
-    def __init__(self, attention: CpuAttention, channel: ShmExecutorChannel, num_layers: int, idle_timeout: float) -> None:
+    def __init__(
+        self, attention: CpuAttention, channel: ShmExecutorChannel, num_layers: int, idle_timeout: float
+    ) -> None:
         super().__init__(name="adrenaline-channel", daemon=True)
         self.wake = threading.Event()
         self.closing = False
@@ -135,7 +137,8 @@ class Server:
     def _attach(self, peer: bytes, message: messages.Attach) -> messages.Attached:
         reason = messages.mismatch(self._spec.identity, message.identity, "attention executor", "decode worker")
         if reason is None and message.rank != self._spec.rank:
-            reason = f"tensor-parallel rank is {self._spec.rank} on the attention executor and {message.rank} on the decode worker"
+            ours, theirs = self._spec.rank, message.rank
+            reason = f"tensor-parallel rank is {ours} on the attention executor and {theirs} on the decode worker"
         if reason is None and len(self._threads) >= MAX_CHANNELS:
             reason = f"{MAX_CHANNELS} decode workers are attached already"
         if reason is not None:

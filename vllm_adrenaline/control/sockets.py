@@ -42,7 +42,9 @@ def check_address(address: str) -> str:
                     "are neither encrypted nor authenticated yet"
                 )
             return address
-    raise AdrenalineError(f"address {address!r} is neither ipc:///absolute/path (under 100 characters) nor tcp://host:port")
+    raise AdrenalineError(
+        f"address {address!r} is neither ipc:///absolute/path (under 100 characters) nor tcp://host:port"
+    )
 
 
 def check_free(address: str) -> None:
@@ -67,7 +69,7 @@ def sibling(address: str, suffix: str) -> str:
 
 
 def _bounded(kind: int) -> zmq.Socket[bytes]:
-    socket = zmq.Context.instance().socket(kind)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, messages.MAX_FRAME)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
@@ -89,7 +91,7 @@ def bind(address: str) -> tuple[zmq.Socket[bytes], str]:
     except zmq.ZMQError as error:
         socket.close()
         raise AdrenalineError(f"cannot listen at {address}: {error}") from None
-    return socket, socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+    return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
 
 def unbind(socket: zmq.Socket[bytes], address: str) -> None:

@@ -36,15 +36,15 @@ class AdrenalineCPUBackend(CPUAttentionBackend):
 class AdrenalineBuilder(CPUAttentionMetadataBuilder):
     """Masks remote rows and hangs the step plan on the metadata that all layers of a step share."""
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> CPUAttentionMetadata:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> CPUAttentionMetadata:
         site = remote.active()
         plan = None
         if site is not None:
             common_attn_metadata, plan = site.split(common_attn_metadata)
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata.remote_plan = plan  # type: ignore[attr-defined]
-        if plan is not None:
-            metadata.layer_index = site.layer_index  # type: ignore[union-attr, attr-defined]
+        metadata.remote_plan = plan
         return metadata
 
 
@@ -66,7 +66,7 @@ class AdrenalineImpl(CPUAttentionBackendImpl):
         plan = attn_metadata.remote_plan if attn_metadata is not None else None
         if plan is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
-        index = attn_metadata.layer_index[layer.layer_name]
+        index = plan.layer_index[layer.layer_name]
         plan.send(index, query, key, value)
         if plan.has_local:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output)

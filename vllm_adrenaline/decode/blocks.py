@@ -32,7 +32,7 @@ class RemoteBlock(KVCacheBlock):
 
 
 class RemotePool:
-    """What this decode engine has of one prefill engine's KV cache: claimed prompts, leased blocks, free ones of those."""
+    """What we have of one prefill engine's KV cache: claimed prompts, leased blocks, and the free ones of those."""
 
     def __init__(self, executor: int, borrower: Borrower) -> None:
         self.executor, self.borrower = executor, borrower

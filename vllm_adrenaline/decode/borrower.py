@@ -38,7 +38,8 @@ class Borrower(threading.Thread):
 
     @staticmethod
     def _bell() -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-        context, name = zmq.Context.instance(), f"inproc://adrenaline-{time.monotonic_ns()}"
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        name = f"inproc://adrenaline-{time.monotonic_ns()}"
         ring, rung = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
         rung.bind(name)
         ring.connect(name)

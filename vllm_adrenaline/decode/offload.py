@@ -36,7 +36,7 @@ STARVE_S = 1.0
 
 
 class RemoteParams(msgspec.Struct, frozen=True):
-    """The part of a request's kv_transfer_params that NIXL acts on, bounded. It comes with the request: trust nothing."""
+    """The part of kv_transfer_params that NIXL acts on, bounded. It comes with the request: trust nothing."""
 
     do_remote_prefill: bool
     remote_engine_id: messages.Name
@@ -148,7 +148,7 @@ class Offload:
     def poll(self) -> list[str]:
         """Take the prefill engines' answers; return the requests that have lost their blocks."""
         lost: list[str] = []
-        for index, pool in enumerate(self.pools):
+        for index, pool in enumerate(list(self.pools)):
             if any(not o.granted and o.pool is pool for o in self.requests.values()):
                 pool.borrower.answered.wait(CLAIM_WAIT_S)
             for message in pool.borrower.take_answers():
@@ -158,15 +158,15 @@ class Offload:
                     self._granted(pool, message)
                 elif isinstance(message, messages.Gone):
                     self._gone(pool, message.request)
-                elif isinstance(message, messages.Refused):
+                elif isinstance(message, messages.Refused) and not pool.dead:
                     lost += [name for name, o in self.requests.items() if o.pool is pool]
                     self._cancelled = {claim: of for claim, of in self._cancelled.items() if of is not pool}
                     pool.dead = True
-                    pool = self.pools[index] = RemotePool(index, pool.borrower)
+                    self.pools[index] = RemotePool(index, pool.borrower)
         return lost
 
     def reserve_growth(self, running: list[Request]) -> tuple[list[Request], list[Request]]:
-        """Look at the offloaded requests of this step: those that must wait for a block, and those that waited enough."""
+        """Return the offloaded requests that must wait for a block in this step, and those that have waited enough."""
         waiting, leaving = [], []
         now = time.monotonic()
         spare = {id(pool): len(pool.free) for pool in self.pools}

@@ -72,16 +72,15 @@ class DecodeScheduler(Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         output = model_runner_output.kv_connector_output
         report = output.kv_connector_worker_meta if output is not None else None
-        dropped: list[str] = []
+        failed: frozenset[int] = frozenset()
         if isinstance(report, Report) and report.failed:
-            dropped = self.offload.failed(report, scheduler_output.num_scheduled_tokens)
-            for name in dropped:
+            failed = report.failed
+            for name in self.offload.failed(report, scheduler_output.num_scheduled_tokens):
                 model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[name]] = []
         result = super().update_from_output(scheduler_output, model_runner_output)
-        if dropped:
-            for name, offloaded in list(self.offload.requests.items()):
-                if offloaded.pool.executor in report.failed:
-                    self._move_to_local(offloaded.request)
+        for offloaded in list(self.offload.requests.values()) if failed else ():
+            if offloaded.pool.executor in failed:
+                self._move_to_local(offloaded.request)
         return result
 
     def _move_to_local(self, request: Request) -> None:

@@ -121,7 +121,7 @@ class AttentionSite:
         self.processes = [ExecutorProcess(spec) for spec in specs]
         for process in self.processes:
             process.wait_ready()
-        self.stopping = False
+        self._stopping = threading.Event()
         for rank in range(len(specs)):
             threading.Thread(target=self._watch, args=(rank,), name=f"adrenaline-watch-{rank}", daemon=True).start()
 
@@ -129,7 +129,7 @@ class AttentionSite:
         backoff = 0.5
         while True:
             code = self.processes[rank].wait()
-            if self.stopping:
+            if self._stopping.is_set():
                 return
             logger.error("attention executor %d ended with exit code %d: starting it again", rank, code)
             time.sleep(backoff)
@@ -137,7 +137,7 @@ class AttentionSite:
             try:
                 process = ExecutorProcess(self.processes[rank].spec)
                 self.processes[rank] = process
-                if self.stopping:
+                if self._stopping.is_set():
                     process.stop()
                     return
                 process.wait_ready()
@@ -146,7 +146,7 @@ class AttentionSite:
 
     def stop(self) -> None:
         """Stop all of them."""
-        self.stopping = True
+        self._stopping.set()
         for process in self.processes:
             with contextlib.suppress(OSError):
                 process.stop()

@@ -46,7 +46,7 @@ class Borrower:
 
 
 class Lender:
-    """Offers, claims and leases of one prefill engine. `reserve`: free blocks never leased, kept for its own prompts."""
+    """Offers, claims and leases of one prefill engine. `reserve`: free blocks never leased, for its own prompts."""
 
     def __init__(self, pool: Pool, reserve: int, expiry_s: float, clock: Callable[[], float]) -> None:
         self.pool = pool

@@ -64,9 +64,7 @@ class PrefillScheduler(Scheduler):
         with self.kv_lock:
             return super().update_from_output(*args, **kwargs)
 
-    def finish_requests(
-        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
-    ) -> list[Request]:
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         with self.kv_lock:
             return super().finish_requests(request_ids, finished_status)
 

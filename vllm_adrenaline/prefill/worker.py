@@ -14,8 +14,8 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_adrenaline.cores import settle_worker
 from vllm_adrenaline.attention.spec import KVExport, LayerSpec
+from vllm_adrenaline.cores import settle_worker
 from vllm_adrenaline.errors import AdrenalineError
 
 
@@ -38,8 +38,15 @@ class PrefillWorker(CPUWorker):
         layers: list[Attention] = [context[name] for name in names]
         for layer in layers:
             impl = layer.impl
-            if impl.alibi_slopes is not None or impl.sinks is not None or impl.logits_soft_cap or impl.sliding_window != -1:
-                raise AdrenalineError(f"{layer.layer_name} uses ALiBi, sinks, soft-capping or a window: not supported yet")
+            if (
+                impl.alibi_slopes is not None
+                or impl.sinks is not None
+                or impl.logits_soft_cap
+                or impl.sliding_window != -1
+            ):
+                raise AdrenalineError(
+                    f"{layer.layer_name} uses ALiBi, sinks, soft-capping or a window: not supported yet"
+                )
         caches = [connector.kv_caches[name] for name in names]
         blocks, heads, block_size, double = caches[0].shape
         view = caches[0].view(blocks, heads, 2 * block_size, double // 2)
