@@ -92,26 +92,27 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _urls(flag: str, text: str) -> list[str]:
-    from vllm_adrenaline.launch.supervisor import LaunchError
+    from vllm_adrenaline.errors import AdrenalineError
 
     urls = [url.strip() for url in text.split(",") if url.strip()]
     for url in urls:
         if not url.startswith(("http://", "https://")):
-            raise LaunchError(f"{flag}: {url!r} is no URL; write http://HOST:PORT")
+            raise AdrenalineError(f"{flag}: {url!r} is no URL; write http://HOST:PORT")
     if not urls:
-        raise LaunchError(f"{flag} names no engine")
+        raise AdrenalineError(f"{flag} names no engine")
     return urls
 
 
 def _proxy(options: argparse.Namespace) -> int:
-    from vllm_adrenaline.launch.supervisor import LaunchError, say
+    from vllm_adrenaline.errors import AdrenalineError
+    from vllm_adrenaline.launch.supervisor import say
     from vllm_adrenaline.proxy.server import PortTaken, bind, make_server, url_of
 
     server = make_server(_urls("--prefill", options.prefill), _urls("--decode", options.decode))
     try:
         listener = bind(options.host, options.port)
     except PortTaken as error:
-        raise LaunchError(str(error)) from None
+        raise AdrenalineError(str(error)) from None
     with listener:
         say(f"front door: {url_of(listener)}")
         server.run(sockets=[listener])
@@ -151,15 +152,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(_join_values(sys.argv[1:] if argv is None else argv))
     if rest and options.command != "up":
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    from vllm_adrenaline.errors import AdrenalineError
     from vllm_adrenaline.launch.signals import Stopped, ending_signals_raise
-    from vllm_adrenaline.launch.supervisor import LaunchError
 
     try:
         with ending_signals_raise():
             return _run(options, rest)
     except Stopped as stopped:
         return stopped.exit_status
-    except LaunchError as error:
+    except AdrenalineError as error:
         print(f"adrenaline: {error}", file=sys.stderr)
         return 1
 

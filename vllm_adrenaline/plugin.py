@@ -41,21 +41,25 @@ def register() -> None:
         return parser
 
     def take_flags(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
-        engine_args = from_cli_args(cls, args)
         values = {
             name: value
             for name, _, _ in config.flags()
             if (value := getattr(args, f"adrenaline_{name}", None)) is not None
         }
-        if getattr(args, "plugin", None) == PLUGIN:
-            try:
-                config.Options.parse(values)
-            except AdrenalineError as error:
-                raise SystemExit(f"adrenaline: {error}") from None
-            engine_args.additional_config = {**engine_args.additional_config, PLUGIN: values}
-        elif values:
-            flag = f"{config.FLAG_PREFIX}{next(iter(values)).replace('_', '-')}"
-            raise SystemExit(f"adrenaline: {flag} needs --plugin {PLUGIN}")
+        if getattr(args, "plugin", None) != PLUGIN:
+            if values:
+                flag = f"{config.FLAG_PREFIX}{next(iter(values)).replace('_', '-')}"
+                raise SystemExit(f"adrenaline: {flag} needs --plugin {PLUGIN}")
+            return from_cli_args(cls, args)
+        from vllm_adrenaline import roles
+
+        try:
+            config.Options.parse(values)
+            roles.check_model(args.model)  # vLLM itself looks for the model while EngineArgs are made
+        except AdrenalineError as error:
+            raise SystemExit(f"adrenaline: {error}") from None
+        engine_args = from_cli_args(cls, args)
+        engine_args.additional_config = {**engine_args.additional_config, PLUGIN: values}
         return engine_args
 
     @functools.wraps(create_engine_config)

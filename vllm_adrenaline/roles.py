@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 SIDE_CHANNEL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 
 
+def check_model(model: str) -> None:
+    """Raise AdrenalineError for a local path at which there is nothing; any other name is vLLM's to look up."""
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_local and not Path(model).expanduser().exists():
+        raise AdrenalineError(f"there is no model at {model}")
+
+
 def apply(args: EngineArgs, options: Options) -> None:
     """Set on `args` what the role needs; raises AdrenalineError where the user chose something that excludes it."""
     from vllm.config import KVTransferConfig
@@ -41,14 +48,14 @@ def apply(args: EngineArgs, options: Options) -> None:
         raise AdrenalineError(
             "local requests pull their KV cache through NIXL, which is not installed: pip install nixl"
         )
-    if args.model.startswith((".", "/", "~")) and not Path(args.model).expanduser().exists():
-        raise AdrenalineError(f"there is no model at {args.model}")
+    check_model(args.model)
     taken = {
         "--kv-transfer-config": args.kv_transfer_config is not None,
         "--scheduler-cls": args.scheduler_cls is not None,
         "--worker-cls": args.worker_cls != "auto",
         "--distributed-executor-backend": args.distributed_executor_backend not in (None, "mp"),
         "--data-parallel-size": args.data_parallel_size > 1,
+        "--pipeline-parallel-size": args.pipeline_parallel_size > 1,
         "--speculative-config": args.speculative_config is not None,
         "--enable-lora": bool(args.enable_lora),
     }
@@ -76,7 +83,6 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, bool]]:
     model, parallel = config.model_config, config.parallel_config
     text = model.hf_text_config
     layer_types = set(getattr(text, "layer_types", None) or ())
-    yield "pipeline parallelism (--pipeline-parallel-size)", parallel.pipeline_parallel_size > 1
     yield "context parallelism", max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1
     yield "speculative decoding (--speculative-config)", config.speculative_config is not None
     yield "MLA attention", model.use_mla

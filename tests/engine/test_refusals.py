@@ -22,7 +22,7 @@ NOBODY = ["--adrenaline-peers", "ipc:///tmp/adrenaline-nobody-is-here", "--adren
             [*DECODE, "--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'],
             "--kv-transfer-config",
         ),
-        ([*PREFILL, "--pipeline-parallel-size", "2"], "pipeline parallelism"),
+        ([*PREFILL, "--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
         ([*PREFILL, "--scheduling-policy", "priority", "--kv-cache-dtype", "fp8"], "priority scheduling"),
     ],
 )

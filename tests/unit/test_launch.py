@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from vllm_adrenaline import cli
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import roles, system
 from vllm_adrenaline.launch.cluster import Cluster
 from vllm_adrenaline.launch.process import EngineProcess, group_members, meaningful_lines
-from vllm_adrenaline.launch.supervisor import LaunchError, Supervisor
+from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import bind
 
 # Has a child that ignores SIGTERM, as a hanging worker would.
@@ -147,7 +148,7 @@ def test_engine_that_ends_stops_the_others_and_says_why(tmp_path: Path) -> None:
         original()
 
     supervisor.check = check  # type: ignore[method-assign]
-    with pytest.raises(LaunchError) as error, supervisor:
+    with pytest.raises(AdrenalineError) as error, supervisor:
         pass
     assert str(error.value).splitlines() == [
         f"the prefill engine ended with status 1; its log: {tmp_path}/prefill.log",
@@ -164,7 +165,7 @@ def test_ready_when_healthy(tmp_path: Path) -> None:
         supervisor.check()
         os.kill(supervisor.processes["decode"].pid, signal.SIGKILL)
         wait_until(lambda: supervisor.processes["decode"].exit_status is not None)
-        with pytest.raises(LaunchError, match="was killed by SIGKILL"):
+        with pytest.raises(AdrenalineError, match="was killed by SIGKILL"):
             supervisor.check()
 
 

@@ -1,4 +1,4 @@
-"""The attention executor process: `python -m vllm_adrenaline.attention.executor`, an ExecutorSpec on stdin.
+"""The attention executor process (`python -m vllm_adrenaline.attention`).
 
 It maps the prefill worker's KV cache and serves any number of decode workers, one thread and one channel each. Between
 steps it keeps nothing of any request: every step plan brings the block table and the lengths it needs, so that no
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import sys
 import threading
 
 import msgspec
@@ -18,14 +16,13 @@ import torch
 import zmq
 
 from vllm_adrenaline.attention.kernels import CpuAttention
-from vllm_adrenaline.attention.spec import ExecutorSpec
+from vllm_adrenaline.attention.spec import READY, ExecutorSpec
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.data.shm import Shape, ShmExecutorChannel
 from vllm_adrenaline.errors import AdrenalineError
 
 logger = logging.getLogger("vllm.adrenaline")
 
-READY = "adrenaline-executor-ready"
 MAX_CHANNELS = 64
 
 
@@ -177,17 +174,3 @@ class Server:
         thread = self._threads.pop(self._pidfds.pop(pidfd))
         thread.closing = True
         thread.wake.set()
-
-
-def main() -> None:
-    """Read the spec and serve; SIGTERM ends the process with its socket removed."""
-    logging.basicConfig(level=logging.INFO, format="(adrenaline executor %(process)d) %(levelname)s %(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the engine, which ends us
-    spec = msgspec.json.decode(sys.stdin.buffer.read(), type=ExecutorSpec)
-    torch.set_num_threads(spec.kv.threads)
-    Server(spec).serve()
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,9 @@ import msgspec
 
 from vllm_adrenaline.control.messages import Identity
 
+READY = "adrenaline-executor-ready"
+"""The word on stdout that says the executor serves; the address it listens at follows."""
+
 
 class LayerSpec(msgspec.Struct, frozen=True):
     """One attention layer: where its KV cache begins (bytes), and its softmax scale."""

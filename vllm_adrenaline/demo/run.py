@@ -9,9 +9,10 @@ from pathlib import Path
 from vllm_adrenaline.demo import load, report
 from vllm_adrenaline.demo.metrics import EngineMetrics
 from vllm_adrenaline.demo.model import make_model
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import roles, system
 from vllm_adrenaline.launch.cluster import Cluster
-from vllm_adrenaline.launch.supervisor import LaunchError, Supervisor, say
+from vllm_adrenaline.launch.supervisor import Supervisor, say
 
 # 48 KV blocks of 128 tokens for whoever decodes: fewer than all requests need at once.
 DECODE_KV_BYTES = 48 * 2**19
@@ -42,7 +43,7 @@ def _measure(
         # An engine that died is the better message, if that is why.
         time.sleep(1)
         check()
-        raise LaunchError(f"{name}: {error}") from None
+        raise AdrenalineError(f"{name}: {error}") from None
     return report.Result(name, metrics.offloaded() - before, measured, metrics.blocks())
 
 

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import roles, system
 from vllm_adrenaline.launch.process import EngineProcess
-from vllm_adrenaline.launch.supervisor import LaunchError, Supervisor
+from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
+from vllm_adrenaline.roles import check_model
 
 # The kernel's limit for the path of a Unix socket is 107 bytes; ours end in a short name.
 LONGEST_RUNTIME = 80
@@ -22,14 +24,7 @@ LONGEST_RUNTIME = 80
 def check_ratio(ratio: float) -> None:
     """Refuse an offload ratio that is no share."""
     if not 0 <= ratio <= 1:
-        raise LaunchError(f"--offload-ratio is {ratio:g}; it is a share of the requests, from 0 to 1")
-
-
-def check_model(model: str) -> None:
-    """Refuse a model that looks like a local path but is not there; anything else is a name for vLLM to look up."""
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_local and not Path(model).expanduser().exists():
-        raise LaunchError(f"there is no model at {model}")
+        raise AdrenalineError(f"--offload-ratio is {ratio:g}; it is a share of the requests, from 0 to 1")
 
 
 def runtime_folder() -> Path:
@@ -86,11 +81,11 @@ class Cluster:
         return self._supervisor.processes if self._supervisor else {}
 
     def check(self) -> None:
-        """Raise LaunchError if an engine or the front door has ended."""
+        """Raise AdrenalineError if an engine or the front door has ended."""
         if self._supervisor:
             self._supervisor.check()
         if self._door and not self._door.alive:
-            raise LaunchError("the front door has stopped")
+            raise AdrenalineError("the front door has stopped")
 
     def stop(self) -> None:
         """Stop everything; may be called again."""
@@ -112,7 +107,7 @@ class Cluster:
             # Held from now on, so that nobody takes it while the engines start; clients are refused until then.
             self._listener = bind(self.host, self.port)
         except PortTaken as error:
-            raise LaunchError(str(error)) from None
+            raise AdrenalineError(str(error)) from None
         self._runtime = runtime_folder()
         prefill, decode = self._specs(self._runtime)
         self.prefill_url, self.decode_url = prefill.url, decode.url

@@ -7,20 +7,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Runs first in the child, then becomes the command: SIGTERM (PR_SET_PDEATHSIG) when the thread that started it ends.
-# A preexec_fn would do the same, but can deadlock when the parent has other threads.
-DIE_WITH_PARENT = """\
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
+from vllm_adrenaline.child import dying_with_parent
+
 SHM = "/dev/shm/"
 # vLLM puts "(EngineCore pid=7)" and "ERROR 11-20 22:13:22 [core.py:99]" before each line.
 LOG_PREFIX = re.compile(r"^(\([^)]* pid=\d+\)\s*)?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] ?)?)?")
@@ -59,7 +51,7 @@ class EngineProcess:
         self._shm: set[str] = set()
         with log.open("wb") as output:
             self._popen = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *command],
+                dying_with_parent(command),
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

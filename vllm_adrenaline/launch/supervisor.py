@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.roles import EngineSpec
 
@@ -19,10 +20,6 @@ STOP_S = 15.0
 PROBE_S = 0.5
 PROGRESS_S = 10.0
 LOG_FOLDERS_KEPT = 10
-
-
-class LaunchError(Exception):
-    """Something that the user should read as one message, without a traceback."""
 
 
 def say(text: str) -> None:
@@ -83,10 +80,10 @@ class Supervisor:
         self._wait_until_ready()
 
     def check(self) -> None:
-        """Raise LaunchError if an engine has ended."""
+        """Raise AdrenalineError if an engine has ended."""
         for process in self.processes.values():
             if process.exit_status is not None:
-                raise LaunchError(process.failure())
+                raise AdrenalineError(process.failure())
 
     def stop(self) -> None:
         """Stop all engines and everything that they started; may be called again."""
@@ -121,4 +118,4 @@ class Supervisor:
                 say(f"{name} engine: ready after {seconds}")
             if now - started > self.ready_timeout:
                 logs = ", ".join(str(self.processes[name].log) for name in waiting)
-                raise LaunchError(f"not ready after {seconds}: {', '.join(waiting)}; see {logs}")
+                raise AdrenalineError(f"not ready after {seconds}: {', '.join(waiting)}; see {logs}")

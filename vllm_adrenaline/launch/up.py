@@ -7,8 +7,9 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.cluster import Cluster
-from vllm_adrenaline.launch.supervisor import LaunchError, say
+from vllm_adrenaline.launch.supervisor import say
 
 CHECK_S = 0.5
 
@@ -18,7 +19,7 @@ def split_flags(flag: str, text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise LaunchError(f"cannot read {flag} {text!r}: {error}") from None
+        raise AdrenalineError(f"cannot read {flag} {text!r}: {error}") from None
 
 
 def run(options: Namespace, engine_args: Sequence[str]) -> int:

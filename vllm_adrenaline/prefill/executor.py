@@ -6,10 +6,8 @@ Runs in the engine core process. Checked against vllm/v1/executor/multiproc_exec
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -20,8 +18,8 @@ import msgspec
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_adrenaline import identity
-from vllm_adrenaline.attention.executor import READY
-from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport
+from vllm_adrenaline.attention.spec import READY, ExecutorSpec, KVExport
+from vllm_adrenaline.child import dying_with_parent
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import sockets
 from vllm_adrenaline.errors import AdrenalineError
@@ -30,7 +28,6 @@ logger = logging.getLogger("vllm.adrenaline")
 
 START_TIMEOUT_S = 120.0
 MAX_BACKOFF_S = 30.0
-PR_SET_PDEATHSIG = 1
 
 _site: AttentionSite | None = None
 
@@ -57,20 +54,11 @@ class ExecutorProcess:
     def __init__(self, spec: ExecutorSpec) -> None:
         self.spec = spec
         self.address = ""
-        libc = ctypes.CDLL(None)
-        cpus = spec.kv.cpus
-
-        def before_exec() -> None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            os.sched_setaffinity(0, cpus)
-
-        env = os.environ | {"OMP_NUM_THREADS": str(spec.kv.threads)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_adrenaline.attention.executor"],
+            dying_with_parent([sys.executable, "-m", "vllm_adrenaline.attention"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=env,
-            preexec_fn=before_exec,  # noqa: PLW1509 - two system calls, no lock
+            env=os.environ | {"OMP_NUM_THREADS": str(spec.kv.threads)},
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(spec))

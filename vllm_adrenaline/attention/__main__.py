@@ -1,0 +1,32 @@
+"""Start an attention executor: an ExecutorSpec as JSON on stdin. The prefill engine's vLLM executor calls this."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+import msgspec
+
+from vllm_adrenaline.attention.spec import ExecutorSpec
+
+
+def main() -> None:
+    """Read the spec and serve; SIGTERM ends the process with its socket removed."""
+    logging.basicConfig(level=logging.INFO, format="(adrenaline executor %(process)d) %(levelname)s %(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the engine, which ends us
+    spec = msgspec.json.decode(sys.stdin.buffer.read(), type=ExecutorSpec)
+    # Before torch is imported: its thread pools look at the affinity when they start.
+    os.sched_setaffinity(0, spec.kv.cpus)
+    import torch
+
+    from vllm_adrenaline.attention.executor import Server
+
+    torch.set_num_threads(spec.kv.threads)
+    Server(spec).serve()
+
+
+if __name__ == "__main__":
+    main()
