@@ -35,9 +35,11 @@ def register() -> None:
     def add_flags(parser: Any) -> Any:
         parser = add_cli_args(parser)
         group = parser.add_argument_group("Adrenaline", "Decode attention beside the prefill engine.")
-        group.add_argument("--plugin", choices=[PLUGIN], help="Turn a plugin on. The flags below need it.")
+        group.add_argument(
+            "--plugin", choices=[PLUGIN], default=argparse.SUPPRESS, help="Turn a plugin on. The flags below need it."
+        )
         for name, flag, arguments in config.flags():
-            group.add_argument(flag, dest=f"adrenaline_{name}", default=None, **arguments)
+            group.add_argument(flag, dest=f"adrenaline_{name}", default=argparse.SUPPRESS, **arguments)
         return parser
 
     def take_flags(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:

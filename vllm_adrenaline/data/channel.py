@@ -23,5 +23,9 @@ class DecodeChannel(Protocol):
     def receive(self, layer: int, output: torch.Tensor) -> bool:
         """Wait for the layer's attention output and put it into the plan's rows of output [T, Hq, D]."""
 
+    @property
+    def counters(self) -> tuple[int, int]:
+        """Rows x layers, and layers, that the executor says it attended since the channel was made."""
+
     def close(self) -> None:
         """Let go of the memory; never fails."""

@@ -12,6 +12,7 @@ import time
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.data.channel import DecodeChannel
 from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel
 from vllm_adrenaline.errors import AdrenalineError
 
@@ -35,7 +36,7 @@ class Link:
     ) -> None:
         self.address, self.layers, self.shape, self.timeout_s = address, layers, shape, timeout_s
         self._identity, self._rank = identity, rank
-        self.channel: ShmDecodeChannel | None = None
+        self.channel: DecodeChannel | None = None
         self._socket: zmq.Socket[bytes] | None = None
         self._pidfd = -1
         self.pid = 0

@@ -15,7 +15,7 @@ from vllm_adrenaline import kv_space
 from vllm_adrenaline.decode.split import SplitRows, split_rows
 
 if TYPE_CHECKING:
-    from vllm_adrenaline.data.shm import ShmDecodeChannel
+    from vllm_adrenaline.data.channel import DecodeChannel
     from vllm_adrenaline.decode.link import Link
 
 
@@ -43,7 +43,7 @@ class StepPlan:
         self.layer_index = owner.layer_index
         self._owner = owner
         self._rows = split.remote
-        self._live: dict[int, ShmDecodeChannel] = {}
+        self._live: dict[int, DecodeChannel] = {}
         for executor, plan in split.remote.items():
             channel = owner.links[executor].channel
             if channel is None:

@@ -1,0 +1,118 @@
+"""The executor's kernel on a mapped KV cache against attention written out, for query lengths of one and more."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from vllm_adrenaline.attention.executor import check_plan
+from vllm_adrenaline.attention.kernels import CpuAttention
+from vllm_adrenaline.attention.spec import KVExport, LayerSpec
+from vllm_adrenaline.errors import AdrenalineError
+
+BLOCKS, KV_HEADS, HEADS, BLOCK, HEAD = 6, 2, 4, 32, 32
+SHAPE = [BLOCKS, KV_HEADS, 2 * BLOCK, HEAD]
+STRIDES = [KV_HEADS * 2 * BLOCK * HEAD, 2 * BLOCK * HEAD, HEAD, 1]
+SCALE = HEAD**-0.5
+
+
+@pytest.fixture
+def attention() -> CpuAttention:
+    layer_bytes = 4 * BLOCKS * STRIDES[0]
+    fd = os.memfd_create("kv")
+    os.ftruncate(fd, 2 * layer_bytes)
+    layers = [LayerSpec("a", 0, SCALE), LayerSpec("b", layer_bytes, SCALE)]
+    kv = KVExport(os.getpid(), fd, 2 * layer_bytes, SHAPE, STRIDES, "float32", "vec", HEADS, layers, [0], 1)
+    made = CpuAttention(kv, fd, split_kv=True)
+    os.close(fd)
+    return made
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of q [Q, H, D] at the end of k, v [S, Hk, D]."""
+    group = HEADS // KV_HEADS
+    scores = torch.einsum("qhd,shd->hqs", q, k.repeat_interleave(group, 1)) * SCALE
+    queries, length = len(q), len(k)
+    mask = torch.arange(length)[None, :] > torch.arange(length - queries, length)[:, None]
+    weights = scores.masked_fill(mask, -torch.inf).softmax(-1)
+    return torch.einsum("hqs,shd->qhd", weights, v.repeat_interleave(group, 1))
+
+
+def step(attention: CpuAttention, layer: int, rows: list[tuple[list[int], int, torch.Tensor, torch.Tensor]]) -> dict:
+    """Append and attend for rows of (blocks, tokens before, new k, new v); return the step with q and out."""
+    counts = [len(k) for _, _, k, _ in rows]
+    slots = [
+        blocks[(past + i) // BLOCK] * BLOCK + (past + i) % BLOCK for blocks, past, k, _ in rows for i in range(len(k))
+    ]
+    made = {
+        "query_start_loc": torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
+        "seq_lens": torch.tensor([past + len(k) for _, past, k, _ in rows], dtype=torch.int32),
+        "block_table": torch.tensor([blocks for blocks, _, _, _ in rows], dtype=torch.int32),
+        "slot_mapping": torch.tensor(slots),
+        "q": torch.randn(sum(counts), HEADS, HEAD),
+        "k": torch.cat([k for _, _, k, _ in rows]),
+        "v": torch.cat([v for _, _, _, v in rows]),
+        "out": torch.empty(sum(counts), HEADS, HEAD),
+    }
+    check_plan(made, BLOCKS, BLOCK)
+    attention.layer(layer, made, attention.schedule(made["query_start_loc"], made["seq_lens"]))
+    return made
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_it_attends_over_what_was_appended(attention: CpuAttention, layer: int, queries: int) -> None:
+    torch.manual_seed(queries)
+    past = 20
+    keys = [torch.randn(past + queries, KV_HEADS, HEAD) for _ in range(2)]
+    values = [torch.randn(past + queries, KV_HEADS, HEAD) for _ in range(2)]
+    tables = [[1, 4], [2, 5]]
+    step(attention, layer, [(t, 0, k[:past], v[:past]) for t, k, v in zip(tables, keys, values, strict=True)])
+    new = [(t, past, k[past:], v[past:]) for t, k, v in zip(tables, keys, values, strict=True)]
+    done = step(attention, layer, new)
+    wanted = torch.cat([reference(done["q"][i * queries : (i + 1) * queries], keys[i], values[i]) for i in range(2)])
+    torch.testing.assert_close(done["out"], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_slot_of_minus_one_is_not_written(attention: CpuAttention) -> None:
+    key, value = torch.randn(5, KV_HEADS, HEAD), torch.randn(5, KV_HEADS, HEAD)
+    step(attention, 0, [([3, 0], 0, key, value)])
+    again = {
+        "query_start_loc": torch.tensor([0, 1], dtype=torch.int32),
+        "seq_lens": torch.tensor([5], dtype=torch.int32),
+        "block_table": torch.tensor([[3, 0]], dtype=torch.int32),
+        "slot_mapping": torch.tensor([-1]),
+        "q": torch.randn(1, HEADS, HEAD),
+        "k": torch.full((1, KV_HEADS, HEAD), 100.0),
+        "v": torch.full((1, KV_HEADS, HEAD), 100.0),
+        "out": torch.empty(1, HEADS, HEAD),
+    }
+    attention.layer(0, again, attention.schedule(again["query_start_loc"], again["seq_lens"]))
+    torch.testing.assert_close(again["out"], reference(again["q"], key, value), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("block_table", BLOCKS),
+        ("block_table", -1),
+        ("slot_mapping", BLOCKS * BLOCK),
+        ("slot_mapping", -2),
+        ("seq_lens", 0),
+        ("seq_lens", 1000),
+        ("query_start_loc", 1),
+    ],
+)
+def test_a_plan_that_points_outside_the_cache_is_refused(name: str, value: int) -> None:
+    plan = {
+        "query_start_loc": torch.tensor([0, 1], dtype=torch.int32),
+        "seq_lens": torch.tensor([3], dtype=torch.int32),
+        "block_table": torch.tensor([[1, 2]], dtype=torch.int32),
+        "slot_mapping": torch.tensor([34]),
+    }
+    check_plan(plan, BLOCKS, BLOCK)
+    plan[name].view(-1)[0] = value
+    with pytest.raises(AdrenalineError, match="outside the KV cache"):
+        check_plan(plan, BLOCKS, BLOCK)
