@@ -6,6 +6,7 @@ prompt on offer steps every millisecond, so it would spin without end, on the ve
 Worse, on Linux 6.18 such a loop was seen to keep a runnable thread off its core for a minute (docs/vllm-notes.md).
 """
 
+import contextlib
 import os
 import re
 import time
@@ -34,6 +35,13 @@ def bound_cores() -> set[int]:
 
 
 def settle_worker() -> None:
-    """Keep this worker's main thread, and every thread it starts, on the cores of its OpenMP threads."""
+    """Keep all threads of this worker on the cores of its OpenMP threads.
+
+    Called when the worker is made and again when it is ready: while it starts, something in it moves the main thread to
+    the machine's last core, whatever was asked for (seen with vLLM 0.32 on two cores: every worker ended up on core 1).
+    """
     wait_without_yield()
-    os.sched_setaffinity(0, bound_cores())
+    cores = bound_cores()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), cores)

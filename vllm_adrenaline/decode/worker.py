@@ -32,6 +32,7 @@ class DecodeWorker(CPUWorker):
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
+        settle_worker()
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise AdrenalineError(f"the model has {len(groups)} KV cache groups; one is supported")

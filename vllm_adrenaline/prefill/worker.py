@@ -28,6 +28,7 @@ class PrefillWorker(CPUWorker):
 
     def export_kv(self) -> dict[str, Any]:
         """Return a KVExport (as plain data: it crosses vLLM's own worker RPC) of this worker's KV cache."""
+        settle_worker()
         connector = get_kv_transfer_group()
         shared = connector.shared_kv
         config = self.model_runner.kv_cache_config
