@@ -12,7 +12,7 @@ from tests.engine.conftest import Fleet, fleet, kv_bytes, workload
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("ADRENALINE_TEST_TP"),
-    reason="not reliable yet: the decode ranks hang in their first collective in some runs (README, What is supported); "
+    reason="not reliable yet: the decode ranks hang in their first collective in some runs (see README); "
     "ADRENALINE_TEST_TP=1 runs it",
 )
 
