@@ -10,6 +10,7 @@ follow the data they announce in program order, and x86 keeps that order for the
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import platform
@@ -88,10 +89,7 @@ class Memory:
         offsets, end = {}, PAGE
         for name, (sizes, dtype) in shape.parts().items():
             offsets[name] = end
-            count = 1
-            for size in sizes:
-                count *= size
-            end += -(-count * dtype.itemsize // PAGE) * PAGE
+            end += -(-math.prod(sizes) * dtype.itemsize // PAGE) * PAGE
         if create:
             os.ftruncate(fd, end)
         elif os.fstat(fd).st_size != end:
@@ -103,10 +101,7 @@ class Memory:
         self.words[W_MAGIC] = MAGIC
         self.arrays: dict[str, torch.Tensor] = {}
         for name, (sizes, dtype) in shape.parts().items():
-            count = 1
-            for size in sizes:
-                count *= size
-            flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=offsets[name])
+            flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(sizes), offset=offsets[name])
             self.arrays[name] = flat.view(sizes)
 
 
