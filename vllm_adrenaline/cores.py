@@ -3,7 +3,6 @@
 vLLM's workers and engine core wait for each other in a sched_yield loop for up to a second after every message
 (vllm/distributed/device_communicators/shm_broadcast.py, SpinCondition; 0.32 run, 0.33 read). A prefill engine with a
 prompt on offer steps every millisecond, so it would spin without end, on the very cores the attention executor needs.
-Worse, on Linux 6.18 such a loop was seen to keep a runnable thread off its core for a minute (docs/vllm-notes.md).
 """
 
 import contextlib

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.engine.conftest import Fleet, fleet, kv_bytes, workload
-
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("ADRENALINE_TEST_TP"),
-    reason="not reliable yet: the decode ranks hang in their first collective in some runs (see README); "
-    "ADRENALINE_TEST_TP=1 runs it",
-)
 
 
 @pytest.fixture(scope="module")

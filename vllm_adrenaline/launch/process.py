@@ -56,7 +56,9 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                # Not start_new_session: Linux gives every session a scheduling group of its own, and such groups were
+                # seen to starve each other for minutes (docs/vllm-notes.md).
+                process_group=0,
             )
 
     @property
