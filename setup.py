@@ -1,5 +1,23 @@
-"""Build entry; everything declarative is in pyproject.toml. Native code of csrc/ is added here when there is some."""
+"""Build entry: the native library of csrc/. Everything declarative is in pyproject.toml."""
 
-from setuptools import setup
+import runpy
+from pathlib import Path
 
-setup()
+from setuptools import Extension, setup
+
+digest = runpy.run_path(str(Path(__file__).parent / "vllm_adrenaline" / "sources.py"))["digest"]
+
+setup(
+    ext_modules=[
+        Extension(
+            "vllm_adrenaline._native",
+            sources=["csrc/bindings.cpp"],
+            depends=[str(path) for path in Path("csrc").rglob("*.h")],
+            language="c++",
+            define_macros=[("ADRENALINE_SOURCES", f'"{digest(Path("csrc"))}"'), ("Py_LIMITED_API", "0x030B0000")],
+            extra_compile_args=["-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden"],
+            py_limited_api=True,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

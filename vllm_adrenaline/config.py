@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 import msgspec
 
+from vllm_adrenaline import cores
 from vllm_adrenaline.control import sockets
 from vllm_adrenaline.errors import AdrenalineError
 
@@ -71,6 +72,24 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         float,
         _option("Prefill engine: share of its KV blocks that is never lent for growing requests.", "SHARE", ge=0, le=1),
     ] = 0.05
+    executor_cores: Annotated[
+        str,
+        _option(
+            "Prefill engine: cores of its attention executors, like 2-3 or 2,4; ranks of a tensor-parallel engine "
+            "separated by |. Default: the cores of the prefill workers.",
+            "CORES[|CORES...]",
+        ),
+    ] = ""
+    executor_threads: Annotated[
+        int,
+        _option(
+            "Prefill engine: threads of each attention executor. 0: as many as it has cores with "
+            "--adrenaline-executor-cores, else as many as its prefill worker.",
+            "COUNT",
+            ge=0,
+            le=1024,
+        ),
+    ] = 0
     executor_timeout: Annotated[
         float,
         _option(
@@ -110,8 +129,11 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise AdrenalineError(f"Adrenaline option refused: {message}") from None
         for address in options.peer_addresses if options.role == "decode" else [options.listen_address]:
             sockets.check_address(address)
+        cores.parse(options.executor_cores)
         unused = (
-            {"listen", "prefill_reserve", "lease_seconds"} if options.role == "decode" else {"peers", "offload_ratio"}
+            {"listen", "prefill_reserve", "lease_seconds", "executor_cores", "executor_threads"}
+            if options.role == "decode"
+            else {"peers", "offload_ratio"}
         )
         for name in sorted(unused & values.keys()):
             raise AdrenalineError(

@@ -10,7 +10,10 @@ import os
 import re
 import time
 
+from vllm_adrenaline.errors import AdrenalineError
+
 PAUSE_S = 50e-6
+MAX_CORES = 4096
 AFFINITY_VARIABLES = ("KMP_AFFINITY", "GOMP_CPU_AFFINITY", "OMP_PLACES")
 
 
@@ -22,6 +25,22 @@ def wait_without_yield() -> None:
     from vllm.distributed.device_communicators import shm_broadcast
 
     shm_broadcast.sched_yield = lambda: time.sleep(PAUSE_S)
+
+
+def parse(text: str) -> list[list[int]]:
+    """Return the cores of each rank in "0-3,8|4-7"; [] for an empty text. Raises AdrenalineError."""
+    ranks = []
+    for part in text.split("|") if text else []:
+        cores: set[int] = set()
+        for item in part.split(","):
+            found = re.fullmatch(r"(\d+)(?:-(\d+))?", item.strip())
+            if found is None:
+                raise AdrenalineError(f"{text!r} is no list of cores: write it like 0-3,8 or, for two ranks, 0-3|4-7")
+            cores |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
+        if not cores or max(cores) >= MAX_CORES:
+            raise AdrenalineError(f"{part!r} in {text!r} names no core, or one beyond {MAX_CORES}")
+        ranks.append(sorted(cores))
+    return ranks
 
 
 def bound_cores() -> set[int]:

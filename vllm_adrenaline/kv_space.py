@@ -10,7 +10,8 @@ from typing import Final
 INDEX_BITS: Final = 24
 LOCAL: Final = 0
 MAX_BLOCKS: Final = 1 << INDEX_BITS
-MAX_EXECUTORS: Final = (1 << (31 - INDEX_BITS)) - 1
+MAX_EXECUTORS: Final = 64
+"""Ids would allow 127; a step names those that failed as the bits of one word (csrc/shm/decode_end.h)."""
 
 
 def place_of(block_id: int) -> int:

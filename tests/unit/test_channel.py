@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
+import subprocess
+import sys
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,7 @@ from hypothesis import strategies as st
 
 from vllm_adrenaline import kv_space
 from vllm_adrenaline.data.plan import RowsPlan
-from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, wait_word
+from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps, Status
 from vllm_adrenaline.decode.split import split_rows
 from vllm_adrenaline.errors import AdrenalineError
 
@@ -31,88 +36,279 @@ def rows_plan(tokens: list[int]) -> RowsPlan:
     )
 
 
-@pytest.fixture
-def ends() -> tuple[ShmDecodeChannel, ShmExecutorChannel]:
-    woken = threading.Event()
-    decode = ShmDecodeChannel(SHAPE, 5.0, woken.set)
-    executor = ShmExecutorChannel(decode.fd, SHAPE)
-    yield decode, executor
-    decode.close()
+def channels(timeout_s: float = 5.0, epoch: int | None = None) -> tuple[ShmSteps, ShmDecodeChannel, ShmExecutorChannel]:
+    """Both ends of one channel in this process."""
+    decode = ShmDecodeChannel(SHAPE)
+    decode.watch(-1, timeout_s, shared_core=True)
+    executor = ShmExecutorChannel(decode.fd, SHAPE, decode.epoch if epoch is None else epoch, shared_core=True)
+    return ShmSteps(SHAPE), decode, executor
 
 
-def test_rows_go_over_and_their_outputs_come_back(ends: tuple[ShmDecodeChannel, ShmExecutorChannel]) -> None:
-    decode, executor = ends
-    query = torch.randn(6, 2, 4)
-    key, value = torch.randn(6, 1, 4), torch.randn(6, 1, 4)
-    output = torch.zeros(6, 2, 4)
+def serve(executor: ShmExecutorChannel, layers: int) -> threading.Thread:
+    """Answer one step with q + k * v."""
 
-    def serve() -> None:
-        while not executor.has_step:
-            pass
-        step = executor.take_step()
-        for layer in range(3):
-            assert executor.wait_layer(layer, 5)
+    def run() -> None:
+        found = executor.next_step()
+        assert found is not None
+        _, step = found
+        for layer in range(layers):
+            assert executor.wait_layer(layer, 5_000_000_000) == Status.READY
             step["out"].copy_(step["q"] + step["k"] * step["v"])
-            executor.reply(layer, rows=2)
+            executor.reply(layer, len(step["seq_lens"]))
 
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=run)
     thread.start()
-    decode.begin(rows_plan([4, 1]))
+    return thread
+
+
+def test_rows_go_over_and_their_outputs_come_back() -> None:
+    steps, decode, executor = channels()
+    # As in a model: q, k and v are views of one projection, so tokens are further apart than a row.
+    both = torch.randn(6, 4, 4)
+    query, key, value = both[:, :2], both[:, 2:3], both[:, 3:4]
+    output = torch.zeros(6, 2, 4)
+    thread = serve(executor, layers=3)
+    steps.begin({0: (decode, rows_plan([4, 1]))})
     for layer in range(3):
-        decode.send(layer, query, key, value)
-        assert decode.receive(layer, output)
+        steps.send(layer, query, key, value)
+        assert steps.receive(layer, output) == 0
     thread.join()
     assert torch.equal(output[[4, 1]], (query + key * value)[[4, 1]])
     assert not output[[0, 2, 3, 5]].any()
-    assert decode.counters == (6, 3)
+    rows, layers, busy_ns = decode.counters
+    assert (rows, layers) == (6, 3)
+    assert busy_ns > 0
+    assert all(spent > 0 for spent in steps.times_ns)
 
 
-def test_a_late_executor_is_a_returned_status_and_its_late_answer_is_not_believed(
-    ends: tuple[ShmDecodeChannel, ShmExecutorChannel],
-) -> None:
-    decode, executor = ends
-    decode._timeout_s = 0.01
-    zeros = torch.zeros(8, 2, 4)
-    decode.begin(rows_plan([0]))
-    decode.send(0, zeros, zeros[:, :1], zeros[:, :1])
-    assert not decode.receive(0, zeros)
-    executor.take_step()
+def test_several_executors_are_all_sent_to_before_any_is_waited_for() -> None:
+    steps, first, first_end = channels()
+    _, second, second_end = channels()
+    query, output = torch.randn(4, 2, 4), torch.zeros(4, 2, 4)
+    steps.begin({0: (first, rows_plan([0, 2])), 1: (second, rows_plan([3]))})
+    steps.send(0, query, query[:, :1], query[:, :1])
+    thread = serve(second_end, layers=1)  # the second answers although the first has not been waited for
+    thread.join()
+    thread = serve(first_end, layers=1)
+    assert steps.receive(0, output) == 0
+    thread.join()
+    expected = query + query[:, :1] * query[:, :1]
+    assert torch.equal(output[[0, 2, 3]], expected[[0, 2, 3]])
+    assert not output[1].any()
+
+
+def test_rows_of_an_executor_that_is_not_there_become_zero() -> None:
+    steps = ShmSteps(SHAPE)
+    output = torch.ones(3, 2, 4)
+    steps.begin({5: (None, rows_plan([1]))})
+    steps.send(0, output, output[:, :1], output[:, :1])
+    assert steps.receive(0, output) == 0, "known already: not reported again"
+    assert not output[1].any()
+    assert output[[0, 2]].all()
+
+
+def test_a_late_executor_is_a_returned_status_and_its_late_answer_is_not_believed() -> None:
+    steps, decode, executor = channels(timeout_s=0.01)
+    ones = torch.ones(8, 2, 4)
+    steps.begin({3: (decode, rows_plan([0]))})
+    steps.send(0, ones, ones[:, :1], ones[:, :1])
+    assert steps.receive(0, ones) == 1 << 3
+    assert not ones[0].any()
+    steps.send(1, ones, ones[:, :1], ones[:, :1])
+    assert steps.receive(1, ones) == 0, "reported once"
+    assert executor.next_step() is not None
     executor.reply(0, rows=1)  # too late: the next step is on its way
-    decode.begin(rows_plan([0]))
-    decode.send(0, zeros, zeros[:, :1], zeros[:, :1])
-    assert not decode.receive(0, zeros)
+    steps.begin({3: (decode, rows_plan([0]))})
+    steps.send(0, ones, ones[:, :1], ones[:, :1])
+    assert steps.receive(0, ones) == 1 << 3
 
 
-def test_an_executor_that_has_ended_is_noticed_at_once() -> None:
-    words = memoryview(bytearray(64)).cast("Q")
-    assert not wait_word(words, 0, 1, timeout_s=60, gone=lambda: True)
+def test_an_answer_from_another_life_of_the_channel_is_not_believed() -> None:
+    steps, decode, executor = channels(timeout_s=0.05, epoch=7)
+    steps.begin({0: (decode, rows_plan([0]))})
+    with pytest.raises(RuntimeError, match="does not fit"):
+        executor.next_step()
+    zeros = torch.zeros(1, 2, 4)
+    executor.reply(0, rows=1)
+    assert steps.receive(0, zeros) == 1
 
 
-def test_a_plan_that_does_not_fit_is_not_believed(ends: tuple[ShmDecodeChannel, ShmExecutorChannel]) -> None:
-    decode, executor = ends
-    decode.begin(rows_plan([0]))
-    executor.words[48] = SHAPE.max_rows + 1
-    with pytest.raises(AdrenalineError, match="does not fit"):
-        executor.take_step()
+def test_heads_that_are_not_contiguous_are_refused() -> None:
+    steps, decode, _ = channels()
+    steps.begin({0: (decode, rows_plan([0]))})
+    query = torch.zeros(1, 4, 2).transpose(1, 2)
+    with pytest.raises(ValueError, match="contiguous"):
+        steps.send(0, query, query[:, :1], query[:, :1])
+
+
+def test_an_executor_that_has_ended_is_noticed_long_before_the_timeout() -> None:
+    steps, decode, _ = channels()
+    with subprocess.Popen(["sleep", "100"]) as peer:
+        pidfd = os.pidfd_open(peer.pid)
+        decode.watch(pidfd, 60, shared_core=True)
+        ones = torch.ones(1, 2, 4)
+        steps.begin({0: (decode, rows_plan([0]))})
+        steps.send(0, ones, ones[:, :1], ones[:, :1])
+        threading.Timer(0.1, peer.kill).start()
+        started = time.monotonic()
+        assert steps.receive(0, ones) == 1
+        assert time.monotonic() - started < 10
+        os.close(pidfd)
+
+
+def test_an_idle_executor_takes_no_cpu_time_and_ends_when_it_is_stopped() -> None:
+    _, _, executor = channels()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(executor.next_step()))
+    thread.start()
+    time.sleep(0.05)
+    stat = f"/proc/self/task/{thread.native_id}/schedstat"
+    before = int(Path(stat).read_text().split()[0])
+    time.sleep(0.5)
+    assert int(Path(stat).read_text().split()[0]) == before
+    executor.stop()
+    thread.join(timeout=10)
+    assert found == [None]
+
+
+def test_an_executor_leaves_a_step_that_the_decode_worker_left() -> None:
+    steps, decode, executor = channels()
+    steps.begin({0: (decode, rows_plan([0]))})
+    assert executor.next_step() is not None
+    steps.begin({0: (decode, rows_plan([0, 1]))})
+    assert executor.wait_layer(0, 60_000_000_000) == Status.ENDED
+    found = executor.next_step()
+    assert found is not None
+    assert len(found[1]["seq_lens"]) == 2
+
+
+def test_a_plan_of_another_width_is_refused() -> None:
+    steps, decode, _ = channels()
+    plan = rows_plan([0])
+    with pytest.raises(ValueError, match="columns"):
+        steps.begin({0: (decode, replace(plan, block_table=plan.block_table[:, :2]))})
 
 
 def test_a_file_of_another_size_is_no_channel() -> None:
     fd = os.memfd_create("x")
     os.ftruncate(fd, 4096)
     with pytest.raises(AdrenalineError, match="bytes"):
-        ShmExecutorChannel(fd, SHAPE)
+        ShmExecutorChannel(fd, SHAPE, 1, shared_core=True)
     os.close(fd)
 
 
-def test_channels_leave_nothing_behind() -> None:
-    before = len(os.listdir("/proc/self/fd")), set(Path("/dev/shm").iterdir())
-    for _ in range(300):
-        decode = ShmDecodeChannel(SHAPE, 1.0, lambda: None)
-        executor = ShmExecutorChannel(decode.fd, SHAPE)
+def test_ten_thousand_channels_leave_nothing_behind() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    def cycle(count: int) -> None:
+        for _ in range(count):
+            steps, decode, executor = channels()
+            steps.begin({0: (decode, rows_plan([0]))})
+            assert executor.next_step() is not None
+            decode.close()
+
+    cycle(500)
+    before = len(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines()), resident()
+    cycle(10_000)
+    assert len(os.listdir("/proc/self/fd")) <= before[0]
+    assert len(Path("/proc/self/maps").read_text().splitlines()) <= before[1] + 5
+    assert resident() <= before[2] + 500, "pages: a channel has 9"
+
+
+EXECUTOR = """
+import os, sys, torch
+from vllm_adrenaline.data.shm import Shape, ShmExecutorChannel
+shape = Shape(4, 8, 3, num_heads=2, num_kv_heads=1, head_size=4, dtype=torch.float32)
+channel = ShmExecutorChannel(int(sys.argv[1]), shape, int(sys.argv[2]), shared_core=True)
+print("up", flush=True)
+while True:
+    _, step = channel.next_step()
+    for layer in range(4):
+        channel.wait_layer(layer, 1_000_000_000)
+        step["out"].copy_(step["q"])
+        channel.reply(layer, 1)
+"""
+
+
+def test_an_executor_killed_at_any_point_leaves_the_decode_worker_alive_and_no_wrong_row() -> None:
+    """Killed at random moments of steps: every layer yields the right rows or is reported as failed."""
+    rng = random.Random(5)
+    seen = set()
+    for _ in range(6):
+        steps, decode, _ = channels(timeout_s=30)
+        command = [sys.executable, "-c", EXECUTOR, str(decode.fd), str(decode.epoch)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[decode.fd]) as peer:
+            assert peer.stdout is not None
+            assert peer.stdout.readline() == b"up\n"
+            pidfd = os.pidfd_open(peer.pid)
+            decode.watch(pidfd, 30, shared_core=True)
+            threading.Timer(rng.uniform(0.0, 0.2), peer.kill).start()
+            failed = 0
+            while not failed:
+                steps.begin({0: (decode, rows_plan([1]))})
+                for layer in range(4):
+                    query, output = torch.randn(2, 2, 4), torch.ones(2, 2, 4)
+                    steps.send(layer, query, query[:, :1], query[:, :1])
+                    failed |= (now := steps.receive(layer, output))
+                    expected = torch.zeros(2, 4) if failed else query[1]
+                    assert torch.equal(output[1], expected)
+                    if now:
+                        seen.add(layer)
+            os.close(pidfd)
         decode.close()
-        del decode, executor
-    assert len(os.listdir("/proc/self/fd")) <= before[0] + 2
-    assert set(Path("/dev/shm").iterdir()) == before[1]
+    assert seen, "no kill hit a step: the test says nothing"
+
+
+DECODE = """
+import sys, torch
+from vllm_adrenaline.data.plan import RowsPlan
+from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmSteps
+shape = Shape(4, 8, 3, num_heads=2, num_kv_heads=1, head_size=4, dtype=torch.float32)
+channel, steps = ShmDecodeChannel(shape), ShmSteps(shape)
+channel.watch(-1, 30, True)
+print(channel.fd, channel.epoch, flush=True)
+one = torch.ones(1, dtype=torch.int32)
+plan = RowsPlan(torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1], dtype=torch.int32), one,
+                torch.ones(1, 3, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+x = torch.zeros(1, 2, 4)
+while True:
+    steps.begin({0: (channel, plan)})
+    for layer in range(4):
+        steps.send(layer, x, x[:, :1], x[:, :1])
+        assert steps.receive(layer, x) == 0
+"""
+
+
+def test_a_decode_worker_killed_at_any_point_leaves_the_executor_alive() -> None:
+    for seconds in (0.0, 0.05, 0.1):
+        with subprocess.Popen([sys.executable, "-c", DECODE], stdout=subprocess.PIPE, text=True) as peer:
+            assert peer.stdout is not None
+            fd, epoch = map(int, peer.stdout.readline().split())
+            mapped = os.open(f"/proc/{peer.pid}/fd/{fd}", os.O_RDWR)
+            executor = ShmExecutorChannel(mapped, SHAPE, epoch, shared_core=True)
+            os.close(mapped)
+            layers = []
+
+            def run(executor: ShmExecutorChannel = executor, layers: list[int] = layers) -> None:
+                while executor.next_step() is not None:
+                    for layer in range(4):
+                        if executor.wait_layer(layer, 200_000_000) != Status.READY:
+                            break
+                        executor.reply(layer, 1)
+                        layers.append(layer)
+
+            thread = threading.Thread(target=run)
+            thread.start()
+            while not layers:
+                time.sleep(0.001)
+            time.sleep(seconds)
+            peer.kill()
+            time.sleep(0.05)
+            assert thread.is_alive(), "it waits for the next step, or for the layer until its timeout"
+            executor.stop()
+            thread.join(timeout=10)
+            assert not thread.is_alive()
 
 
 BLOCK = 32

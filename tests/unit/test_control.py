@@ -56,8 +56,7 @@ class Pool:
         messages.Claimed("r", [1, 2], 200, b"digest"),
         messages.Release(["r"], [3]),
         messages.Fault([17]),
-        messages.Attach(IDENTITY, 0, 1, 2, 3, 4, 5),
-        messages.Step(),
+        messages.Attach(IDENTITY, 0, 1, 2, 3, [0], 4, 5, 6),
     ],
 )
 def test_a_message_survives_the_wire(message: messages.Message) -> None:

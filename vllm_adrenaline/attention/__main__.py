@@ -19,12 +19,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the engine, which ends us
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=ExecutorSpec)
     # Before torch is imported: its thread pools look at the affinity when they start.
-    os.sched_setaffinity(0, spec.kv.cpus)
+    os.sched_setaffinity(0, spec.cpus)
     import torch
 
     from vllm_adrenaline.attention.executor import Server
 
-    torch.set_num_threads(spec.kv.threads)
+    torch.set_num_threads(spec.threads)
     Server(spec).serve()
 
 

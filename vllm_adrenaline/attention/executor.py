@@ -2,7 +2,7 @@
 
 It maps the prefill worker's KV cache and serves any number of decode workers, one thread and one channel each. Between
 steps it keeps nothing of any request: every step plan brings the block table and the lengths it needs, so that no
-abort, preemption or crash can leak anything here. Idle, it sleeps in poll().
+abort, preemption or crash can leak anything here. Idle, its threads sleep in poll() and on their channels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import zmq
 from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.spec import READY, ExecutorSpec
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.data.shm import Shape, ShmExecutorChannel
+from vllm_adrenaline.data.shm import Shape, ShmExecutorChannel, Status
 from vllm_adrenaline.errors import AdrenalineError
 
 logger = logging.getLogger("vllm.adrenaline")
@@ -27,39 +27,35 @@ MAX_CHANNELS = 64
 
 
 class ChannelThread(threading.Thread):
-    """Serves the steps of one decode worker."""
+    """Serves the steps of one decode worker; between them it sleeps on the channel."""
 
     def __init__(
         self, attention: CpuAttention, channel: ShmExecutorChannel, num_layers: int, idle_timeout: float
     ) -> None:
         super().__init__(name="adrenaline-channel", daemon=True)
-        self.wake = threading.Event()
-        self.closing = False
-        self._attention, self._channel = attention, channel
-        self._num_layers, self._idle_timeout = num_layers, idle_timeout
+        self.channel = channel
+        self._attention, self._num_layers = attention, num_layers
+        self._idle_timeout_ns = int(idle_timeout * 1e9)
 
     def run(self) -> None:
         while True:
-            self.wake.wait()
-            self.wake.clear()
-            if self.closing:
-                return
             try:
-                while self._channel.has_step:
-                    self._serve_step()
+                if (found := self.channel.next_step()) is None:
+                    return
+                self._serve_step(*found)
             except Exception:
                 # The decode engine sees a late answer and recomputes; this executor goes on with the next step.
-                logger.exception("step %d failed", self._channel.step)
+                logger.exception("a step failed")
 
-    def _serve_step(self) -> None:
-        channel, attention = self._channel, self._attention
-        step = channel.take_step()
+    def _serve_step(self, number: int, step: dict[str, torch.Tensor]) -> None:
+        channel, attention, timeout_ns = self.channel, self._attention, self._idle_timeout_ns
         check_plan(step, attention.num_blocks, attention.block_size)
         schedule = attention.schedule(step["query_start_loc"], step["seq_lens"])
         rows = len(step["seq_lens"])
         for layer in range(self._num_layers):
-            if not channel.wait_layer(layer, self._idle_timeout):
-                logger.warning("decode worker went silent in step %d, layer %d: step dropped", channel.step, layer)
+            status = channel.wait_layer(layer, timeout_ns)
+            if status != Status.READY:
+                logger.warning("the decode worker left step %d before layer %d: step dropped", number, layer)
                 return
             attention.layer(layer, step, schedule)
             channel.reply(layer, rows)
@@ -86,7 +82,7 @@ def check_plan(step: dict[str, torch.Tensor], num_blocks: int, block_size: int) 
 
 
 class Server:
-    """Answers Attach and Step on one ROUTER socket, and drops a channel when its decode worker ends."""
+    """Answers Attach on one ROUTER socket, and drops a channel when its decode worker ends."""
 
     def __init__(self, spec: ExecutorSpec) -> None:
         self._spec = spec
@@ -94,8 +90,7 @@ class Server:
         self._attention = CpuAttention(spec.kv, fd, spec.identity.split_kv)
         os.close(fd)
         self._socket, self._address = sockets.bind(spec.address)
-        self._threads: dict[bytes, ChannelThread] = {}
-        self._pidfds: dict[int, bytes] = {}
+        self._threads: dict[int, ChannelThread] = {}  # by the pidfd of the decode worker
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self.bad_frames = 0
@@ -121,17 +116,14 @@ class Server:
         except (ValueError, msgspec.DecodeError):
             self.bad_frames += 1
             return
-        if isinstance(message, messages.Step):
-            if (thread := self._threads.get(peer)) is not None:
-                thread.wake.set()
-        elif isinstance(message, messages.Attach):
+        if isinstance(message, messages.Attach):
             try:
-                answer: messages.Message = self._attach(peer, message)
-            except (AdrenalineError, OSError, ValueError) as error:
+                answer: messages.Message = self._attach(message)
+            except (AdrenalineError, OSError, RuntimeError, ValueError) as error:
                 answer = messages.Refused(str(error))
             self._socket.send_multipart([peer, messages.encode(answer)], zmq.NOBLOCK)
 
-    def _attach(self, peer: bytes, message: messages.Attach) -> messages.Attached:
+    def _attach(self, message: messages.Attach) -> messages.Attached:
         reason = messages.mismatch(self._spec.identity, message.identity, "attention executor", "decode worker")
         if reason is None and message.rank != self._spec.rank:
             ours, theirs = self._spec.rank, message.rank
@@ -154,7 +146,9 @@ class Server:
         try:
             fd = os.open(f"/proc/{message.pid}/fd/{message.fd}", os.O_RDWR | os.O_CLOEXEC)
             try:
-                channel = ShmExecutorChannel(fd, shape)
+                # Whether spinning keeps the prefill worker, or the decode worker itself, from this core.
+                shared = bool(set(self._spec.cpus) & {*self._spec.kv.cpus, *message.cpus})
+                channel = ShmExecutorChannel(fd, shape, message.epoch, shared)
             finally:
                 os.close(fd)
         except Exception:
@@ -163,14 +157,11 @@ class Server:
         layers = self._spec.kv.layers
         thread = ChannelThread(attention, channel, len(layers), self._spec.idle_timeout)
         thread.start()
-        self._threads[peer] = thread
-        self._pidfds[pidfd] = peer
+        self._threads[pidfd] = thread
         self._poller.register(pidfd, zmq.POLLIN)
-        return messages.Attached([layer.name for layer in layers], os.getpid())
+        return messages.Attached([layer.name for layer in layers], os.getpid(), self._spec.cpus)
 
     def _drop(self, pidfd: int) -> None:
         self._poller.unregister(pidfd)
         os.close(pidfd)
-        thread = self._threads.pop(self._pidfds.pop(pidfd))
-        thread.closing = True
-        thread.wake.set()
+        self._threads.pop(pidfd).channel.stop()

@@ -37,10 +37,12 @@ class KVExport(msgspec.Struct, frozen=True):
 
 
 class ExecutorSpec(msgspec.Struct, frozen=True):
-    """Everything one attention executor needs."""
+    """Everything one attention executor needs. `cpus` and `threads` are its own, those in `kv` the prefill worker's."""
 
     rank: int
     address: str
     identity: Identity
     kv: KVExport
+    cpus: list[int]
+    threads: int
     idle_timeout: float

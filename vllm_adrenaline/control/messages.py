@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
 
 MAX_FRAME = 1 << 20
@@ -19,6 +19,7 @@ BlockIndex = Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
 Blocks = Annotated[list[BlockIndex], msgspec.Meta(max_length=1 << 16)]
 Names = Annotated[list[Name], msgspec.Meta(max_length=4096)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
+Cpus = Annotated[list[Count], msgspec.Meta(max_length=4096)]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -126,37 +127,24 @@ class Attach(Message, frozen=True):
     rank: Count
     pid: Count
     fd: Count
+    epoch: Count
+    cpus: Cpus
     max_rows: Count
     max_tokens: Count
     max_blocks: Count
 
 
 class Attached(Message, frozen=True):
-    """The channel is mapped; `layers` names the attention layers in the order of their numbers, `pid` the executor."""
+    """The channel is mapped and served by process `pid` on `cpus`; `layers` names the attention layers in the order of
+    their numbers."""
 
     layers: Names
     pid: Count
-
-
-class Step(Message, frozen=True):
-    """Decode worker to attention executor: a step plan lies in the channel; wake up."""
+    cpus: Cpus
 
 
 AnyMessage = (
-    Hello
-    | Welcome
-    | Refused
-    | Claim
-    | Claimed
-    | Gone
-    | Release
-    | Lease
-    | Leased
-    | Fault
-    | Beat
-    | Attach
-    | Attached
-    | Step
+    Hello | Welcome | Refused | Claim | Claimed | Gone | Release | Lease | Leased | Fault | Beat | Attach | Attached
 )
 
 _encoder = msgspec.msgpack.Encoder()

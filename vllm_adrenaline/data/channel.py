@@ -1,31 +1,42 @@
-"""What a transport of the data plane does. Shared memory implements it; CUDA IPC and NCCL will.
+"""What a transport of the data plane does for the decode worker. Shared memory implements it; CUDA IPC and NCCL will.
 
-A channel joins one decode worker and one attention executor. Per step: one `begin` with the plan; per layer: one `send`
-and one `receive`. Neither raises because of its peer: a late or dead peer is a returned False.
+Per step: one `begin` with the plans of all executors; per layer: one `send` and one `receive`, whatever the number of
+executors. None raises because of a peer: a late or dead one is a returned bit.
 """
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Protocol, TypeVar
 
 import torch
 
 from vllm_adrenaline.data.plan import RowsPlan
 
+Channel = TypeVar("Channel", contravariant=True)
+
 
 class DecodeChannel(Protocol):
-    """The decode worker's end."""
-
-    def begin(self, plan: RowsPlan) -> None:
-        """Start a step: publish the plan and wake the executor."""
-
-    def send(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Pack the plan's rows of query [T, Hq, D], key and value [T, Hk, D] for the executor."""
-
-    def receive(self, layer: int, output: torch.Tensor) -> bool:
-        """Wait for the layer's attention output and put it into the plan's rows of output [T, Hq, D]."""
+    """The decode worker's end of the channel to one executor."""
 
     @property
-    def counters(self) -> tuple[int, int]:
-        """Rows x layers, and layers, that the executor says it attended since the channel was made."""
+    def counters(self) -> tuple[int, int, int]:
+        """Rows x layers, layers, and nanoseconds spent on them, that the executor says it attended."""
 
     def close(self) -> None:
         """Let go of the memory; never fails."""
+
+
+class StepTransport(Protocol[Channel]):
+    """All channels of a decode worker, as its steps use them."""
+
+    def begin(self, plans: Mapping[int, tuple[Channel | None, RowsPlan]]) -> None:
+        """Start a step: publish the plans and wake the executors. The rows of one that is None become zero."""
+
+    def send(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Pack the plans' rows of query [T, Hq, D], key and value [T, Hk, D] for all executors; wait for none."""
+
+    def receive(self, layer: int, output: torch.Tensor) -> int:
+        """Put the layer's attention output into the plans' rows of output [T, Hq, D]; return who failed, as bits."""
+
+    @property
+    def times_ns(self) -> tuple[int, int]:
+        """Nanoseconds of local attention (between send and receive), and of waiting after it, since the start."""

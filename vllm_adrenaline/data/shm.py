@@ -1,11 +1,7 @@
 """The shared-memory transport: one anonymous memory file (memfd) per decode worker and executor.
 
-A memfd has no name: nothing is left behind, however the processes end. The peer opens it through /proc/PID/fd. Its
-parts: a header of 64-bit words, each on its own cache line; the step plan; one slot for q, k, v and one for the output.
-One slot serves all layers, for a layer is sent only after the output of the layer before was taken.
-
-The words carry (step << 16 | layer + 1), so an answer to another step or layer is never taken for this one. Word writes
-follow the data they announce in program order, and x86 keeps that order for the reader; other machines are refused.
+A memfd has no name: nothing is left behind, however the processes end. The peer opens it through /proc/PID/fd. What
+lies in it, how it is announced and waited for: csrc/shm. Here it becomes tensors.
 """
 
 from __future__ import annotations
@@ -13,44 +9,27 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import platform
-import time
-from collections.abc import Callable
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from enum import IntEnum
 
 import torch
 
+from vllm_adrenaline import native
 from vllm_adrenaline.data.plan import RowsPlan
 from vllm_adrenaline.errors import AdrenalineError
 
-MAGIC: Final = 0xAD2E_0001
-PAGE: Final = 4096
-LINE: Final = 8  # words of a 64-byte cache line
-W_MAGIC, W_PLAN, W_SENT, W_DONE, W_ROWS, W_LAYERS = (i * LINE for i in range(6))
-W_NUM_ROWS, W_NUM_TOKENS = 6 * LINE, 6 * LINE + 1
-
-SPIN: Final = 500
-"""Polls before sleeping: some 50 us. No sched_yield: see vllm_adrenaline/cores.py."""
-SLEEP_S: Final = 50e-6
+library = native.load()
 
 
-def wait_word(
-    words: memoryview, index: int, value: int, timeout_s: float, gone: Callable[[], bool] = lambda: False
-) -> bool:
-    """Wait until words[index] is `value`: spin, then sleep in short turns.
+class Status(IntEnum):
+    """How a wait ended (csrc/shm/wait.h)."""
 
-    Return False after `timeout_s` seconds, or when `gone` (asked while sleeping) says that the peer has ended.
-    """
-    for _ in range(SPIN):
-        if words[index] == value:
-            return True
-    deadline = time.perf_counter() + timeout_s
-    while words[index] != value:
-        if time.perf_counter() > deadline or gone():
-            return words[index] == value
-        time.sleep(SLEEP_S)
-    return True
+    READY = 0
+    LATE = 1
+    GONE = 2
+    ENDED = 3
 
 
 @dataclass(frozen=True)
@@ -65,139 +44,154 @@ class Shape:
     head_size: int
     dtype: torch.dtype
 
-    def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Return shape and dtype of every array in the channel, in order."""
-        r, t, w, d = self.max_rows, self.max_tokens, self.max_blocks, self.head_size
-        return {
-            "query_start_loc": ((r + 1,), torch.int32),
-            "seq_lens": ((r,), torch.int32),
-            "block_table": ((r * w,), torch.int32),
-            "slot_mapping": ((t,), torch.int64),
-            "q": ((t, self.num_heads, d), self.dtype),
-            "k": ((t, self.num_kv_heads, d), self.dtype),
-            "v": ((t, self.num_kv_heads, d), self.dtype),
-            "out": ((t, self.num_heads, d), self.dtype),
-        }
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """Return what csrc/shm/layout.h calls a Shape: counts, then bytes of a row of q, of k or v, and of output."""
+        head = self.head_size * self.dtype.itemsize
+        row = self.num_heads * head
+        return self.max_rows, self.max_tokens, self.max_blocks, row, self.num_kv_heads * head, row
 
 
 class Memory:
-    """A mapped channel: header words and one tensor per part."""
+    """A mapped channel; `address` is where it begins."""
 
     def __init__(self, fd: int, shape: Shape, create: bool) -> None:
-        if platform.machine() not in ("x86_64", "AMD64"):
-            raise AdrenalineError(f"the shared-memory data plane needs x86-64; this machine is {platform.machine()}")
-        offsets, end = {}, PAGE
-        for name, (sizes, dtype) in shape.parts().items():
-            offsets[name] = end
-            end += -(-math.prod(sizes) * dtype.itemsize // PAGE) * PAGE
+        self.layout: dict[str, int] = library.layout(*shape.sizes)
+        total = self.layout["total"]
         if create:
-            os.ftruncate(fd, end)
-        elif os.fstat(fd).st_size != end:
-            raise AdrenalineError(f"channel has {os.fstat(fd).st_size} bytes and should have {end}")
-        self._map = mmap.mmap(fd, end)
-        self.words = memoryview(self._map)[:PAGE].cast("Q")
-        if not create and self.words[W_MAGIC] != MAGIC:
-            raise AdrenalineError("this memory is no channel")
-        self.words[W_MAGIC] = MAGIC
-        self.arrays: dict[str, torch.Tensor] = {}
-        for name, (sizes, dtype) in shape.parts().items():
-            flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(sizes), offset=offsets[name])
-            self.arrays[name] = flat.view(sizes)
+            os.ftruncate(fd, total)
+        elif os.fstat(fd).st_size != total:
+            raise AdrenalineError(f"channel has {os.fstat(fd).st_size} bytes and should have {total}")
+        self._map = mmap.mmap(fd, total)
+        self.address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
+
+    def array(self, part: str, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return one part as a tensor."""
+        flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(sizes), offset=self.layout[part])
+        return flat.view(sizes)
 
 
 class ShmDecodeChannel:
-    """The decode worker's end. `wake` is called once a step, after the plan is in place; `gone`: the peer has ended."""
+    """The decode worker's end. It makes the memory; `epoch` tells its life from any other's."""
 
-    def __init__(
-        self, shape: Shape, timeout_s: float, wake: Callable[[], None], gone: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.epoch = 1 + secrets.randbelow(0xFFFF)
         self.fd = os.memfd_create("adrenaline-channel", os.MFD_CLOEXEC)
-        self._memory = Memory(self.fd, shape, create=True)
-        self._words, self._arrays = self._memory.words, self._memory.arrays
-        self._timeout_s, self._wake, self._gone = timeout_s, wake, gone
-        self._step = 0
-        self._tokens = torch.empty(0, dtype=torch.int64)
-        self._q = self._k = self._v = self._out = self._tokens
+        try:
+            self._memory = Memory(self.fd, shape, create=True)
+            self.end = library.decode_open(self._memory.address, shape.sizes, self.epoch)
+        except BaseException:
+            os.close(self.fd)
+            raise
 
-    def begin(self, plan: RowsPlan) -> None:
-        arrays, words = self._arrays, self._words
-        rows, tokens, width = len(plan.seq_lens), len(plan.tokens), plan.block_table.shape[1]
-        arrays["query_start_loc"][: rows + 1].copy_(plan.query_start_loc)
-        arrays["seq_lens"][:rows].copy_(plan.seq_lens)
-        arrays["block_table"][: rows * width].view(rows, width).copy_(plan.block_table)
-        arrays["slot_mapping"][:tokens].copy_(plan.slot_mapping)
-        self._step += 1
-        words[W_NUM_ROWS], words[W_NUM_TOKENS] = rows, tokens
-        words[W_PLAN] = self._step
-        self._tokens = plan.tokens
-        self._q, self._k = arrays["q"][:tokens], arrays["k"][:tokens]
-        self._v, self._out = arrays["v"][:tokens], arrays["out"][:tokens]
-        self._wake()
-
-    def send(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        torch.index_select(query, 0, self._tokens, out=self._q)
-        torch.index_select(key, 0, self._tokens, out=self._k)
-        torch.index_select(value, 0, self._tokens, out=self._v)
-        self._words[W_SENT] = self._step << 16 | layer + 1
-
-    def receive(self, layer: int, output: torch.Tensor) -> bool:
-        if not wait_word(self._words, W_DONE, self._step << 16 | layer + 1, self._timeout_s, self._gone):
-            return False
-        output.index_copy_(0, self._tokens, self._out)
-        return True
+    def watch(self, pidfd: int, timeout_s: float, shared_core: bool) -> None:
+        """Say whose answers are awaited, how long at most, and whether spinning would keep it from its core."""
+        library.decode_watch(self.end, pidfd, int(timeout_s * 1e9), shared_core)
 
     @property
-    def counters(self) -> tuple[int, int]:
-        """Rows x layers, and layers, that the executor says it attended since the channel was made."""
-        return self._words[W_ROWS], self._words[W_LAYERS]
+    def counters(self) -> tuple[int, int, int]:
+        return library.decode_counters(self.end)
 
     def close(self) -> None:
-        """Close the file; the memory goes with the last tensor that views it."""
+        """Close the file; the memory goes with the last reference to this channel."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
+class ShmSteps:
+    """The steps of a decode worker over all its channels: StepTransport. One native call per layer and direction."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._steps = library.steps_open(shape.dtype.itemsize, shape.head_size)
+        self._out_row, self._width = shape.sizes[5], shape.max_blocks
+        self._channels: list[ShmDecodeChannel | None] = []
+
+    def begin(self, plans: Mapping[int, tuple[ShmDecodeChannel | None, RowsPlan]]) -> None:
+        library.steps_clear(self._steps)
+        self._channels = [channel for channel, _ in plans.values()]  # whose memory this step uses
+        for executor, (channel, plan) in plans.items():
+            if plan.block_table.shape[1] != self._width:
+                raise ValueError(f"block table has {plan.block_table.shape[1]} columns, the channel {self._width}")
+            library.steps_add(
+                self._steps,
+                executor,
+                None if channel is None else channel.end,
+                len(plan.seq_lens),
+                len(plan.tokens),
+                plan.query_start_loc.data_ptr(),
+                plan.seq_lens.data_ptr(),
+                plan.block_table.data_ptr(),
+                plan.slot_mapping.data_ptr(),
+                plan.tokens.data_ptr(),
+                self._out_row,
+            )
+
+    def send(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        library.send(
+            self._steps,
+            layer,
+            query.data_ptr(),
+            query.stride(),
+            key.data_ptr(),
+            key.stride(),
+            value.data_ptr(),
+            value.stride(),
+        )
+
+    def receive(self, layer: int, output: torch.Tensor) -> int:
+        return library.receive(self._steps, layer, output.data_ptr(), output.stride())
+
+    @property
+    def times_ns(self) -> tuple[int, int]:
+        return library.steps_times(self._steps)
+
+
 class ShmExecutorChannel:
     """The executor's end: views of the plan and the slots, taken once a step."""
 
-    def __init__(self, fd: int, shape: Shape) -> None:
-        self._memory = Memory(fd, shape, create=False)
-        self._shape = shape
-        self.words, self._arrays = self._memory.words, self._memory.arrays
-        self.step = self.words[W_PLAN]
-
-    @property
-    def has_step(self) -> bool:
-        """Whether a plan was published that was not taken yet."""
-        return self.words[W_PLAN] != self.step
-
-    def take_step(self) -> dict[str, torch.Tensor]:
-        """Return the newest plan's arrays and the q, k, v and out slots, cut to size.
-
-        Raises AdrenalineError when the plan does not fit the channel: nothing of it may be believed then.
-        """
-        self.step = self.words[W_PLAN]
-        rows, tokens = self.words[W_NUM_ROWS], self.words[W_NUM_TOKENS]
-        shape, arrays = self._shape, self._arrays
-        if not (0 < rows <= shape.max_rows and 0 < tokens <= shape.max_tokens):
-            raise AdrenalineError(f"step plan with {rows} rows and {tokens} tokens does not fit its channel")
-        width = shape.max_blocks
-        return {
-            "query_start_loc": arrays["query_start_loc"][: rows + 1],
-            "seq_lens": arrays["seq_lens"][:rows],
-            "block_table": arrays["block_table"][: rows * width].view(rows, width),
-            "slot_mapping": arrays["slot_mapping"][:tokens],
-            **{name: arrays[name][:tokens] for name in ("q", "k", "v", "out")},
+    def __init__(self, fd: int, shape: Shape, epoch: int, shared_core: bool) -> None:
+        memory = Memory(fd, shape, create=False)
+        self._memory, self._width = memory, shape.max_blocks
+        self._end = library.executor_open(memory.address, shape.sizes, epoch, shared_core)
+        r, t, d = shape.max_rows, shape.max_tokens, shape.head_size
+        self._rows = {
+            "seq_lens": memory.array("seq_lens", (r,), torch.int32),
+            "block_table": memory.array("block_table", (r, self._width), torch.int32),
+        }
+        self._query_start_loc = memory.array("query_start_loc", (r + 1,), torch.int32)
+        self._tokens = {
+            "slot_mapping": memory.array("slot_mapping", (t,), torch.int64),
+            "q": memory.array("q", (t, shape.num_heads, d), shape.dtype),
+            "k": memory.array("k", (t, shape.num_kv_heads, d), shape.dtype),
+            "v": memory.array("v", (t, shape.num_kv_heads, d), shape.dtype),
+            "out": memory.array("out", (t, shape.num_heads, d), shape.dtype),
         }
 
-    def wait_layer(self, layer: int, timeout_s: float) -> bool:
-        """Wait until q, k, v of `layer` are in the slot."""
-        return wait_word(self.words, W_SENT, self.step << 16 | layer + 1, timeout_s)
+    def next_step(self) -> tuple[int, dict[str, torch.Tensor]] | None:
+        """Sleep until a step plan comes; return its number and its arrays with the q, k, v and out slots, cut to size.
+
+        None: the channel was stopped. Raises RuntimeError when the plan does not fit the channel: nothing of it may be
+        believed then.
+        """
+        found = library.executor_next(self._end)
+        if found is None:
+            return None
+        step, rows, tokens = found
+        arrays = {"query_start_loc": self._query_start_loc[: rows + 1]}
+        arrays |= {name: array[:rows] for name, array in self._rows.items()}
+        arrays |= {name: array[:tokens] for name, array in self._tokens.items()}
+        return step, arrays
+
+    def wait_layer(self, layer: int, timeout_ns: int) -> int:
+        """Wait until q, k, v of `layer` are in the slot; return a Status."""
+        return library.executor_wait(self._end, layer, timeout_ns)
 
     def reply(self, layer: int, rows: int) -> None:
         """Announce that the output of `layer` is in the slot; count what was attended."""
-        words = self.words
-        words[W_ROWS] += rows
-        words[W_LAYERS] += 1
-        words[W_DONE] = self.step << 16 | layer + 1
+        library.executor_reply(self._end, layer, rows)
+
+    def stop(self) -> None:
+        """End the waits of this end, from any thread."""
+        library.executor_stop(self._end)

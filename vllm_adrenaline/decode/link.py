@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import threading
 import time
 
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.data.channel import DecodeChannel
 from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel
 from vllm_adrenaline.errors import AdrenalineError
 
@@ -36,8 +34,7 @@ class Link:
     ) -> None:
         self.address, self.layers, self.shape, self.timeout_s = address, layers, shape, timeout_s
         self._identity, self._rank = identity, rank
-        self.channel: DecodeChannel | None = None
-        self._socket: zmq.Socket[bytes] | None = None
+        self.channel: ShmDecodeChannel | None = None
         self._pidfd = -1
         self.pid = 0
 
@@ -45,8 +42,8 @@ class Link:
         """Find the executor of our rank through its prefill engine and attach; raises AdrenalineError."""
         executor = self._find()
         socket = sockets.connect(executor)
-        step = messages.encode(messages.Step())
-        channel = ShmDecodeChannel(self.shape, self.timeout_s, lambda: socket.send(step, zmq.NOBLOCK), self._gone)
+        channel = ShmDecodeChannel(self.shape)
+        cpus = sorted(os.sched_getaffinity(0))
         try:
             answer = sockets.ask(
                 socket,
@@ -55,6 +52,8 @@ class Link:
                     self._rank,
                     os.getpid(),
                     channel.fd,
+                    channel.epoch,
+                    cpus,
                     self.shape.max_rows,
                     self.shape.max_tokens,
                     self.shape.max_blocks,
@@ -71,9 +70,11 @@ class Link:
             self.pid = answer.pid
         except BaseException:
             channel.close()
-            socket.close()
             raise
-        self._socket, self.channel = socket, channel
+        finally:
+            socket.close()
+        channel.watch(self._pidfd, self.timeout_s, shared_core=bool({*cpus} & {*answer.cpus}))
+        self.channel = channel
 
     def _find(self) -> str:
         socket = sockets.connect(self.address)
@@ -86,9 +87,6 @@ class Link:
         if not isinstance(answer, messages.Welcome) or self._rank >= len(answer.executors):
             raise AdrenalineError(f"the prefill engine at {self.address} does not answer")
         return answer.executors[self._rank]
-
-    def _gone(self) -> bool:
-        return bool(select.select([self._pidfd], [], [], 0)[0])
 
     def fail(self) -> None:
         """Give the channel up and try for a new one in the background."""
@@ -107,9 +105,6 @@ class Link:
         if self.channel is not None:
             self.channel.close()
             self.channel = None
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -15,7 +15,7 @@ from vllm_adrenaline import kv_space
 from vllm_adrenaline.decode.split import SplitRows, split_rows
 
 if TYPE_CHECKING:
-    from vllm_adrenaline.data.channel import DecodeChannel
+    from vllm_adrenaline.data.channel import StepTransport
     from vllm_adrenaline.decode.link import Link
 
 
@@ -41,40 +41,28 @@ class StepPlan:
     def __init__(self, owner: RemoteAttention, split: SplitRows) -> None:
         self.has_local = split.has_local
         self.layer_index = owner.layer_index
+        self.send = owner.transport.send
+        self._receive = owner.transport.receive
         self._owner = owner
-        self._rows = split.remote
-        self._live: dict[int, DecodeChannel] = {}
-        for executor, plan in split.remote.items():
-            channel = owner.links[executor].channel
+        plans = {executor: (owner.links[executor].channel, plan) for executor, plan in split.remote.items()}
+        for executor, (channel, _) in plans.items():
             if channel is None:
                 owner.note_failure(executor)
-                continue
-            channel.begin(plan)
-            self._live[executor] = channel
-
-    def send(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Send the offloaded rows of one layer to all executors; waits for none."""
-        for channel in self._live.values():
-            channel.send(layer, query, key, value)
+        owner.transport.begin(plans)
 
     def receive(self, layer: int, output: torch.Tensor) -> None:
         """Fill the offloaded rows of `output` [T, Hq, D]; rows of an executor that failed become zero."""
-        for executor, channel in list(self._live.items()):
-            if not channel.receive(layer, output):
-                del self._live[executor]
-                self._owner.links[executor].fail()
-                self._owner.note_failure(executor)
-        if len(self._live) < len(self._rows):
-            for executor, plan in self._rows.items():
-                if executor not in self._live:
-                    output.index_fill_(0, plan.tokens, 0)
+        if failed := self._receive(layer, output):
+            self._owner.note_failures(failed)
 
 
 class RemoteAttention:
     """All links of one decode worker. `begin_step` and `split` are called once a step."""
 
-    def __init__(self, links: list[Link], layers: list[str], block_size: int, counts_rows: bool) -> None:
-        self.links = links
+    def __init__(
+        self, links: list[Link], transport: StepTransport[Any], layers: list[str], block_size: int, counts_rows: bool
+    ) -> None:
+        self.links, self.transport = links, transport
         self.layer_index = {name: index for index, name in enumerate(layers)}
         self.failed_rows: list[int] = []
         self._block_size, self._counts_rows = block_size, counts_rows
@@ -108,6 +96,13 @@ class RemoteAttention:
         local = common.replace(block_table_tensor=split.local_block_table, seq_lens=split.local_seq_lens)
         return local, StepPlan(self, split)
 
+    def note_failures(self, executors: int) -> None:
+        """These executors (bits) failed in a layer: give their channels up."""
+        for executor, link in enumerate(self.links):
+            if executors >> executor & 1:
+                link.fail()
+                self.note_failure(executor)
+
     def note_failure(self, executor: int) -> None:
         """The rows of `executor` are worthless in this step."""
         self._failed.add(executor)
@@ -130,7 +125,7 @@ class RemoteAttention:
             if link.channel is None:
                 self._attended[index] = 0
             elif self._counts_rows:
-                rows, _ = link.channel.counters
+                rows, _, _ = link.channel.counters
                 new += max(0, rows - self._attended[index])
                 self._attended[index] = rows
         return {"remote_attention_rows": new}

@@ -14,7 +14,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_adrenaline import identity
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.cores import settle_worker
-from vllm_adrenaline.data.shm import Shape
+from vllm_adrenaline.data.shm import Shape, ShmSteps
 from vllm_adrenaline.decode import backend, remote
 from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.errors import AdrenalineError
@@ -51,7 +51,9 @@ class DecodeWorker(CPUWorker):
         links = [Link(a, us, self.rank, layers, shape, options.executor_timeout) for a in options.peer_addresses]
         for link in links:
             link.attach()
-        self.remote = remote.RemoteAttention(links, layers, config.cache_config.block_size, counts_rows=self.rank == 0)
+        self.remote = remote.RemoteAttention(
+            links, ShmSteps(shape), layers, config.cache_config.block_size, counts_rows=self.rank == 0
+        )
         remote.activate(self.remote)
         get_kv_transfer_group().remote = self.remote
 

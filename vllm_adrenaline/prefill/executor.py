@@ -22,6 +22,7 @@ from vllm_adrenaline.attention.spec import READY, ExecutorSpec, KVExport
 from vllm_adrenaline.child import dying_with_parent
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import sockets
+from vllm_adrenaline.cores import parse
 from vllm_adrenaline.errors import AdrenalineError
 
 logger = logging.getLogger("vllm.adrenaline")
@@ -48,6 +49,23 @@ def kill(pids: list[int] | None) -> None:
                 process.kill()
 
 
+def executor_cores(options: Options, exports: list[KVExport]) -> list[list[int]]:
+    """Return the cores of every rank's attention executor; raises AdrenalineError when there are not as many lists as
+    ranks, or this machine lacks one of the cores."""
+    if not options.executor_cores:
+        return [export.cpus for export in exports]
+    wanted = parse(options.executor_cores)
+    if len(wanted) != len(exports):
+        raise AdrenalineError(
+            f"--adrenaline-executor-cores {options.executor_cores} has cores for {len(wanted)} rank(s); "
+            f"this engine has {len(exports)}"
+        )
+    missing = {core for cores in wanted for core in cores} - set(range(os.cpu_count() or 1))
+    if missing:
+        raise AdrenalineError(f"--adrenaline-executor-cores: this machine has no core {min(missing)}")
+    return wanted
+
+
 class ExecutorProcess:
     """One attention executor: started, read until it is ready, stopped."""
 
@@ -58,7 +76,7 @@ class ExecutorProcess:
             dying_with_parent([sys.executable, "-m", "vllm_adrenaline.attention"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": str(spec.kv.threads)},
+            env=os.environ | {"OMP_NUM_THREADS": str(spec.threads)},
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(spec))
@@ -148,13 +166,16 @@ class PrefillExecutor(MultiprocExecutor):
         global _site
         options = Options.of(self.vllm_config)
         us = identity.of(self.vllm_config)
-        exports = self.collective_rpc("export_kv")
+        exports = [msgspec.convert(export, KVExport) for export in self.collective_rpc("export_kv")]
+        cores = executor_cores(options, exports)
         specs = [
             ExecutorSpec(
                 rank=rank,
                 address=sockets.sibling(options.listen_address, f"executor{rank}"),
                 identity=us,
-                kv=msgspec.convert(export, KVExport),
+                kv=export,
+                cpus=cores[rank],
+                threads=options.executor_threads or (len(cores[rank]) if options.executor_cores else export.threads),
                 idle_timeout=options.lease_seconds,
             )
             for rank, export in enumerate(exports)

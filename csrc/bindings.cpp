@@ -1,0 +1,297 @@
+// The Python edge of csrc/: plain numbers and capsules, CPython's limited API, no torch. Tensors arrive as the address
+// of their first element and their strides (elements). vllm_adrenaline/native.py loads this.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <exception>
+#include <memory>
+
+#include "shm/decode_end.h"
+#include "shm/executor_end.h"
+
+#ifndef ADRENALINE_SOURCES
+#error "build through setup.py, which passes the digest of csrc/"
+#endif
+
+namespace {
+
+using namespace adrenaline::shm;
+
+constexpr char kDecode[] = "adrenaline.decode_end";
+constexpr char kSteps[] = "adrenaline.step_ends";
+constexpr char kExecutor[] = "adrenaline.executor_end";
+
+struct Steps {
+  StepEnds ends;
+  int64_t item_size, head_size;
+};
+
+template <typename T>
+T* get(PyObject* capsule, const char* name) {
+  return static_cast<T*>(PyCapsule_GetPointer(capsule, name));
+}
+
+template <typename T>
+PyObject* make(std::unique_ptr<T> object, const char* name, PyCapsule_Destructor destroy) {
+  PyObject* capsule = PyCapsule_New(object.get(), name, destroy);
+  if (capsule != nullptr) object.release();
+  return capsule;
+}
+
+template <typename T, const char* name>
+void destroy(PyObject* capsule) {
+  delete get<T>(capsule, name);
+}
+
+// Run `body`, which may throw or leave a Python error set; null then.
+template <typename Body>
+PyObject* guarded(Body&& body) {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+PyObject* none() {
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
+template <typename Body>
+void without_lock(Body&& body) {
+  PyThreadState* state = PyEval_SaveThread();
+  body();
+  PyEval_RestoreThread(state);
+}
+
+bool parse_shape(PyObject* tuple, Shape* s) {
+  unsigned long long n[6];
+  if (!PyArg_ParseTuple(tuple, "KKKKKK", &n[0], &n[1], &n[2], &n[3], &n[4], &n[5])) return false;
+  *s = Shape{n[0], n[1], n[2], n[3], n[4], n[5]};
+  return true;
+}
+
+// The rows of a tensor [T, heads, head size] whose heads lie side by side; anything else would be read wrongly.
+template <typename R>
+bool parse_rows(PyObject* address, PyObject* strides, const Steps& steps, R* rows) {
+  const auto stride = [strides](Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GetItem(strides, i)); };
+  rows->data = reinterpret_cast<decltype(rows->data)>(PyLong_AsVoidPtr(address));
+  rows->stride = stride(0) * steps.item_size;
+  const bool packed = PyTuple_Size(strides) == 3 && stride(2) == 1 && stride(1) == steps.head_size;
+  if (!packed && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "the heads of a token must be contiguous");
+  return packed && !PyErr_Occurred();
+}
+
+PyObject* layout(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    Shape s;
+    if (!parse_shape(args, &s)) return nullptr;
+    const Layout at = layout_of(s);
+    return Py_BuildValue("{s:n,s:n,s:n,s:n,s:n,s:n,s:n,s:n,s:n}", "query_start_loc", at.query_start_loc, "seq_lens",
+                         at.seq_lens, "block_table", at.block_table, "slot_mapping", at.slot_mapping, "q", at.q, "k",
+                         at.k, "v", at.v, "out", at.out, "total", at.total);
+  });
+}
+
+PyObject* decode_open(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    unsigned long long memory, epoch;
+    PyObject* sizes;
+    Shape s;
+    if (!PyArg_ParseTuple(args, "KO!K", &memory, &PyTuple_Type, &sizes, &epoch) || !parse_shape(sizes, &s))
+      return nullptr;
+    return make(std::make_unique<DecodeEnd>(reinterpret_cast<void*>(memory), s, epoch, true), kDecode,
+                destroy<DecodeEnd, kDecode>);
+  });
+}
+
+PyObject* decode_watch(PyObject*, PyObject* args) {
+  PyObject* capsule;
+  int pidfd, shared;
+  long long timeout_ns;
+  if (!PyArg_ParseTuple(args, "OiLp", &capsule, &pidfd, &timeout_ns, &shared)) return nullptr;
+  auto* end = get<DecodeEnd>(capsule, kDecode);
+  if (end == nullptr) return nullptr;
+  end->watch(pidfd, timeout_ns, shared != 0);
+  return none();
+}
+
+PyObject* decode_counters(PyObject*, PyObject* capsule) {
+  const auto* end = get<DecodeEnd>(capsule, kDecode);
+  if (end == nullptr) return nullptr;
+  const Header& h = end->header();
+  return Py_BuildValue("KKK", static_cast<unsigned long long>(h.rows.load()),
+                       static_cast<unsigned long long>(h.layers.load()),
+                       static_cast<unsigned long long>(h.busy_ns.load()));
+}
+
+PyObject* steps_open(PyObject*, PyObject* args) {
+  long long item_size, head_size;
+  if (!PyArg_ParseTuple(args, "LL", &item_size, &head_size)) return nullptr;
+  auto steps = std::make_unique<Steps>();
+  steps->item_size = item_size;
+  steps->head_size = head_size;
+  return make(std::move(steps), kSteps, destroy<Steps, kSteps>);
+}
+
+PyObject* steps_clear(PyObject*, PyObject* capsule) {
+  auto* steps = get<Steps>(capsule, kSteps);
+  if (steps == nullptr) return nullptr;
+  steps->ends.clear();
+  return none();
+}
+
+PyObject* steps_add(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    PyObject *capsule, *channel;
+    unsigned int executor, rows, tokens;
+    unsigned long long starts, lens, table, slots, positions, out_row;
+    if (!PyArg_ParseTuple(args, "OIOIIKKKKKK", &capsule, &executor, &channel, &rows, &tokens, &starts, &lens, &table,
+                          &slots, &positions, &out_row))
+      return nullptr;
+    auto* steps = get<Steps>(capsule, kSteps);
+    auto* end = channel == Py_None ? nullptr : get<DecodeEnd>(channel, kDecode);
+    if (PyErr_Occurred()) return nullptr;
+    ADRENALINE_CHECK(executor < 64, "a step has at most 64 executors");
+    const Plan plan{rows,
+                    tokens,
+                    reinterpret_cast<const int32_t*>(starts),
+                    reinterpret_cast<const int32_t*>(lens),
+                    reinterpret_cast<const int32_t*>(table),
+                    reinterpret_cast<const int64_t*>(slots)};
+    steps->ends.add(executor, end, plan, reinterpret_cast<const int64_t*>(positions), out_row);
+    return none();
+  });
+}
+
+// send(steps, layer, q, q strides, k, k strides, v, v strides)
+PyObject* send(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 8) return PyErr_Format(PyExc_TypeError, "send takes 8 arguments");
+  auto* steps = get<Steps>(args[0], kSteps);
+  if (steps == nullptr) return nullptr;
+  const auto layer = PyLong_AsUnsignedLongLong(args[1]);
+  Rows q, k, v;
+  if (!parse_rows(args[2], args[3], *steps, &q) || !parse_rows(args[4], args[5], *steps, &k) ||
+      !parse_rows(args[6], args[7], *steps, &v))
+    return nullptr;
+  steps->ends.send(layer, q, k, v);
+  return none();
+}
+
+// receive(steps, layer, out, out strides) -> executors that failed in this layer, as bits
+PyObject* receive(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "receive takes 4 arguments");
+  auto* steps = get<Steps>(args[0], kSteps);
+  if (steps == nullptr) return nullptr;
+  const auto layer = PyLong_AsUnsignedLongLong(args[1]);
+  MutableRows out;
+  if (!parse_rows(args[2], args[3], *steps, &out)) return nullptr;
+  return PyLong_FromUnsignedLongLong(
+      steps->ends.receive(layer, out, [](auto&& sleep) { without_lock(sleep); }));
+}
+
+PyObject* steps_times(PyObject*, PyObject* capsule) {
+  const auto* steps = get<Steps>(capsule, kSteps);
+  if (steps == nullptr) return nullptr;
+  const StepTimes& times = steps->ends.times();
+  return Py_BuildValue("LL", static_cast<long long>(times.local_ns), static_cast<long long>(times.wait_ns));
+}
+
+PyObject* executor_open(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    unsigned long long memory, epoch;
+    PyObject* sizes;
+    int shared;
+    Shape s;
+    if (!PyArg_ParseTuple(args, "KO!Kp", &memory, &PyTuple_Type, &sizes, &epoch, &shared) || !parse_shape(sizes, &s))
+      return nullptr;
+    return make(std::make_unique<ExecutorEnd>(reinterpret_cast<void*>(memory), s, epoch, shared != 0), kExecutor,
+                destroy<ExecutorEnd, kExecutor>);
+  });
+}
+
+// -> (step, rows, tokens), or None when the end was stopped
+PyObject* executor_next(PyObject*, PyObject* capsule) {
+  return guarded([&]() -> PyObject* {
+    auto* end = get<ExecutorEnd>(capsule, kExecutor);
+    if (end == nullptr) return nullptr;
+    Status status = Status::ready;
+    without_lock([&] { status = end->next_plan(); });
+    if (status == Status::ended) return none();
+    ADRENALINE_CHECK(end->plan_fits(), "step plan does not fit its channel");
+    return Py_BuildValue("KII", static_cast<unsigned long long>(end->step()), end->num_rows(), end->num_tokens());
+  });
+}
+
+// executor_wait(end, layer, timeout in ns) -> Status
+PyObject* executor_wait(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "executor_wait takes 3 arguments");
+  auto* end = get<ExecutorEnd>(args[0], kExecutor);
+  if (end == nullptr) return nullptr;
+  const auto layer = PyLong_AsUnsignedLongLong(args[1]);
+  const auto timeout = PyLong_AsLongLong(args[2]);
+  if (PyErr_Occurred()) return nullptr;
+  Status status = Status::ready;
+  without_lock([&] {
+    if (!end->spin_for(layer)) status = end->sleep_for(layer, timeout);
+    if (status == Status::ready) status = end->arrived(layer);
+  });
+  return PyLong_FromLong(static_cast<int>(status));
+}
+
+// executor_reply(end, layer, rows)
+PyObject* executor_reply(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "executor_reply takes 3 arguments");
+  auto* end = get<ExecutorEnd>(args[0], kExecutor);
+  if (end == nullptr) return nullptr;
+  const auto layer = PyLong_AsUnsignedLongLong(args[1]);
+  const auto rows = PyLong_AsUnsignedLongLong(args[2]);
+  if (PyErr_Occurred()) return nullptr;
+  end->reply(layer, rows);
+  return none();
+}
+
+PyObject* executor_stop(PyObject*, PyObject* capsule) {
+  auto* end = get<ExecutorEnd>(capsule, kExecutor);
+  if (end == nullptr) return nullptr;
+  end->stop();
+  return none();
+}
+
+template <typename Function>
+PyCFunction cast(Function* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"layout", layout, METH_VARARGS, nullptr},
+    {"decode_open", decode_open, METH_VARARGS, nullptr},
+    {"decode_watch", decode_watch, METH_VARARGS, nullptr},
+    {"decode_counters", decode_counters, METH_O, nullptr},
+    {"steps_open", steps_open, METH_VARARGS, nullptr},
+    {"steps_clear", steps_clear, METH_O, nullptr},
+    {"steps_add", steps_add, METH_VARARGS, nullptr},
+    {"steps_times", steps_times, METH_O, nullptr},
+    {"send", cast(send), METH_FASTCALL, nullptr},
+    {"receive", cast(receive), METH_FASTCALL, nullptr},
+    {"executor_open", executor_open, METH_VARARGS, nullptr},
+    {"executor_next", executor_next, METH_O, nullptr},
+    {"executor_wait", cast(executor_wait), METH_FASTCALL, nullptr},
+    {"executor_reply", cast(executor_reply), METH_FASTCALL, nullptr},
+    {"executor_stop", executor_stop, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+int execute(PyObject* module) {
+  return PyModule_AddStringConstant(module, "SOURCES", ADRENALINE_SOURCES);
+}
+
+PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(execute)}, {0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, 0, methods, slots, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,184 @@
+// The decode worker's end of a channel, and all of them together as one step sees them.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "layout.h"
+#include "wait.h"
+
+namespace adrenaline::shm {
+
+// Rows of a tensor: where the first begins and how many bytes lie between two of them.
+struct Rows {
+  const char* data;
+  int64_t stride;
+};
+
+struct MutableRows {
+  char* data;
+  int64_t stride;
+};
+
+// One step's rows for one executor: R rows, T tokens, block table [R, max_blocks]; `tokens` are positions in the batch.
+struct Plan {
+  uint32_t num_rows, num_tokens;
+  const int32_t* query_start_loc;
+  const int32_t* seq_lens;
+  const int32_t* block_table;
+  const int64_t* slot_mapping;
+};
+
+class DecodeEnd {
+ public:
+  // `memory`: total bytes of layout_of(shape), zeroed, kept by the caller. `epoch`: 1 to 65535, this channel's life.
+  DecodeEnd(void* memory, const Shape& shape, uint64_t epoch, bool shared_core)
+      : base_(static_cast<char*>(memory)),
+        header_(reinterpret_cast<Header*>(memory)),
+        shape_(shape),
+        at_(layout_of(shape)),
+        epoch_(epoch),
+        pace_(shared_core) {
+    ADRENALINE_CHECK(epoch > 0 && epoch < (1 << 16), "an epoch has 16 bits and is not 0");
+    header_->magic = kMagic;
+  }
+
+  // The process to watch while waiting; the timeout of every wait.
+  void watch(int pidfd, int64_t timeout_ns, bool shared_core) {
+    pidfd_ = pidfd;
+    timeout_ns_ = timeout_ns;
+    pace_ = Pace(shared_core);
+  }
+
+  // Publish the plan of a step and wake the executor.
+  void begin(const Plan& plan) {
+    ADRENALINE_CHECK(plan.num_rows > 0 && plan.num_rows <= shape_.max_rows, "step plan has too many rows");
+    ADRENALINE_CHECK(plan.num_tokens > 0 && plan.num_tokens <= shape_.max_tokens, "step plan has too many tokens");
+    std::memcpy(base_ + at_.query_start_loc, plan.query_start_loc, (plan.num_rows + 1) * sizeof(int32_t));
+    std::memcpy(base_ + at_.seq_lens, plan.seq_lens, plan.num_rows * sizeof(int32_t));
+    std::memcpy(base_ + at_.block_table, plan.block_table, plan.num_rows * shape_.max_blocks * sizeof(int32_t));
+    std::memcpy(base_ + at_.slot_mapping, plan.slot_mapping, plan.num_tokens * sizeof(int64_t));
+    header_->num_rows = plan.num_rows;
+    header_->num_tokens = plan.num_tokens;
+    ++step_;
+    header_->plan.store(stamp(epoch_, step_, 0), std::memory_order_release);
+    ring(header_->to_executor, header_->executor_sleeps);
+  }
+
+  void send(uint64_t layer, const std::vector<int64_t>& tokens, const Rows& q, const Rows& k, const Rows& v) {
+    pack(base_ + at_.q, q, shape_.q_row, tokens);
+    pack(base_ + at_.k, k, shape_.kv_row, tokens);
+    pack(base_ + at_.v, v, shape_.kv_row, tokens);
+    header_->sent.store(stamp(epoch_, step_, layer + 1), std::memory_order_release);
+    ring(header_->to_executor, header_->executor_sleeps);
+  }
+
+  // Whether the layer's output is there already, or comes while we spin.
+  bool spin_for(uint64_t layer) {
+    return spin([this, layer] { return is_done(layer); }, pace_.spin_ns());
+  }
+
+  Status sleep_for(uint64_t layer) {
+    return sleep_until([this, layer] { return is_done(layer); }, header_->to_decode, header_->decode_sleeps,
+                       now_ns() + timeout_ns_, pidfd_);
+  }
+
+  void observe(int64_t waited_ns) { pace_.observe(waited_ns); }
+
+  void take(const std::vector<int64_t>& tokens, const MutableRows& out) const {
+    const char* from = base_ + at_.out;
+    for (size_t i = 0; i < tokens.size(); ++i)
+      std::memcpy(out.data + tokens[i] * out.stride, from + i * shape_.out_row, shape_.out_row);
+  }
+
+  size_t out_row() const { return shape_.out_row; }
+  const Header& header() const { return *header_; }
+
+ private:
+  bool is_done(uint64_t layer) const {
+    return header_->done.load(std::memory_order_acquire) == stamp(epoch_, step_, layer + 1);
+  }
+
+  static void pack(char* to, const Rows& from, size_t row, const std::vector<int64_t>& tokens) {
+    for (size_t i = 0; i < tokens.size(); ++i) std::memcpy(to + i * row, from.data + tokens[i] * from.stride, row);
+  }
+
+  char* base_;
+  Header* header_;
+  Shape shape_;
+  Layout at_;
+  uint64_t epoch_;
+  uint64_t step_ = 0;
+  int pidfd_ = -1;
+  int64_t timeout_ns_ = 0;
+  Pace pace_;
+};
+
+// What a decode worker's steps cost it, summed up since it started (nanoseconds).
+struct StepTimes {
+  int64_t local_ns = 0;  // between a layer's send and the first receive: local attention
+  int64_t wait_ns = 0;   // waiting for executors with nothing else to do
+};
+
+// All executors of one step. One call per layer and direction, whatever their number: rows are sent to all before any
+// is waited for. An executor that fails stays failed until the next step; its rows become zero.
+class StepEnds {
+ public:
+  void clear() { entries_.clear(); }
+
+  // `end`: null when the executor is not there.
+  void add(unsigned executor, DecodeEnd* end, const Plan& plan, const int64_t* tokens, size_t out_row) {
+    if (end != nullptr) end->begin(plan);
+    entries_.push_back({executor, end, std::vector<int64_t>(tokens, tokens + plan.num_tokens), out_row});
+  }
+
+  void send(uint64_t layer, const Rows& q, const Rows& k, const Rows& v) {
+    for (auto& entry : entries_)
+      if (entry.end != nullptr) entry.end->send(layer, entry.tokens, q, k, v);
+    sent_at_ = now_ns();
+  }
+
+  // Fill the offloaded rows of `out`; return the executors (as bits) that failed in this layer. `block` runs a function
+  // that sleeps (and lets go of the interpreter's lock meanwhile).
+  template <typename Block>
+  uint64_t receive(uint64_t layer, const MutableRows& out, Block&& block) {
+    uint64_t failed = 0;
+    int64_t before = now_ns();
+    times_.local_ns += before - sent_at_;
+    for (auto& entry : entries_) {
+      if (entry.end != nullptr) {
+        Status status = Status::ready;
+        if (!entry.end->spin_for(layer)) block([&] { status = entry.end->sleep_for(layer); });
+        const int64_t after = now_ns();
+        times_.wait_ns += after - before;
+        if (status == Status::ready) {
+          entry.end->observe(after - before);
+          entry.end->take(entry.tokens, out);
+        } else {
+          entry.end = nullptr;
+          failed |= uint64_t{1} << entry.executor;
+        }
+        before = now_ns();
+      }
+      if (entry.end == nullptr)
+        for (int64_t token : entry.tokens) std::memset(out.data + token * out.stride, 0, entry.out_row);
+    }
+    return failed;
+  }
+
+  const StepTimes& times() const { return times_; }
+
+ private:
+  struct Entry {
+    unsigned executor;
+    DecodeEnd* end;
+    std::vector<int64_t> tokens;
+    size_t out_row;
+  };
+
+  std::vector<Entry> entries_;
+  StepTimes times_;
+  int64_t sent_at_ = 0;
+};
+
+}  // namespace adrenaline::shm

@@ -1,0 +1,90 @@
+// The attention executor's end of a channel. Its kernel works on the slots themselves: nothing is copied here.
+#pragma once
+
+#include "layout.h"
+#include "wait.h"
+
+namespace adrenaline::shm {
+
+class ExecutorEnd {
+ public:
+  // `memory`: total bytes of layout_of(shape), mapped from the decode worker's file; kept by the caller.
+  ExecutorEnd(void* memory, const Shape& shape, uint64_t epoch, bool shared_core)
+      : header_(reinterpret_cast<Header*>(memory)), shape_(shape), epoch_(epoch), pace_(shared_core) {
+    ADRENALINE_CHECK(header_->magic == kMagic, "this memory is no channel of this version");
+    plan_ = header_->plan.load(std::memory_order_acquire);
+  }
+
+  // Sleep until there is a plan that was not taken yet; it takes no CPU time meanwhile. ended: stop() was called.
+  Status next_plan() {
+    const auto ready = [this] { return has_ended() || header_->plan.load(std::memory_order_acquire) != plan_; };
+    const Status status = sleep_until(ready, header_->to_executor, header_->executor_sleeps, kForever, -1);
+    if (has_ended()) return Status::ended;
+    plan_ = header_->plan.load(std::memory_order_acquire);
+    step_ = plan_ >> 12 & ((uint64_t{1} << 36) - 1);
+    ready_at_ = now_ns();
+    return status;
+  }
+
+  // Whether the plan is of this channel's life and fits the channel: else nothing of it may be believed.
+  bool plan_fits() const {
+    return plan_ == stamp(epoch_, step_, 0) && header_->num_rows > 0 && header_->num_rows <= shape_.max_rows &&
+           header_->num_tokens > 0 && header_->num_tokens <= shape_.max_tokens;
+  }
+
+  uint32_t num_rows() const { return header_->num_rows; }
+  uint32_t num_tokens() const { return header_->num_tokens; }
+  uint64_t step() const { return step_; }
+
+  bool spin_for(uint64_t layer) {
+    waits_since_ = now_ns();
+    return spin([this, layer] { return is_sent(layer); }, pace_.spin_ns());
+  }
+
+  Status sleep_for(uint64_t layer, int64_t timeout_ns) {
+    return sleep_until([this, layer] { return is_sent(layer) || is_over(); }, header_->to_executor,
+                       header_->executor_sleeps, waits_since_ + timeout_ns, -1);
+  }
+
+  // After a wait for `layer`: ready, or ended when the decode worker went on to another step, or is to be left.
+  Status arrived(uint64_t layer) {
+    if (!is_sent(layer)) return Status::ended;
+    ready_at_ = now_ns();
+    pace_.observe(ready_at_ - waits_since_);
+    return Status::ready;
+  }
+
+  // Announce that the layer's output is in its slot; count what was attended, and the time since it arrived.
+  void reply(uint64_t layer, uint64_t rows) {
+    header_->rows.fetch_add(rows, std::memory_order_relaxed);
+    header_->layers.fetch_add(1, std::memory_order_relaxed);
+    header_->busy_ns.fetch_add(static_cast<uint64_t>(now_ns() - ready_at_), std::memory_order_relaxed);
+    header_->done.store(stamp(epoch_, step_, layer + 1), std::memory_order_release);
+    ring(header_->to_decode, header_->decode_sleeps);
+  }
+
+  // From any thread: the waits of this end are over.
+  void stop() {
+    stopped_.store(true, std::memory_order_seq_cst);
+    ring(header_->to_executor, header_->executor_sleeps);
+  }
+
+ private:
+  bool has_ended() const { return stopped_.load(std::memory_order_seq_cst); }
+  bool is_over() const { return has_ended() || header_->plan.load(std::memory_order_acquire) != plan_; }
+  bool is_sent(uint64_t layer) const {
+    return header_->sent.load(std::memory_order_acquire) == stamp(epoch_, step_, layer + 1);
+  }
+
+  Header* header_;
+  Shape shape_;
+  uint64_t epoch_;
+  uint64_t plan_ = 0;
+  uint64_t step_ = 0;
+  int64_t waits_since_ = 0;
+  int64_t ready_at_ = 0;
+  std::atomic<bool> stopped_{false};
+  Pace pace_;
+};
+
+}  // namespace adrenaline::shm

@@ -1,0 +1,90 @@
+// What lies where in a channel: one shared memory file that joins one decode worker and one attention executor.
+//
+//   header (one page)   what each side announces, one cache line per writer
+//   plan                query_start_loc, seq_lens, block_table, slot_mapping of the step
+//   q, k, v             the rows of one layer, sent by the decode worker
+//   out                 their attention output, written by the executor
+//
+// One slot serves all layers: a layer is sent only after the output of the layer before was taken. The executor's
+// kernel reads and writes the slots themselves.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "../check.h"
+
+namespace adrenaline::shm {
+
+constexpr uint64_t kMagic = 0xAD2E0002;
+constexpr size_t kPage = 4096;
+constexpr size_t kLine = 64;
+constexpr uint64_t kMaxLayers = (1 << 12) - 2;
+
+// What a channel is sized for; row sizes in bytes.
+struct Shape {
+  uint64_t max_rows, max_tokens, max_blocks;
+  uint64_t q_row, kv_row, out_row;
+};
+
+// Byte offsets of the parts.
+struct Layout {
+  size_t query_start_loc, seq_lens, block_table, slot_mapping, q, k, v, out, total;
+};
+
+inline Layout layout_of(const Shape& s) {
+  ADRENALINE_CHECK(s.max_rows > 0 && s.max_tokens > 0 && s.max_blocks > 0, "a channel needs rows, tokens and blocks");
+  ADRENALINE_CHECK(s.q_row > 0 && s.kv_row > 0 && s.out_row > 0, "a channel needs row sizes");
+  for (uint64_t count : {s.max_rows, s.max_tokens, s.max_blocks, s.q_row, s.kv_row, s.out_row})
+    ADRENALINE_CHECK(count < (1u << 28), "a channel's sizes are bounded");
+  Layout at{};
+  size_t end = kPage;
+  auto place = [&end](size_t bytes) {
+    size_t begin = end;
+    end += (bytes + kPage - 1) / kPage * kPage;
+    return begin;
+  };
+  at.query_start_loc = place((s.max_rows + 1) * sizeof(int32_t));
+  at.seq_lens = place(s.max_rows * sizeof(int32_t));
+  at.block_table = place(s.max_rows * s.max_blocks * sizeof(int32_t));
+  at.slot_mapping = place(s.max_tokens * sizeof(int64_t));
+  at.q = place(s.max_tokens * s.q_row);
+  at.k = place(s.max_tokens * s.kv_row);
+  at.v = place(s.max_tokens * s.kv_row);
+  at.out = place(s.max_tokens * s.out_row);
+  at.total = end;
+  return at;
+}
+
+// What is announced: a step of one life of a channel, and a layer in it (0: the plan). Never repeats, so nothing of
+// another step or another life can be taken for what is waited for.
+inline uint64_t stamp(uint64_t epoch, uint64_t step, uint64_t layer_plus_1) {
+  return epoch << 48 | (step & ((uint64_t{1} << 36) - 1)) << 12 | layer_plus_1;
+}
+
+struct Header {
+  uint64_t magic;
+
+  // Written by the decode worker.
+  alignas(kLine) std::atomic<uint64_t> plan;
+  std::atomic<uint64_t> sent;
+  std::atomic<uint32_t> to_executor;  // futex: rung after every announcement
+  std::atomic<uint32_t> decode_sleeps;
+  uint32_t num_rows, num_tokens;
+
+  // Written by the executor.
+  alignas(kLine) std::atomic<uint64_t> done;
+  std::atomic<uint32_t> to_decode;
+  std::atomic<uint32_t> executor_sleeps;
+
+  // Written by the executor, read once in a while: rows x layers, layers, nanoseconds spent on them.
+  alignas(kLine) std::atomic<uint64_t> rows;
+  std::atomic<uint64_t> layers;
+  std::atomic<uint64_t> busy_ns;
+};
+
+static_assert(sizeof(Header) <= kPage);
+static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
+
+}  // namespace adrenaline::shm

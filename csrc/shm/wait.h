@@ -1,0 +1,114 @@
+// Waiting for an announcement of the other process: spin, then sleep on a futex. Every wait ends.
+//
+// A round trip by spinning costs 0.3 us, anything that sleeps some 70 us (docs/performance.md); but a spinning thread
+// keeps its core from whoever else needs it, perhaps the very process it waits for.
+#pragma once
+
+#include <linux/futex.h>
+#include <poll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstdint>
+#include <ctime>
+
+namespace adrenaline::shm {
+
+enum class Status : int { ready = 0, late = 1, gone = 2, ended = 3 };
+
+constexpr int64_t kForever = INT64_MAX;
+constexpr int64_t kLivenessNs = 20'000'000;
+
+inline int64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1'000'000'000 + t.tv_nsec;
+}
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// How long to spin, learnt from how long the waits of the past took.
+class Pace {
+ public:
+  explicit Pace(bool shared_core) : shared_(shared_core) {}
+
+  // A core that others need is not spun on. Otherwise: twice what is expected, when that is short enough for the cost
+  // of a sleep to matter.
+  int64_t spin_ns() const {
+    if (shared_) return 2'000;
+    return expected_ns_ <= 1'000'000 ? 20'000 + 2 * expected_ns_ : 20'000;
+  }
+
+  void observe(int64_t waited_ns) { expected_ns_ += (waited_ns - expected_ns_) / 8; }
+
+ private:
+  bool shared_;
+  int64_t expected_ns_ = 0;
+};
+
+// Announce: call after the stamp was stored. `bell` is ours, `sleeps` is the other side's.
+inline void ring(std::atomic<uint32_t>& bell, const std::atomic<uint32_t>& sleeps) {
+  bell.fetch_add(1, std::memory_order_seq_cst);
+  if (sleeps.load(std::memory_order_seq_cst) != 0) {
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&bell), FUTEX_WAKE, 1, nullptr, nullptr, 0);
+  }
+}
+
+inline bool has_ended(int pidfd) {
+  if (pidfd < 0) return false;
+  pollfd entry{pidfd, POLLIN, 0};
+  return poll(&entry, 1, 0) > 0;
+}
+
+// Spin up to `spin_ns` until ready() holds.
+template <typename Ready>
+bool spin(Ready&& ready, int64_t spin_ns) {
+  if (ready()) return true;
+  const int64_t end = now_ns() + spin_ns;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      pause();
+      if (ready()) return true;
+    }
+  } while (now_ns() < end);
+  return false;
+}
+
+// Sleep until ready() holds. `bell`: the other side's; `sleeps`: ours. `pidfd` (or -1): the other side's process, looked
+// at every kLivenessNs. The other side's ring() sees `sleeps`, or we see its announcement: both are seq_cst.
+template <typename Ready>
+Status sleep_until(Ready&& ready, std::atomic<uint32_t>& bell, std::atomic<uint32_t>& sleeps, int64_t deadline,
+                   int pidfd) {
+  sleeps.store(1, std::memory_order_seq_cst);
+  Status status = Status::ready;
+  for (;;) {
+    const uint32_t seen = bell.load(std::memory_order_seq_cst);
+    if (ready()) break;
+    const int64_t left = deadline == kForever ? kForever : deadline - now_ns();
+    if (left <= 0) {
+      status = Status::late;
+      break;
+    }
+    if (has_ended(pidfd)) {
+      status = ready() ? Status::ready : Status::gone;
+      break;
+    }
+    const int64_t turn = pidfd < 0 ? left : std::min(left, kLivenessNs);
+    timespec timeout{static_cast<time_t>(turn / 1'000'000'000), static_cast<long>(turn % 1'000'000'000)};
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&bell), FUTEX_WAIT, seen, turn == kForever ? nullptr : &timeout,
+            nullptr, 0);
+  }
+  sleeps.store(0, std::memory_order_relaxed);
+  return status;
+}
+
+}  // namespace adrenaline::shm
