@@ -28,7 +28,7 @@ inline int64_t now_ns() {
   return t.tv_sec * 1'000'000'000 + t.tv_nsec;
 }
 
-inline void pause() {
+inline void cpu_pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -76,7 +76,7 @@ bool spin(Ready&& ready, int64_t spin_ns) {
   const int64_t end = now_ns() + spin_ns;
   do {
     for (int i = 0; i < 32; ++i) {
-      pause();
+      cpu_pause();
       if (ready()) return true;
     }
   } while (now_ns() < end);

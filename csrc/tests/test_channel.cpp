@@ -1,0 +1,198 @@
+// Both ends of the channel against each other. Built and run by tests/unit/test_native.py: plainly, with ASan and UBSan,
+// and with TSan (which is why both ends are threads here; killing processes is tested from Python).
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <thread>
+
+#include "../shm/decode_end.h"
+#include "../shm/executor_end.h"
+
+using namespace adrenaline::shm;
+
+#define EXPECT(condition)                                                     \
+  do {                                                                        \
+    if (!(condition)) {                                                       \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
+      std::exit(1);                                                           \
+    }                                                                         \
+  } while (0)
+
+namespace {
+
+constexpr int64_t kSecond = 1'000'000'000;
+const Shape kShape{8, 16, 3, 64, 32, 64};
+
+struct Memory {
+  size_t total = layout_of(kShape).total;
+  char* data = static_cast<char*>(mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+  ~Memory() { munmap(data, total); }
+};
+
+struct Batch {
+  std::vector<int32_t> starts, lens, table;
+  std::vector<int64_t> slots, tokens;
+
+  explicit Batch(std::vector<int64_t> positions) : tokens(std::move(positions)) {
+    const auto rows = static_cast<int32_t>(tokens.size());
+    for (int32_t i = 0; i <= rows; ++i) starts.push_back(i);
+    lens.assign(rows, 7);
+    table.assign(rows * kShape.max_blocks, 1);
+    slots.assign(rows, 3);
+  }
+
+  Plan plan() const {
+    const auto rows = static_cast<uint32_t>(tokens.size());
+    return {rows, rows, starts.data(), lens.data(), table.data(), slots.data()};
+  }
+};
+
+// q, k and v of 16 tokens, side by side as in a model's projection.
+struct Activations {
+  static constexpr int64_t kStride = 128;
+  std::vector<char> bytes = std::vector<char>(16 * kStride);
+  Rows q() const { return {bytes.data(), kStride}; }
+  Rows k() const { return {bytes.data() + 64, kStride}; }
+  Rows v() const { return {bytes.data() + 96, kStride}; }
+};
+
+// The executor's part: output byte = q byte + k byte.
+void attend(char* memory, uint32_t tokens) {
+  const Layout at = layout_of(kShape);
+  for (uint32_t t = 0; t < tokens; ++t)
+    for (uint64_t i = 0; i < kShape.out_row; ++i)
+      memory[at.out + t * kShape.out_row + i] =
+          static_cast<char>(memory[at.q + t * kShape.q_row + i] + memory[at.k + t * kShape.kv_row + i % kShape.kv_row]);
+}
+
+void serve(char* memory, ExecutorEnd& end, uint64_t layers) {
+  while (end.next_plan() != Status::ended) {
+    EXPECT(end.plan_fits());
+    for (uint64_t layer = 0; layer < layers; ++layer) {
+      Status status = Status::ready;
+      if (!end.spin_for(layer)) status = end.sleep_for(layer, 10 * kSecond);
+      if (status == Status::ready) status = end.arrived(layer);
+      if (status != Status::ready) break;
+      attend(memory, end.num_tokens());
+      end.reply(layer, end.num_rows());
+    }
+  }
+}
+
+const auto kBlock = [](auto&& sleep) { sleep(); };
+
+void many_steps_over_two_executors() {
+  Memory memory[2];
+  constexpr uint64_t kLayers = 3;
+  DecodeEnd first(memory[0].data, kShape, 11, true), second(memory[1].data, kShape, 12, false);
+  first.watch(-1, 60 * kSecond, true);
+  second.watch(-1, 60 * kSecond, false);
+  ExecutorEnd one(memory[0].data, kShape, 11, true), two(memory[1].data, kShape, 12, false);
+  std::thread a([&] { serve(memory[0].data, one, kLayers); }), b([&] { serve(memory[1].data, two, kLayers); });
+  std::mt19937 random(3);
+  StepEnds steps;
+  Activations in;
+  std::vector<char> out(16 * 64);
+  for (int step = 0; step < 300; ++step) {
+    std::vector<int64_t> left, right;
+    for (int64_t token = 0; token < 16; ++token) {
+      auto& side = random() % 2 != 0U ? left : right;
+      if (random() % 3 != 0U && side.size() < 8) side.push_back(token);
+    }
+    steps.clear();
+    const Batch l(left), r(right);
+    if (!left.empty()) steps.add(0, &first, l.plan(), l.tokens.data(), kShape.out_row);
+    if (!right.empty()) steps.add(1, &second, r.plan(), r.tokens.data(), kShape.out_row);
+    for (uint64_t layer = 0; layer < kLayers; ++layer) {
+      for (char& byte : in.bytes) byte = static_cast<char>(random());
+      std::fill(out.begin(), out.end(), 'x');
+      steps.send(layer, in.q(), in.k(), in.v());
+      EXPECT(steps.receive(layer, {out.data(), 64}, kBlock) == 0);
+      for (int64_t token = 0; token < 16; ++token) {
+        bool remote = false;
+        for (int64_t t : left) remote |= t == token;
+        for (int64_t t : right) remote |= t == token;
+        for (int64_t i = 0; i < 64; ++i) {
+          const char sum = static_cast<char>(in.bytes[token * 128 + i] + in.bytes[token * 128 + 64 + i % 32]);
+          EXPECT(out[token * 64 + i] == (remote ? sum : 'x'));
+        }
+      }
+    }
+  }
+  one.stop();
+  two.stop();
+  a.join();
+  b.join();
+  EXPECT(steps.times().local_ns > 0);
+}
+
+void a_stale_stamp_is_never_taken() {
+  Memory memory;
+  DecodeEnd decode(memory.data, kShape, 5, true);
+  decode.watch(-1, kSecond / 100, true);
+  const Batch batch({0});
+  auto* header = reinterpret_cast<Header*>(memory.data);
+  decode.begin(batch.plan());
+  Activations in;
+  decode.send(0, batch.tokens, in.q(), in.k(), in.v());
+  for (uint64_t wrong : {stamp(5, 1, 2), stamp(5, 2, 1), stamp(5, 0, 1), stamp(6, 1, 1), uint64_t{0}, ~uint64_t{0}}) {
+    header->done.store(wrong);
+    EXPECT(!decode.spin_for(0));
+    EXPECT(decode.sleep_for(0) == Status::late);
+  }
+  header->done.store(stamp(5, 1, 1));
+  EXPECT(decode.spin_for(0));
+}
+
+void an_end_that_sleeps_can_be_stopped_at_any_moment() {
+  for (int i = 0; i < 200; ++i) {
+    Memory memory;
+    DecodeEnd decode(memory.data, kShape, 5, true);
+    ExecutorEnd end(memory.data, kShape, 5, true);
+    std::thread thread([&] { serve(memory.data, end, 2); });
+    if (i % 2 == 0) decode.begin(Batch({1}).plan());  // it waits for a layer, not for a plan
+    for (int spin = 0; spin < i * 50; ++spin) cpu_pause();
+    end.stop();
+    thread.join();
+  }
+}
+
+void what_does_not_fit_throws_with_file_and_line() {
+  Memory memory;
+  DecodeEnd decode(memory.data, kShape, 5, true);
+  std::string message;
+  try {
+    decode.begin(Batch({0, 1, 2, 3, 4, 5, 6, 7, 8}).plan());
+  } catch (const std::runtime_error& error) {
+    message = error.what();
+  }
+  EXPECT(message.find("too many rows") != std::string::npos);
+  EXPECT(message.find("decode_end.h:") != std::string::npos);
+}
+
+void spinning_follows_what_was_seen() {
+  Pace own(false), shared(true);
+  EXPECT(shared.spin_ns() < 10'000);
+  for (int i = 0; i < 100; ++i) {
+    own.observe(100'000);
+    shared.observe(100'000);
+  }
+  EXPECT(own.spin_ns() > 150'000 && own.spin_ns() < 300'000);
+  EXPECT(shared.spin_ns() < 10'000);
+  for (int i = 0; i < 100; ++i) own.observe(50'000'000);
+  EXPECT(own.spin_ns() < 100'000);
+}
+
+}  // namespace
+
+int main() {
+  many_steps_over_two_executors();
+  a_stale_stamp_is_never_taken();
+  an_end_that_sleeps_can_be_stopped_at_any_moment();
+  what_does_not_fit_throws_with_file_and_line();
+  spinning_follows_what_was_seen();
+  std::puts("ok");
+}
