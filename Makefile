@@ -2,7 +2,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-SOURCES := vllm_adrenaline tests tools
+SOURCES := vllm_adrenaline tests tools benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format clean
@@ -29,5 +29,5 @@ format: setup  ## Format the sources and fix what ruff can fix
 	@$(BIN)/ruff format $(SOURCES)
 
 clean:  ## Remove .venv and everything that was generated
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info vllm_adrenaline/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

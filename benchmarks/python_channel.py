@@ -1,12 +1,4 @@
-"""The shared-memory transport: one anonymous memory file (memfd) per decode worker and executor.
-
-A memfd has no name: nothing is left behind, however the processes end. The peer opens it through /proc/PID/fd. Its
-parts: a header of 64-bit words, each on its own cache line; the step plan; one slot for q, k, v and one for the output.
-One slot serves all layers, for a layer is sent only after the output of the layer before was taken.
-
-The words carry (step << 16 | layer + 1), so an answer to another step or layer is never taken for this one. Word writes
-follow the data they announce in program order, and x86 keeps that order for the reader; other machines are refused.
-"""
+"""The data plane as it was before csrc/, in pure Python: what data_plane.py compares with. Not part of the package."""
 
 from __future__ import annotations
 
@@ -31,7 +23,7 @@ W_MAGIC, W_PLAN, W_SENT, W_DONE, W_ROWS, W_LAYERS = (i * LINE for i in range(6))
 W_NUM_ROWS, W_NUM_TOKENS = 6 * LINE, 6 * LINE + 1
 
 SPIN: Final = 500
-"""Polls before sleeping: some 50 us. No sched_yield: see vllm_adrenaline/cores.py."""
+"""Polls before sleeping: some 50 us."""
 SLEEP_S: Final = 50e-6
 
 

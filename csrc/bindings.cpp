@@ -1,5 +1,6 @@
-// The Python edge of csrc/: plain numbers and capsules, CPython's limited API, no torch. Tensors arrive as the address
-// of their first element and their strides (elements). vllm_adrenaline/native.py loads this.
+// The Python edge of csrc/: plain numbers and capsules, CPython's limited API, no torch. Tensors are read through DLPack's
+// exchange API, which makes no Python objects: 20 ns each, where data_ptr() and stride() take 190 (docs/performance.md).
+// vllm_adrenaline/native.py loads this.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -8,6 +9,7 @@
 
 #include "shm/decode_end.h"
 #include "shm/executor_end.h"
+#include "third_party/dlpack.h"
 
 #ifndef ADRENALINE_SOURCES
 #error "build through setup.py, which passes the digest of csrc/"
@@ -23,8 +25,10 @@ constexpr char kExecutor[] = "adrenaline.executor_end";
 
 struct Steps {
   StepEnds ends;
-  int64_t item_size, head_size;
+  int64_t q_row, kv_row;
 };
+
+DLPackDLTensorFromPyObjectNoSync read_tensor = nullptr;
 
 template <typename T>
 T* get(PyObject* capsule, const char* name) {
@@ -73,15 +77,32 @@ bool parse_shape(PyObject* tuple, Shape* s) {
   return true;
 }
 
-// The rows of a tensor [T, heads, head size] whose heads lie side by side; anything else would be read wrongly.
+// The rows of a tensor [T, heads, head size] on the CPU whose heads lie side by side, `row` bytes in all; anything else
+// would be read wrongly. A dimension of size one has no stride to speak of.
 template <typename R>
-bool parse_rows(PyObject* address, PyObject* strides, const Steps& steps, R* rows) {
-  const auto stride = [strides](Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GetItem(strides, i)); };
-  rows->data = reinterpret_cast<decltype(rows->data)>(PyLong_AsVoidPtr(address));
-  rows->stride = stride(0) * steps.item_size;
-  const bool packed = PyTuple_Size(strides) == 3 && stride(2) == 1 && stride(1) == steps.head_size;
-  if (!packed && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "the heads of a token must be contiguous");
-  return packed && !PyErr_Occurred();
+bool parse_rows(PyObject* object, int64_t row, R* rows) {
+  DLTensor t;
+  if (read_tensor(object, &t) != 0) return false;
+  const int64_t item = t.dtype.bits / 8 * t.dtype.lanes;
+  const bool fits = t.ndim == 3 && t.device.device_type == kDLCPU && t.shape[1] * t.shape[2] * item == row &&
+                    (t.strides[2] == 1 || t.shape[2] == 1) && (t.strides[1] == t.shape[2] || t.shape[1] == 1);
+  if (!fits) {
+    PyErr_SetString(PyExc_ValueError, "a CPU tensor [T, heads, head size] whose heads are contiguous is wanted");
+    return false;
+  }
+  rows->data = static_cast<decltype(rows->data)>(t.data) + t.byte_offset;
+  rows->stride = t.strides[0] * item;
+  return true;
+}
+
+// use_tensors(torch.Tensor.__dlpack_c_exchange_api__): how tensors are read from now on
+PyObject* use_tensors(PyObject*, PyObject* capsule) {
+  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  if (api == nullptr) return nullptr;
+  if (api->header.version.major != DLPACK_MAJOR_VERSION || api->dltensor_from_py_object_no_sync == nullptr)
+    return PyErr_Format(PyExc_RuntimeError, "torch offers another DLPack exchange API than %d", DLPACK_MAJOR_VERSION);
+  read_tensor = api->dltensor_from_py_object_no_sync;
+  return none();
 }
 
 PyObject* layout(PyObject*, PyObject* args) {
@@ -128,11 +149,12 @@ PyObject* decode_counters(PyObject*, PyObject* capsule) {
 }
 
 PyObject* steps_open(PyObject*, PyObject* args) {
-  long long item_size, head_size;
-  if (!PyArg_ParseTuple(args, "LL", &item_size, &head_size)) return nullptr;
+  long long q_row, kv_row;
+  if (!PyArg_ParseTuple(args, "LL", &q_row, &kv_row)) return nullptr;
+  if (read_tensor == nullptr) return PyErr_Format(PyExc_RuntimeError, "use_tensors was not called");
   auto steps = std::make_unique<Steps>();
-  steps->item_size = item_size;
-  steps->head_size = head_size;
+  steps->q_row = q_row;
+  steps->kv_row = kv_row;
   return make(std::move(steps), kSteps, destroy<Steps, kSteps>);
 }
 
@@ -147,9 +169,9 @@ PyObject* steps_add(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     PyObject *capsule, *channel;
     unsigned int executor, rows, tokens;
-    unsigned long long starts, lens, table, slots, positions, out_row;
-    if (!PyArg_ParseTuple(args, "OIOIIKKKKKK", &capsule, &executor, &channel, &rows, &tokens, &starts, &lens, &table,
-                          &slots, &positions, &out_row))
+    unsigned long long starts, lens, table, slots, positions;
+    if (!PyArg_ParseTuple(args, "OIOIIKKKKK", &capsule, &executor, &channel, &rows, &tokens, &starts, &lens, &table,
+                          &slots, &positions))
       return nullptr;
     auto* steps = get<Steps>(capsule, kSteps);
     auto* end = channel == Py_None ? nullptr : get<DecodeEnd>(channel, kDecode);
@@ -161,33 +183,33 @@ PyObject* steps_add(PyObject*, PyObject* args) {
                     reinterpret_cast<const int32_t*>(lens),
                     reinterpret_cast<const int32_t*>(table),
                     reinterpret_cast<const int64_t*>(slots)};
-    steps->ends.add(executor, end, plan, reinterpret_cast<const int64_t*>(positions), out_row);
+    steps->ends.add(executor, end, plan, reinterpret_cast<const int64_t*>(positions), steps->q_row);
     return none();
   });
 }
 
-// send(steps, layer, q, q strides, k, k strides, v, v strides)
+// send(steps, layer, q, k, v)
 PyObject* send(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 8) return PyErr_Format(PyExc_TypeError, "send takes 8 arguments");
+  if (count != 5) return PyErr_Format(PyExc_TypeError, "send takes 5 arguments");
   auto* steps = get<Steps>(args[0], kSteps);
   if (steps == nullptr) return nullptr;
   const auto layer = PyLong_AsUnsignedLongLong(args[1]);
   Rows q, k, v;
-  if (!parse_rows(args[2], args[3], *steps, &q) || !parse_rows(args[4], args[5], *steps, &k) ||
-      !parse_rows(args[6], args[7], *steps, &v))
+  if (!parse_rows(args[2], steps->q_row, &q) || !parse_rows(args[3], steps->kv_row, &k) ||
+      !parse_rows(args[4], steps->kv_row, &v))
     return nullptr;
   steps->ends.send(layer, q, k, v);
   return none();
 }
 
-// receive(steps, layer, out, out strides) -> executors that failed in this layer, as bits
+// receive(steps, layer, out) -> executors that failed in this layer, as bits
 PyObject* receive(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 4) return PyErr_Format(PyExc_TypeError, "receive takes 4 arguments");
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "receive takes 3 arguments");
   auto* steps = get<Steps>(args[0], kSteps);
   if (steps == nullptr) return nullptr;
   const auto layer = PyLong_AsUnsignedLongLong(args[1]);
   MutableRows out;
-  if (!parse_rows(args[2], args[3], *steps, &out)) return nullptr;
+  if (!parse_rows(args[2], steps->q_row, &out)) return nullptr;
   return PyLong_FromUnsignedLongLong(
       steps->ends.receive(layer, out, [](auto&& sleep) { without_lock(sleep); }));
 }
@@ -267,6 +289,7 @@ PyCFunction cast(Function* function) {
 
 PyMethodDef methods[] = {
     {"layout", layout, METH_VARARGS, nullptr},
+    {"use_tensors", use_tensors, METH_O, nullptr},
     {"decode_open", decode_open, METH_VARARGS, nullptr},
     {"decode_watch", decode_watch, METH_VARARGS, nullptr},
     {"decode_counters", decode_counters, METH_O, nullptr},

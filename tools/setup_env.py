@@ -31,7 +31,13 @@ TORCH = "torch==2.13.0+cpu"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NIXL = "nixl==1.5.1"
 UNWANTED = {"torch", "torchvision", "torchaudio", "torchcodec"}
-INPUTS = ("tools/setup_env.py", "pyproject.toml", "setup.py", "vllm_adrenaline/vllm_cpu.py")
+INPUTS = (
+    "tools/setup_env.py",
+    "pyproject.toml",
+    "setup.py",
+    "vllm_adrenaline/vllm_cpu.py",
+    "vllm_adrenaline/sources.py",
+)
 
 
 def say(text: str) -> None:
@@ -51,8 +57,9 @@ def pip(*args: str) -> None:
 def fingerprint() -> str:
     """Return a digest of all files that decide what the environment holds."""
     digest = hashlib.sha256(sys.version.encode())
-    for name in INPUTS:
-        digest.update((ROOT / name).read_bytes())
+    native = (path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    for path in sorted([*(ROOT / name for name in INPUTS), *native]):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

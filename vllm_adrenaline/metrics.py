@@ -6,6 +6,7 @@ vllm/distributed/kv_transfer/kv_connector/v1/metrics.py of 0.32 (run) and 0.33 (
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ COUNTERS = {
     "refused_params": "Requests whose kv_transfer_params named no known prefill engine; computed locally.",
     "remote_attention_rows": "Rows x layers attended by attention executors, as counted by the executors.",
     "executor_failures": "Steps in which an attention executor did not answer in time.",
+    "local_attention_seconds": "Seconds of local attention in steps with offloaded rows.",
+    "remote_attention_seconds": "Seconds of remote attention in the same steps, of the slowest executor each.",
+    "exposed_wait_seconds": "Seconds the decode engine waited for remote attention with nothing else to do.",
 }
 
 
@@ -32,7 +36,7 @@ class AdrenalineStats(KVConnectorStats):
             self.reset()
 
     @classmethod
-    def merged(cls, nixl: KVConnectorStats | None, counts: dict[str, int]) -> AdrenalineStats | None:
+    def merged(cls, nixl: KVConnectorStats | None, counts: Mapping[str, float]) -> AdrenalineStats | None:
         """Return both as one, or None when there is nothing to say."""
         stats = cls()
         if nixl is not None:
@@ -54,7 +58,10 @@ class AdrenalineStats(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        return {**self._nixl().reduce(), **{name.replace("_", " "): n for name, n in self.data["counts"].items()}}
+        return {
+            **self._nixl().reduce(),
+            **{name.replace("_", " "): round(count, 3) for name, count in self.data["counts"].items()},
+        }
 
     def is_empty(self) -> bool:
         return not self.data["counts"] and self._nixl().is_empty()

@@ -54,8 +54,15 @@ def test_every_request_has_the_tokens_of_plain_vllm(
 ) -> None:
     decode = engines[name]
     before, rows = decode.counter("offloaded_requests"), decode.counter("remote_attention_rows")
+    started = time.monotonic()
     answers = engines.door(name).complete(requests)
     assert tokens(answers) == tokens(reference)
+    spent = [decode.counter(f"{kind}_seconds") for kind in ("local_attention", "remote_attention", "exposed_wait")]
+    if name == "local":
+        assert spent == [0, 0, 0]
+    else:
+        assert min(spent) > 0
+        assert max(spent) < time.monotonic() - started
     offloaded = decode.counter("offloaded_requests") - before
     assert offloaded == RATIOS[name] * len(requests)
     if name == "remote":

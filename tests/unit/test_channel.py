@@ -117,7 +117,7 @@ def test_a_late_executor_is_a_returned_status_and_its_late_answer_is_not_believe
     steps.send(1, ones, ones[:, :1], ones[:, :1])
     assert steps.receive(1, ones) == 0, "reported once"
     assert executor.next_step() is not None
-    executor.reply(0, rows=1)  # too late: the next step is on its way
+    executor.reply(0, 1)  # too late: the next step is on its way
     steps.begin({3: (decode, rows_plan([0]))})
     steps.send(0, ones, ones[:, :1], ones[:, :1])
     assert steps.receive(0, ones) == 1 << 3
@@ -129,7 +129,7 @@ def test_an_answer_from_another_life_of_the_channel_is_not_believed() -> None:
     with pytest.raises(RuntimeError, match="does not fit"):
         executor.next_step()
     zeros = torch.zeros(1, 2, 4)
-    executor.reply(0, rows=1)
+    executor.reply(0, 1)
     assert steps.receive(0, zeros) == 1
 
 

@@ -6,6 +6,7 @@ lies in it, how it is announced and waited for: csrc/shm. Here it becomes tensor
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import os
@@ -21,6 +22,7 @@ from vllm_adrenaline.data.plan import RowsPlan
 from vllm_adrenaline.errors import AdrenalineError
 
 library = native.load()
+library.use_tensors(torch.Tensor.__dlpack_c_exchange_api__)
 
 
 class Status(IntEnum):
@@ -104,8 +106,11 @@ class ShmSteps:
     """The steps of a decode worker over all its channels: StepTransport. One native call per layer and direction."""
 
     def __init__(self, shape: Shape) -> None:
-        self._steps = library.steps_open(shape.dtype.itemsize, shape.head_size)
-        self._out_row, self._width = shape.sizes[5], shape.max_blocks
+        self._steps = library.steps_open(*shape.sizes[3:5])
+        # Bound here, so that a layer costs no Python frame.
+        self.send = functools.partial(library.send, self._steps)
+        self.receive = functools.partial(library.receive, self._steps)
+        self._width = shape.max_blocks
         self._channels: list[ShmDecodeChannel | None] = []
 
     def begin(self, plans: Mapping[int, tuple[ShmDecodeChannel | None, RowsPlan]]) -> None:
@@ -125,23 +130,7 @@ class ShmSteps:
                 plan.block_table.data_ptr(),
                 plan.slot_mapping.data_ptr(),
                 plan.tokens.data_ptr(),
-                self._out_row,
             )
-
-    def send(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        library.send(
-            self._steps,
-            layer,
-            query.data_ptr(),
-            query.stride(),
-            key.data_ptr(),
-            key.stride(),
-            value.data_ptr(),
-            value.stride(),
-        )
-
-    def receive(self, layer: int, output: torch.Tensor) -> int:
-        return library.receive(self._steps, layer, output.data_ptr(), output.stride())
 
     @property
     def times_ns(self) -> tuple[int, int]:
@@ -155,6 +144,10 @@ class ShmExecutorChannel:
         memory = Memory(fd, shape, create=False)
         self._memory, self._width = memory, shape.max_blocks
         self._end = library.executor_open(memory.address, shape.sizes, epoch, shared_core)
+        # wait_layer(layer, timeout in ns): wait until q, k, v of the layer are in the slot; returns a Status.
+        self.wait_layer = functools.partial(library.executor_wait, self._end)
+        # reply(layer, rows): announce that the output of the layer is in the slot; count what was attended.
+        self.reply = functools.partial(library.executor_reply, self._end)
         r, t, d = shape.max_rows, shape.max_tokens, shape.head_size
         self._rows = {
             "seq_lens": memory.array("seq_lens", (r,), torch.int32),
@@ -183,14 +176,6 @@ class ShmExecutorChannel:
         arrays |= {name: array[:rows] for name, array in self._rows.items()}
         arrays |= {name: array[:tokens] for name, array in self._tokens.items()}
         return step, arrays
-
-    def wait_layer(self, layer: int, timeout_ns: int) -> int:
-        """Wait until q, k, v of `layer` are in the slot; return a Status."""
-        return library.executor_wait(self._end, layer, timeout_ns)
-
-    def reply(self, layer: int, rows: int) -> None:
-        """Announce that the output of `layer` is in the slot; count what was attended."""
-        library.executor_reply(self._end, layer, rows)
 
     def stop(self) -> None:
         """End the waits of this end, from any thread."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,7 +74,7 @@ class Offload:
         self._cancelled: dict[str, RemotePool] = {}
         self._down: frozenset[int] = frozenset()
         self._placed: Counter[Placement] = Counter()
-        self._counts: Counter[str] = Counter()
+        self._counts: dict[str, float] = defaultdict(float)
 
     # A request's way through
 
@@ -227,6 +227,9 @@ class Offload:
             self.pulled.clear()  # a failed pull writes what it recomputes; so may, harmlessly, the others
         if isinstance(report := output.kv_connector_worker_meta, Report):
             self._down = report.down
+            self._counts["local_attention_seconds"] += report.local
+            self._counts["remote_attention_seconds"] += report.remote
+            self._counts["exposed_wait_seconds"] += report.exposed
 
     def failed(self, report: Report, scheduled: Any) -> list[str]:
         """Executors did not answer in this step; return the scheduled requests whose tokens are worthless.
@@ -239,9 +242,9 @@ class Offload:
         self._down |= report.failed
         return [n for n in scheduled if (o := self.requests.get(n)) is not None and o.pool.executor in report.failed]
 
-    def take_counts(self) -> dict[str, int]:
+    def take_counts(self) -> dict[str, float]:
         """Return what was counted since the last call."""
-        counts, self._counts = self._counts, Counter()
+        counts, self._counts = self._counts, defaultdict(float)
         return dict(counts)
 
     # Details

@@ -23,16 +23,28 @@ if TYPE_CHECKING:
 class Report(KVConnectorWorkerMetadata):
     """What a worker tells the scheduler at the end of a step.
 
-    `failed`: executors that failed in it. `pids`: their processes. `down`: executors that are away.
+    `failed`: executors that failed in it. `pids`: their processes. `down`: executors that are away. Then the seconds
+    of the step: `local` in attention here, `remote` in the slowest executor's, `exposed` waiting for executors with
+    nothing else to do. A step with no offloaded row has none.
     """
 
     failed: frozenset[int]
     pids: frozenset[int]
     down: frozenset[int]
+    local: float
+    remote: float
+    exposed: float
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Report:
         assert isinstance(other, Report)
-        return Report(self.failed | other.failed, self.pids | other.pids, self.down | other.down)
+        return Report(
+            self.failed | other.failed,
+            self.pids | other.pids,
+            self.down | other.down,
+            max(self.local, other.local),
+            max(self.remote, other.remote),
+            max(self.exposed, other.exposed),
+        )
 
 
 class StepPlan:
@@ -72,6 +84,8 @@ class RemoteAttention:
         self._failed: set[int] = set()
         self._ever_failed = False
         self._attended = [0] * len(links)
+        self._busy_ns = [0] * len(links)
+        self._times_ns = (0, 0)
 
     def begin_step(self, received: frozenset[str], row_of: dict[str, int]) -> None:
         """Note what the scheduler says of this step; `row_of` is vLLM's live map of request to row."""
@@ -111,12 +125,22 @@ class RemoteAttention:
             self.failed_rows.extend(self._split.remote_rows[executor].tolist())
 
     def take_report(self) -> Report | None:
-        """Return what the scheduler must know of this step."""
-        if not self._ever_failed:
+        """Return what the scheduler must know of this step, None when it had no offloaded row and none ever failed."""
+        if self._split is None and not self._ever_failed:
             return None
         failed, self._failed = frozenset(self._failed), set()
         pids = frozenset(self.links[executor].pid for executor in failed)
-        return Report(failed, pids, frozenset(i for i, link in enumerate(self.links) if link.channel is None))
+        down = frozenset(i for i, link in enumerate(self.links) if link.channel is None)
+        before, self._times_ns = self._times_ns, self.transport.times_ns
+        local, exposed = (now - then for now, then in zip(self._times_ns, before, strict=True))
+        remote = max(map(self._take_busy_ns, range(len(self.links))), default=0)
+        return Report(failed, pids, down, local / 1e9, remote / 1e9, exposed / 1e9)
+
+    def _take_busy_ns(self, executor: int) -> int:
+        channel = self.links[executor].channel
+        before, now = self._busy_ns[executor], channel.counters[2] if channel is not None else 0
+        self._busy_ns[executor] = now
+        return max(0, now - before)
 
     def take_counts(self) -> dict[str, int]:
         """Return the rows x layers attended since the last call, by the executors' own count (first rank only)."""

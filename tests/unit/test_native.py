@@ -1,0 +1,72 @@
+"""The native library: built from these sources, clean under the sanitizers, refused when it is missing or stale."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_adrenaline import native
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.sources import digest
+
+ROOT = Path(__file__).parent.parent.parent
+FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
+SANITIZERS = {
+    "plain": ["-O2"],
+    "address and undefined behaviour": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "threads": ["-O1", "-fsanitize=thread"],
+}
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_the_channel_works_from_cpp_and_is_clean(sanitizer: str, tmp_path: Path) -> None:
+    program, source = tmp_path / "test_channel", ROOT / "csrc" / "tests" / "test_channel.cpp"
+    subprocess.run(["g++", *FLAGS, *SANITIZERS[sanitizer], str(source), "-o", str(program), "-pthread"], check=True)
+    # TSan of GCC 12 wants the address space laid out as without randomization.
+    done = subprocess.run(["setarch", "-R", str(program)], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+def test_the_cpp_benchmark_measures_what_it_says(tmp_path: Path) -> None:
+    program, source = tmp_path / "bench_channel", ROOT / "csrc" / "tests" / "bench_channel.cpp"
+    subprocess.run(["g++", *FLAGS, "-O2", str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program), "2", "50", "0", "0"], capture_output=True, text=True, timeout=120, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, _ in lines] == ["floor"] * 50 + ["channel"] * 50
+    assert all(int(time) > 0 for _, time in lines)
+
+
+def test_the_library_is_of_these_sources() -> None:
+    assert digest(ROOT / "csrc") == native.load().SOURCES
+
+
+def test_a_changed_source_makes_the_library_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "digest", lambda folder: "0" * 16)
+    with pytest.raises(AdrenalineError, match=r"other sources.*pip install"):
+        native.load()
+
+
+def test_the_digest_knows_every_source_and_ignores_tests(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "a.h").write_text("1")
+    before = digest(tmp_path)
+    (tmp_path / "tests" / "t.cpp").write_text("1")
+    assert digest(tmp_path) == before
+    (tmp_path / "a.h").write_text("2")
+    assert digest(tmp_path) != before
+
+
+def test_a_missing_library_says_which_command_mends_it() -> None:
+    code = (
+        "import sys; sys.modules['vllm_adrenaline._native'] = None\n"
+        "from vllm_adrenaline.errors import AdrenalineError\n"
+        "from vllm_adrenaline import native\n"
+        "try: native.load()\n"
+        "except AdrenalineError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "does not load" in done.stdout
+    assert "pip install" in done.stdout
