@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import python_channel
 import report
 
-from vllm_adrenaline.data.plan import RowsPlan
+from vllm_adrenaline import kv_space
 from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps, Status
+from vllm_adrenaline.decode.split import SplitRows, split_rows
 
 ROOT = Path(__file__).parent.parent
 HEADS, KV_HEADS, HEAD = 32, 8, 128
@@ -51,9 +52,16 @@ def forked(core: int, body: Callable[[], None]) -> Iterator[None]:
         os.waitpid(pid, 0)
 
 
-def rows_plan(rows: int) -> RowsPlan:
-    """Return the plan of `rows` decode rows."""
-    return RowsPlan(
+def batch(rows: int) -> SplitRows:
+    """Return the split of a batch whose rows are all the first executor's."""
+    table = torch.full((rows, 1), kv_space.remote_id(0, 0), dtype=torch.int32)
+    starts, lens = torch.arange(rows + 1, dtype=torch.int32), torch.ones(rows, dtype=torch.int32)
+    return split_rows(table, starts, lens, torch.zeros(rows, dtype=torch.int64), [], 128)
+
+
+def python_plan(rows: int) -> python_channel.RowsPlan:
+    """Return the same as a plan of the pure-Python channel."""
+    return python_channel.RowsPlan(
         tokens=torch.arange(rows),
         query_start_loc=torch.arange(rows + 1, dtype=torch.int32),
         seq_lens=torch.ones(rows, dtype=torch.int32),
@@ -92,7 +100,7 @@ def native(rows: int, core: int) -> list[float]:
     query, key, value, output = activations(rows)
     clock, times = time.perf_counter_ns, []
     with forked(core, serve):
-        steps.begin({0: (decode, rows_plan(rows))})
+        steps.begin(batch(rows).handle, {0: decode})
         send, receive = steps.send, steps.receive
         for layer in range(LAYERS):
             begin = clock()
@@ -123,7 +131,7 @@ def python(rows: int, core: int) -> list[float]:
     query, key, value, output = activations(rows)
     clock, times = time.perf_counter_ns, []
     with forked(core, serve):
-        decode.begin(rows_plan(rows))
+        decode.begin(python_plan(rows))
         for layer in range(LAYERS):
             begin = clock()
             decode.send(layer, query, key, value)

@@ -116,11 +116,11 @@ class Model:
         if offloaded:
             table = table.clone()
             table[:offloaded] |= kv_space.remote_id(0, 0)
-            split = split_rows(table, self.starts, lens, [], BLOCK)
+            slots = slots.clone()
+            split = split_rows(table, self.starts, lens, slots, [], BLOCK)
             self.remote._split = split
             plan = StepPlan(self.remote, split)
             table, lens = split.local_block_table, split.local_seq_lens
-            slots = slots.clone().index_fill_(0, split.masked_tokens, -1)
             self.plan_s = time.perf_counter() - began
         schedule = self.local.schedule(self.starts, lens)
         arrays = {"query_start_loc": self.starts, "seq_lens": lens, "block_table": table, "slot_mapping": slots}

@@ -18,9 +18,12 @@
 namespace {
 
 using namespace adrenaline::shm;
+using adrenaline::plan::Batch;
+using adrenaline::plan::Split;
 
 constexpr char kDecode[] = "adrenaline.decode_end";
 constexpr char kSteps[] = "adrenaline.step_ends";
+constexpr char kSplit[] = "adrenaline.split";
 constexpr char kExecutor[] = "adrenaline.executor_end";
 
 struct Steps {
@@ -105,6 +108,83 @@ PyObject* use_tensors(PyObject*, PyObject* capsule) {
   return none();
 }
 
+// A contiguous CPU tensor of `ndim` dimensions and integers of type T.
+template <typename T>
+T* parse_integers(PyObject* object, int ndim, DLTensor* t) {
+  if (read_tensor(object, t) != 0) return nullptr;
+  const bool rows_only = ndim == 2 && (t->strides[1] == 1 || t->shape[1] == 1);
+  const bool fits = t->ndim == ndim && t->device.device_type == kDLCPU && t->dtype.code == kDLInt &&
+                    t->dtype.bits == 8 * sizeof(T) && t->dtype.lanes == 1 &&
+                    (rows_only || (ndim == 1 && (t->strides[0] == 1 || t->shape[0] <= 1)));
+  if (!fits) {
+    PyErr_Format(PyExc_ValueError, "a contiguous CPU tensor of %d dimension(s) of int%d is wanted", ndim,
+                 static_cast<int>(8 * sizeof(T)));
+    return nullptr;
+  }
+  return reinterpret_cast<T*>(static_cast<char*>(t->data) + t->byte_offset);
+}
+
+// split(block_table, query_start_loc, seq_lens, rows received, slot_mapping, block size, local_table, local_lens)
+// -> (split, executors, whether there are local rows)
+PyObject* split_batch(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    PyObject *table, *starts, *lens, *received, *slots, *local_table, *local_lens;
+    unsigned int block_size;
+    if (!PyArg_ParseTuple(args, "OOOO!OIOO", &table, &starts, &lens, &PyList_Type, &received, &slots, &block_size,
+                          &local_table, &local_lens))
+      return nullptr;
+    ADRENALINE_CHECK(read_tensor != nullptr, "use_tensors was not called");
+    DLTensor t, s, l, m, lt, ll;
+    const auto* table_data = parse_integers<int32_t>(table, 2, &t);
+    const auto* starts_data = table_data != nullptr ? parse_integers<int32_t>(starts, 1, &s) : nullptr;
+    const auto* lens_data = starts_data != nullptr ? parse_integers<int32_t>(lens, 1, &l) : nullptr;
+    auto* slots_data = lens_data != nullptr ? parse_integers<int64_t>(slots, 1, &m) : nullptr;
+    auto* local_data = slots_data != nullptr ? parse_integers<int32_t>(local_table, 2, &lt) : nullptr;
+    auto* local_lens_data = local_data != nullptr ? parse_integers<int32_t>(local_lens, 1, &ll) : nullptr;
+    if (local_lens_data == nullptr) return nullptr;
+    const int64_t rows = t.shape[0];
+    ADRENALINE_CHECK(s.shape[0] == rows + 1 && l.shape[0] == rows && ll.shape[0] == rows, "lengths of a batch differ");
+    ADRENALINE_CHECK(lt.shape[0] == rows && lt.shape[1] == t.shape[1] && (lt.strides[0] == t.shape[1] || rows == 1),
+                     "local block table of another size");
+    std::vector<bool> is_received(rows);
+    for (Py_ssize_t i = 0; i < PyList_Size(received); ++i) {
+      const long row = PyLong_AsLong(PyList_GetItem(received, i));
+      ADRENALINE_CHECK(row >= 0 && row < rows, "no such row");
+      is_received[row] = true;
+    }
+    const Batch batch{static_cast<uint32_t>(rows), static_cast<uint32_t>(t.shape[1]), table_data, t.strides[0],
+                      starts_data, lens_data, slots_data, static_cast<uint32_t>(m.shape[0]), block_size};
+    auto result = std::make_unique<Split>(adrenaline::plan::split(batch, is_received, local_data, local_lens_data));
+    const bool has_local = result->has_local;
+    PyObject* executors = PyList_New(0);
+    for (const auto& [executor, plan] : result->remote) {
+      PyObject* number = PyLong_FromUnsignedLong(executor);
+      PyList_Append(executors, number);
+      Py_DECREF(number);
+    }
+    PyObject* capsule = make(std::move(result), kSplit, destroy<Split, kSplit>);
+    return Py_BuildValue("NNO", capsule, executors, has_local ? Py_True : Py_False);
+  });
+}
+
+// split_rows(split, executor) -> the executor's rows in the batch
+PyObject* split_rows(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    PyObject* capsule;
+    unsigned int executor;
+    if (!PyArg_ParseTuple(args, "OI", &capsule, &executor)) return nullptr;
+    const auto* split = get<Split>(capsule, kSplit);
+    if (split == nullptr) return nullptr;
+    PyObject* rows = PyList_New(0);
+    for (int32_t row : split->remote.at(executor).rows) {
+      PyObject* number = PyLong_FromLong(row);
+      PyList_Append(rows, number);
+      Py_DECREF(number);
+    }
+    return rows;
+  });
+}
+
 PyObject* layout(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     Shape s;
@@ -165,25 +245,17 @@ PyObject* steps_clear(PyObject*, PyObject* capsule) {
   return none();
 }
 
+// steps_add(steps, split, executor, decode end or None)
 PyObject* steps_add(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
-    PyObject *capsule, *channel;
-    unsigned int executor, rows, tokens;
-    unsigned long long starts, lens, table, slots, positions;
-    if (!PyArg_ParseTuple(args, "OIOIIKKKKK", &capsule, &executor, &channel, &rows, &tokens, &starts, &lens, &table,
-                          &slots, &positions))
-      return nullptr;
+    PyObject *capsule, *split_capsule, *channel;
+    unsigned int executor;
+    if (!PyArg_ParseTuple(args, "OOIO", &capsule, &split_capsule, &executor, &channel)) return nullptr;
     auto* steps = get<Steps>(capsule, kSteps);
+    const auto* split = get<Split>(split_capsule, kSplit);
     auto* end = channel == Py_None ? nullptr : get<DecodeEnd>(channel, kDecode);
     if (PyErr_Occurred()) return nullptr;
-    ADRENALINE_CHECK(executor < 64, "a step has at most 64 executors");
-    const Plan plan{rows,
-                    tokens,
-                    reinterpret_cast<const int32_t*>(starts),
-                    reinterpret_cast<const int32_t*>(lens),
-                    reinterpret_cast<const int32_t*>(table),
-                    reinterpret_cast<const int64_t*>(slots)};
-    steps->ends.add(executor, end, plan, reinterpret_cast<const int64_t*>(positions), steps->q_row);
+    steps->ends.add(executor, end, split->remote.at(executor), steps->q_row);
     return none();
   });
 }
@@ -234,7 +306,7 @@ PyObject* executor_open(PyObject*, PyObject* args) {
   });
 }
 
-// -> (step, rows, tokens), or None when the end was stopped
+// -> (step, rows, padded rows, padded tokens), or None when the end was stopped
 PyObject* executor_next(PyObject*, PyObject* capsule) {
   return guarded([&]() -> PyObject* {
     auto* end = get<ExecutorEnd>(capsule, kExecutor);
@@ -243,7 +315,8 @@ PyObject* executor_next(PyObject*, PyObject* capsule) {
     without_lock([&] { status = end->next_plan(); });
     if (status == Status::ended) return none();
     ADRENALINE_CHECK(end->plan_fits(), "step plan does not fit its channel");
-    return Py_BuildValue("KII", static_cast<unsigned long long>(end->step()), end->num_rows(), end->num_tokens());
+    return Py_BuildValue("KIII", static_cast<unsigned long long>(end->step()), end->num_rows(), end->padded_rows(),
+                         end->padded_tokens());
   });
 }
 
@@ -290,6 +363,8 @@ PyCFunction cast(Function* function) {
 PyMethodDef methods[] = {
     {"layout", layout, METH_VARARGS, nullptr},
     {"use_tensors", use_tensors, METH_O, nullptr},
+    {"split", split_batch, METH_VARARGS, nullptr},
+    {"split_rows", split_rows, METH_VARARGS, nullptr},
     {"decode_open", decode_open, METH_VARARGS, nullptr},
     {"decode_watch", decode_watch, METH_VARARGS, nullptr},
     {"decode_counters", decode_counters, METH_O, nullptr},

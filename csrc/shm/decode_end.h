@@ -1,9 +1,11 @@
 // The decode worker's end of a channel, and all of them together as one step sees them.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
+#include "../plan/split.h"
 #include "layout.h"
 #include "wait.h"
 
@@ -18,15 +20,6 @@ struct Rows {
 struct MutableRows {
   char* data;
   int64_t stride;
-};
-
-// One step's rows for one executor: R rows, T tokens, block table [R, max_blocks]; `tokens` are positions in the batch.
-struct Plan {
-  uint32_t num_rows, num_tokens;
-  const int32_t* query_start_loc;
-  const int32_t* seq_lens;
-  const int32_t* block_table;
-  const int64_t* slot_mapping;
 };
 
 class DecodeEnd {
@@ -50,16 +43,20 @@ class DecodeEnd {
     pace_ = Pace(shared_core);
   }
 
-  // Publish the plan of a step and wake the executor.
-  void begin(const Plan& plan) {
-    ADRENALINE_CHECK(plan.num_rows > 0 && plan.num_rows <= shape_.max_rows, "step plan has too many rows");
-    ADRENALINE_CHECK(plan.num_tokens > 0 && plan.num_tokens <= shape_.max_tokens, "step plan has too many tokens");
-    std::memcpy(base_ + at_.query_start_loc, plan.query_start_loc, (plan.num_rows + 1) * sizeof(int32_t));
-    std::memcpy(base_ + at_.seq_lens, plan.seq_lens, plan.num_rows * sizeof(int32_t));
-    std::memcpy(base_ + at_.block_table, plan.block_table, plan.num_rows * shape_.max_blocks * sizeof(int32_t));
-    std::memcpy(base_ + at_.slot_mapping, plan.slot_mapping, plan.num_tokens * sizeof(int64_t));
-    header_->num_rows = plan.num_rows;
-    header_->num_tokens = plan.num_tokens;
+  // Publish the plan of a step, padded with rows of no token, and wake the executor.
+  void begin(const plan::RowsPlan& plan) {
+    const size_t rows = plan.rows.size(), tokens = plan.tokens.size();
+    ADRENALINE_CHECK(rows > 0 && rows <= shape_.max_rows, "step plan has too many rows");
+    ADRENALINE_CHECK(tokens > 0 && tokens <= shape_.max_tokens, "step plan has too many tokens");
+    ADRENALINE_CHECK(plan.block_table.size() == rows * shape_.max_blocks, "block table is not as wide as the channel's");
+    const uint32_t padded_rows = bucket(rows, shape_.max_rows), padded_tokens = bucket(tokens, shape_.max_tokens);
+    put(at_.query_start_loc, plan.query_start_loc, padded_rows + 1, static_cast<int32_t>(tokens));
+    put(at_.seq_lens, plan.seq_lens, padded_rows, 0);
+    put(at_.block_table, plan.block_table, padded_rows * shape_.max_blocks, 0);
+    put(at_.slot_mapping, plan.slot_mapping, padded_tokens, int64_t{-1});
+    header_->num_rows = static_cast<uint32_t>(rows);
+    header_->padded_rows = padded_rows;
+    header_->padded_tokens = padded_tokens;
     ++step_;
     header_->plan.store(stamp(epoch_, step_, 0), std::memory_order_release);
     ring(header_->to_executor, header_->executor_sleeps);
@@ -99,6 +96,13 @@ class DecodeEnd {
     return header_->done.load(std::memory_order_acquire) == stamp(epoch_, step_, layer + 1);
   }
 
+  template <typename T>
+  void put(size_t at, const std::vector<T>& values, size_t padded, T padding) {
+    T* to = reinterpret_cast<T*>(base_ + at);
+    std::copy(values.begin(), values.end(), to);
+    std::fill(to + values.size(), to + padded, padding);
+  }
+
   static void pack(char* to, const Rows& from, size_t row, const std::vector<int64_t>& tokens) {
     for (size_t i = 0; i < tokens.size(); ++i) std::memcpy(to + i * row, from.data + tokens[i] * from.stride, row);
   }
@@ -127,9 +131,9 @@ class StepEnds {
   void clear() { entries_.clear(); }
 
   // `end`: null when the executor is not there.
-  void add(unsigned executor, DecodeEnd* end, const Plan& plan, const int64_t* tokens, size_t out_row) {
+  void add(unsigned executor, DecodeEnd* end, const plan::RowsPlan& plan, size_t out_row) {
     if (end != nullptr) end->begin(plan);
-    entries_.push_back({executor, end, std::vector<int64_t>(tokens, tokens + plan.num_tokens), out_row});
+    entries_.push_back({executor, end, plan.tokens, out_row});
   }
 
   void send(uint64_t layer, const Rows& q, const Rows& k, const Rows& v) {

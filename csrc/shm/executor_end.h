@@ -28,12 +28,14 @@ class ExecutorEnd {
 
   // Whether the plan is of this channel's life and fits the channel: else nothing of it may be believed.
   bool plan_fits() const {
-    return plan_ == stamp(epoch_, step_, 0) && header_->num_rows > 0 && header_->num_rows <= shape_.max_rows &&
-           header_->num_tokens > 0 && header_->num_tokens <= shape_.max_tokens;
+    const Header& h = *header_;
+    return plan_ == stamp(epoch_, step_, 0) && h.num_rows > 0 && h.num_rows <= h.padded_rows &&
+           h.padded_rows <= shape_.max_rows && h.padded_tokens > 0 && h.padded_tokens <= shape_.max_tokens;
   }
 
   uint32_t num_rows() const { return header_->num_rows; }
-  uint32_t num_tokens() const { return header_->num_tokens; }
+  uint32_t padded_rows() const { return header_->padded_rows; }
+  uint32_t padded_tokens() const { return header_->padded_tokens; }
   uint64_t step() const { return step_; }
 
   bool spin_for(uint64_t layer) {

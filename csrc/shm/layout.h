@@ -63,6 +63,14 @@ inline uint64_t stamp(uint64_t epoch, uint64_t step, uint64_t layer_plus_1) {
   return epoch << 48 | (step & ((uint64_t{1} << 36) - 1)) << 12 | layer_plus_1;
 }
 
+// Plans are padded to these sizes: the shapes of a step are few, so that what depends on them is made once (tensor views
+// here, CUDA graphs elsewhere). The smallest power of two that fits, or the most there can be.
+inline uint32_t bucket(uint64_t count, uint64_t most) {
+  uint64_t size = 1;
+  while (size < count) size *= 2;
+  return static_cast<uint32_t>(size < most ? size : most);
+}
+
 struct Header {
   uint64_t magic;
 
@@ -71,7 +79,7 @@ struct Header {
   std::atomic<uint64_t> sent;
   std::atomic<uint32_t> to_executor;  // futex: rung after every announcement
   std::atomic<uint32_t> decode_sleeps;
-  uint32_t num_rows, num_tokens;
+  uint32_t num_rows, padded_rows, padded_tokens;
 
   // Written by the executor.
   alignas(kLine) std::atomic<uint64_t> done;

@@ -11,7 +11,6 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
-#include <numeric>
 
 #include "../shm/decode_end.h"
 #include "../shm/executor_end.h"
@@ -99,11 +98,15 @@ void bench_channel(uint64_t rows, size_t count, int core_b) {
       }
     }
   });
-  const auto n = static_cast<uint32_t>(rows);
-  std::vector<int32_t> starts(n + 1), lens(n, 1), table(n, 0);
-  std::iota(starts.begin(), starts.end(), 0);
-  std::vector<int64_t> tokens(n);
-  std::iota(tokens.begin(), tokens.end(), 0);
+  adrenaline::plan::RowsPlan plan;
+  for (uint64_t row = 0; row < rows; ++row) {
+    plan.rows.push_back(static_cast<int32_t>(row));
+    plan.query_start_loc.push_back(static_cast<int32_t>(row + 1));
+    plan.seq_lens.push_back(1);
+    plan.block_table.push_back(0);
+    plan.slot_mapping.push_back(0);
+    plan.tokens.push_back(static_cast<int64_t>(row));
+  }
   const int64_t stride = kQ + 2 * kKv;
   std::vector<char> from(rows * stride, 1), to(rows * kQ);
   std::vector<int64_t> times;
@@ -111,7 +114,7 @@ void bench_channel(uint64_t rows, size_t count, int core_b) {
   for (uint64_t layer = kMaxLayers; times.size() < count; ++layer) {
     if (layer == kMaxLayers) {
       steps.clear();
-      steps.add(0, &decode, {n, n, starts.data(), lens.data(), table.data(), tokens.data()}, tokens.data(), kQ);
+      steps.add(0, &decode, plan, kQ);
       layer = 0;
     }
     const int64_t begin = now_ns();

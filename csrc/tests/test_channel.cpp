@@ -12,6 +12,7 @@
 #include "../shm/executor_end.h"
 
 using namespace adrenaline::shm;
+using adrenaline::plan::RowsPlan;
 
 #define EXPECT(condition)                                                     \
   do {                                                                        \
@@ -32,23 +33,18 @@ struct Memory {
   ~Memory() { munmap(data, total); }
 };
 
-struct Batch {
-  std::vector<int32_t> starts, lens, table;
-  std::vector<int64_t> slots, tokens;
-
-  explicit Batch(std::vector<int64_t> positions) : tokens(std::move(positions)) {
-    const auto rows = static_cast<int32_t>(tokens.size());
-    for (int32_t i = 0; i <= rows; ++i) starts.push_back(i);
-    lens.assign(rows, 7);
-    table.assign(rows * kShape.max_blocks, 1);
-    slots.assign(rows, 3);
+RowsPlan plan_of(const std::vector<int64_t>& tokens) {
+  RowsPlan plan;
+  for (int64_t token : tokens) {
+    plan.rows.push_back(static_cast<int32_t>(token));
+    plan.query_start_loc.push_back(static_cast<int32_t>(plan.rows.size()));
+    plan.seq_lens.push_back(7);
+    plan.block_table.insert(plan.block_table.end(), kShape.max_blocks, 1);
+    plan.slot_mapping.push_back(3);
+    plan.tokens.push_back(token);
   }
-
-  Plan plan() const {
-    const auto rows = static_cast<uint32_t>(tokens.size());
-    return {rows, rows, starts.data(), lens.data(), table.data(), slots.data()};
-  }
-};
+  return plan;
+}
 
 // q, k and v of 16 tokens, side by side as in a model's projection.
 struct Activations {
@@ -76,7 +72,7 @@ void serve(char* memory, ExecutorEnd& end, uint64_t layers) {
       if (!end.spin_for(layer)) status = end.sleep_for(layer, 10 * kSecond);
       if (status == Status::ready) status = end.arrived(layer);
       if (status != Status::ready) break;
-      attend(memory, end.num_tokens());
+      attend(memory, end.padded_tokens());
       end.reply(layer, end.num_rows());
     }
   }
@@ -103,9 +99,8 @@ void many_steps_over_two_executors() {
       if (random() % 3 != 0U && side.size() < 8) side.push_back(token);
     }
     steps.clear();
-    const Batch l(left), r(right);
-    if (!left.empty()) steps.add(0, &first, l.plan(), l.tokens.data(), kShape.out_row);
-    if (!right.empty()) steps.add(1, &second, r.plan(), r.tokens.data(), kShape.out_row);
+    if (!left.empty()) steps.add(0, &first, plan_of(left), kShape.out_row);
+    if (!right.empty()) steps.add(1, &second, plan_of(right), kShape.out_row);
     for (uint64_t layer = 0; layer < kLayers; ++layer) {
       for (char& byte : in.bytes) byte = static_cast<char>(random());
       std::fill(out.begin(), out.end(), 'x');
@@ -133,11 +128,11 @@ void a_stale_stamp_is_never_taken() {
   Memory memory;
   DecodeEnd decode(memory.data, kShape, 5, true);
   decode.watch(-1, kSecond / 100, true);
-  const Batch batch({0});
+  const RowsPlan plan = plan_of({0});
   auto* header = reinterpret_cast<Header*>(memory.data);
-  decode.begin(batch.plan());
+  decode.begin(plan);
   Activations in;
-  decode.send(0, batch.tokens, in.q(), in.k(), in.v());
+  decode.send(0, plan.tokens, in.q(), in.k(), in.v());
   for (uint64_t wrong : {stamp(5, 1, 2), stamp(5, 2, 1), stamp(5, 0, 1), stamp(6, 1, 1), uint64_t{0}, ~uint64_t{0}}) {
     header->done.store(wrong);
     EXPECT(!decode.spin_for(0));
@@ -153,7 +148,7 @@ void an_end_that_sleeps_can_be_stopped_at_any_moment() {
     DecodeEnd decode(memory.data, kShape, 5, true);
     ExecutorEnd end(memory.data, kShape, 5, true);
     std::thread thread([&] { serve(memory.data, end, 2); });
-    if (i % 2 == 0) decode.begin(Batch({1}).plan());  // it waits for a layer, not for a plan
+    if (i % 2 == 0) decode.begin(plan_of({1}));  // it waits for a layer, not for a plan
     for (int spin = 0; spin < i * 50; ++spin) cpu_pause();
     end.stop();
     thread.join();
@@ -165,12 +160,29 @@ void what_does_not_fit_throws_with_file_and_line() {
   DecodeEnd decode(memory.data, kShape, 5, true);
   std::string message;
   try {
-    decode.begin(Batch({0, 1, 2, 3, 4, 5, 6, 7, 8}).plan());
+    decode.begin(plan_of({0, 1, 2, 3, 4, 5, 6, 7, 8}));
   } catch (const std::runtime_error& error) {
     message = error.what();
   }
   EXPECT(message.find("too many rows") != std::string::npos);
   EXPECT(message.find("decode_end.h:") != std::string::npos);
+}
+
+void plans_are_padded_with_rows_of_no_token() {
+  Memory memory;
+  DecodeEnd decode(memory.data, kShape, 5, true);
+  ExecutorEnd end(memory.data, kShape, 5, true);
+  std::memset(memory.data + kPage, 0x55, layout_of(kShape).q - kPage);
+  decode.begin(plan_of({4, 9, 2}));
+  EXPECT(end.next_plan() == Status::ready && end.plan_fits());
+  EXPECT(end.num_rows() == 3 && end.padded_rows() == 4 && end.padded_tokens() == 4);
+  const Layout at = layout_of(kShape);
+  const auto* starts = reinterpret_cast<int32_t*>(memory.data + at.query_start_loc);
+  EXPECT(starts[0] == 0 && starts[3] == 3 && starts[4] == 3);
+  EXPECT(reinterpret_cast<int32_t*>(memory.data + at.seq_lens)[3] == 0);
+  EXPECT(reinterpret_cast<int32_t*>(memory.data + at.block_table)[3 * kShape.max_blocks] == 0);
+  EXPECT(reinterpret_cast<int64_t*>(memory.data + at.slot_mapping)[3] == -1);
+  EXPECT(bucket(1, 8) == 1 && bucket(5, 8) == 8 && bucket(5, 6) == 6 && bucket(6, 6) == 6);
 }
 
 void spinning_follows_what_was_seen() {
@@ -193,6 +205,7 @@ int main() {
   a_stale_stamp_is_never_taken();
   an_end_that_sleeps_can_be_stopped_at_any_moment();
   what_does_not_fit_throws_with_file_and_line();
+  plans_are_padded_with_rows_of_no_token();
   spinning_follows_what_was_seen();
   std::puts("ok");
 }

@@ -17,23 +17,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adrenaline import kv_space
-from vllm_adrenaline.data.plan import RowsPlan
 from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps, Status
-from vllm_adrenaline.decode.split import split_rows
+from vllm_adrenaline.decode.split import SplitRows, split_rows
 from vllm_adrenaline.errors import AdrenalineError
 
+BLOCK = 32
 SHAPE = Shape(4, 8, 3, num_heads=2, num_kv_heads=1, head_size=4, dtype=torch.float32)
 
 
-def rows_plan(tokens: list[int]) -> RowsPlan:
-    count = len(tokens)
-    return RowsPlan(
-        torch.tensor(tokens),
-        torch.arange(count + 1, dtype=torch.int32),
-        torch.full((count,), 5, dtype=torch.int32),
-        torch.ones((count, SHAPE.max_blocks), dtype=torch.int32),
-        torch.arange(count),
-    )
+def batch(remote: dict[int, list[int]], rows: int = 8) -> SplitRows:
+    """A batch of one-token rows, split: executor -> its rows; the others are local."""
+    table = torch.ones((rows, SHAPE.max_blocks), dtype=torch.int32)
+    for executor, mine in remote.items():
+        table[mine] = kv_space.remote_id(executor, 1)
+    starts, lens = torch.arange(rows + 1, dtype=torch.int32), torch.full((rows,), 5, dtype=torch.int32)
+    return split_rows(table, starts, lens, torch.arange(rows), [], BLOCK)
 
 
 def channels(timeout_s: float = 5.0, epoch: int | None = None) -> tuple[ShmSteps, ShmDecodeChannel, ShmExecutorChannel]:
@@ -50,11 +48,11 @@ def serve(executor: ShmExecutorChannel, layers: int) -> threading.Thread:
     def run() -> None:
         found = executor.next_step()
         assert found is not None
-        _, step = found
+        _, rows, step = found
         for layer in range(layers):
             assert executor.wait_layer(layer, 5_000_000_000) == Status.READY
             step["out"].copy_(step["q"] + step["k"] * step["v"])
-            executor.reply(layer, len(step["seq_lens"]))
+            executor.reply(layer, rows)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -68,7 +66,7 @@ def test_rows_go_over_and_their_outputs_come_back() -> None:
     query, key, value = both[:, :2], both[:, 2:3], both[:, 3:4]
     output = torch.zeros(6, 2, 4)
     thread = serve(executor, layers=3)
-    steps.begin({0: (decode, rows_plan([4, 1]))})
+    steps.begin(batch({0: [4, 1]}).handle, {0: decode})
     for layer in range(3):
         steps.send(layer, query, key, value)
         assert steps.receive(layer, output) == 0
@@ -85,7 +83,7 @@ def test_several_executors_are_all_sent_to_before_any_is_waited_for() -> None:
     steps, first, first_end = channels()
     _, second, second_end = channels()
     query, output = torch.randn(4, 2, 4), torch.zeros(4, 2, 4)
-    steps.begin({0: (first, rows_plan([0, 2])), 1: (second, rows_plan([3]))})
+    steps.begin(batch({0: [0, 2], 1: [3]}).handle, {0: first, 1: second})
     steps.send(0, query, query[:, :1], query[:, :1])
     thread = serve(second_end, layers=1)  # the second answers although the first has not been waited for
     thread.join()
@@ -100,7 +98,7 @@ def test_several_executors_are_all_sent_to_before_any_is_waited_for() -> None:
 def test_rows_of_an_executor_that_is_not_there_become_zero() -> None:
     steps = ShmSteps(SHAPE)
     output = torch.ones(3, 2, 4)
-    steps.begin({5: (None, rows_plan([1]))})
+    steps.begin(batch({5: [1]}).handle, {5: None})
     steps.send(0, output, output[:, :1], output[:, :1])
     assert steps.receive(0, output) == 0, "known already: not reported again"
     assert not output[1].any()
@@ -110,7 +108,7 @@ def test_rows_of_an_executor_that_is_not_there_become_zero() -> None:
 def test_a_late_executor_is_a_returned_status_and_its_late_answer_is_not_believed() -> None:
     steps, decode, executor = channels(timeout_s=0.01)
     ones = torch.ones(8, 2, 4)
-    steps.begin({3: (decode, rows_plan([0]))})
+    steps.begin(batch({3: [0]}).handle, {3: decode})
     steps.send(0, ones, ones[:, :1], ones[:, :1])
     assert steps.receive(0, ones) == 1 << 3
     assert not ones[0].any()
@@ -118,14 +116,14 @@ def test_a_late_executor_is_a_returned_status_and_its_late_answer_is_not_believe
     assert steps.receive(1, ones) == 0, "reported once"
     assert executor.next_step() is not None
     executor.reply(0, 1)  # too late: the next step is on its way
-    steps.begin({3: (decode, rows_plan([0]))})
+    steps.begin(batch({3: [0]}).handle, {3: decode})
     steps.send(0, ones, ones[:, :1], ones[:, :1])
     assert steps.receive(0, ones) == 1 << 3
 
 
 def test_an_answer_from_another_life_of_the_channel_is_not_believed() -> None:
     steps, decode, executor = channels(timeout_s=0.05, epoch=7)
-    steps.begin({0: (decode, rows_plan([0]))})
+    steps.begin(batch({0: [0]}).handle, {0: decode})
     with pytest.raises(RuntimeError, match="does not fit"):
         executor.next_step()
     zeros = torch.zeros(1, 2, 4)
@@ -135,7 +133,7 @@ def test_an_answer_from_another_life_of_the_channel_is_not_believed() -> None:
 
 def test_heads_that_are_not_contiguous_are_refused() -> None:
     steps, decode, _ = channels()
-    steps.begin({0: (decode, rows_plan([0]))})
+    steps.begin(batch({0: [0]}).handle, {0: decode})
     query = torch.zeros(1, 4, 2).transpose(1, 2)
     with pytest.raises(ValueError, match="contiguous"):
         steps.send(0, query, query[:, :1], query[:, :1])
@@ -147,7 +145,7 @@ def test_an_executor_that_has_ended_is_noticed_long_before_the_timeout() -> None
         pidfd = os.pidfd_open(peer.pid)
         decode.watch(pidfd, 60, shared_core=True)
         ones = torch.ones(1, 2, 4)
-        steps.begin({0: (decode, rows_plan([0]))})
+        steps.begin(batch({0: [0]}).handle, {0: decode})
         steps.send(0, ones, ones[:, :1], ones[:, :1])
         threading.Timer(0.1, peer.kill).start()
         started = time.monotonic()
@@ -173,20 +171,22 @@ def test_an_idle_executor_takes_no_cpu_time_and_ends_when_it_is_stopped() -> Non
 
 def test_an_executor_leaves_a_step_that_the_decode_worker_left() -> None:
     steps, decode, executor = channels()
-    steps.begin({0: (decode, rows_plan([0]))})
+    steps.begin(batch({0: [0]}).handle, {0: decode})
     assert executor.next_step() is not None
-    steps.begin({0: (decode, rows_plan([0, 1]))})
+    steps.begin(batch({0: [0, 1]}).handle, {0: decode})
     assert executor.wait_layer(0, 60_000_000_000) == Status.ENDED
     found = executor.next_step()
     assert found is not None
-    assert len(found[1]["seq_lens"]) == 2
+    assert found[1] == 2
 
 
 def test_a_plan_of_another_width_is_refused() -> None:
     steps, decode, _ = channels()
-    plan = rows_plan([0])
-    with pytest.raises(ValueError, match="columns"):
-        steps.begin({0: (decode, replace(plan, block_table=plan.block_table[:, :2]))})
+    table = torch.full((1, 2), kv_space.remote_id(0, 1), dtype=torch.int32)
+    one = torch.ones(1, dtype=torch.int32)
+    split = split_rows(table, torch.tensor([0, 1], dtype=torch.int32), one, torch.zeros(1, dtype=torch.int64), [], 32)
+    with pytest.raises(RuntimeError, match="as wide as"):
+        steps.begin(split.handle, {0: decode})
 
 
 def test_a_file_of_another_size_is_no_channel() -> None:
@@ -204,7 +204,7 @@ def test_ten_thousand_channels_leave_nothing_behind() -> None:
     def cycle(count: int) -> None:
         for _ in range(count):
             steps, decode, executor = channels()
-            steps.begin({0: (decode, rows_plan([0]))})
+            steps.begin(batch({0: [0]}).handle, {0: decode})
             assert executor.next_step() is not None
             decode.close()
 
@@ -223,7 +223,7 @@ shape = Shape(4, 8, 3, num_heads=2, num_kv_heads=1, head_size=4, dtype=torch.flo
 channel = ShmExecutorChannel(int(sys.argv[1]), shape, int(sys.argv[2]), shared_core=True)
 print("up", flush=True)
 while True:
-    _, step = channel.next_step()
+    _, _, step = channel.next_step()
     for layer in range(4):
         channel.wait_layer(layer, 1_000_000_000)
         step["out"].copy_(step["q"])
@@ -246,7 +246,7 @@ def test_an_executor_killed_at_any_point_leaves_the_decode_worker_alive_and_no_w
             threading.Timer(rng.uniform(0.0, 0.2), peer.kill).start()
             failed = 0
             while not failed:
-                steps.begin({0: (decode, rows_plan([1]))})
+                steps.begin(batch({0: [1]}).handle, {0: decode})
                 for layer in range(4):
                     query, output = torch.randn(2, 2, 4), torch.ones(2, 2, 4)
                     steps.send(layer, query, query[:, :1], query[:, :1])
@@ -262,18 +262,19 @@ def test_an_executor_killed_at_any_point_leaves_the_decode_worker_alive_and_no_w
 
 DECODE = """
 import sys, torch
-from vllm_adrenaline.data.plan import RowsPlan
+from vllm_adrenaline import kv_space
 from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmSteps
+from vllm_adrenaline.decode.split import split_rows
 shape = Shape(4, 8, 3, num_heads=2, num_kv_heads=1, head_size=4, dtype=torch.float32)
 channel, steps = ShmDecodeChannel(shape), ShmSteps(shape)
 channel.watch(-1, 30, True)
 print(channel.fd, channel.epoch, flush=True)
 one = torch.ones(1, dtype=torch.int32)
-plan = RowsPlan(torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1], dtype=torch.int32), one,
-                torch.ones(1, 3, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+table = torch.full((1, 3), kv_space.remote_id(0, 1), dtype=torch.int32)
+split = split_rows(table, torch.tensor([0, 1], dtype=torch.int32), one, torch.zeros(1, dtype=torch.int64), [], 32)
 x = torch.zeros(1, 2, 4)
 while True:
-    steps.begin({0: (channel, plan)})
+    steps.begin(split.handle, {0: channel})
     for layer in range(4):
         steps.send(layer, x, x[:, :1], x[:, :1])
         assert steps.receive(layer, x) == 0
@@ -311,8 +312,19 @@ def test_a_decode_worker_killed_at_any_point_leaves_the_executor_alive() -> None
             assert not thread.is_alive()
 
 
-BLOCK = 32
 rows = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5), st.integers(0, 90)), min_size=1, max_size=8)
+
+
+def sent(split: SplitRows, executor: int) -> tuple[int, dict[str, torch.Tensor]]:
+    """What an executor gets to see of a split: how many rows, and the arrays."""
+    shape = replace(SHAPE, max_rows=8, max_tokens=64, max_blocks=4)
+    decode = ShmDecodeChannel(shape)
+    end = ShmExecutorChannel(decode.fd, shape, decode.epoch, shared_core=True)
+    ShmSteps(shape).begin(split.handle, {executor: decode})
+    found = end.next_step()
+    decode.close()
+    assert found is not None
+    return found[1], found[2]
 
 
 @given(rows, st.data())
@@ -322,33 +334,62 @@ def test_a_split_batch_masks_remote_rows_and_loses_no_token(
     width = 4
     queries = [query for _, query, _ in spec]
     lens = [query + past for _, query, past in spec]
+    blocks = st.integers(1, 50)
     table = torch.tensor(
-        [[place << kv_space.INDEX_BITS | data.draw(st.integers(1, 50)) for _ in range(width)] for place, _, _ in spec],
+        [[place << kv_space.INDEX_BITS | data.draw(blocks) for _ in range(width)] for place, _, _ in spec],
         dtype=torch.int32,
     )
+    # As vLLM's: a view of a wider tensor, and a slot mapping longer than the batch.
+    table = torch.cat([table, torch.full_like(table, 77)], dim=1)[:, :width]
     starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
+    slots = torch.arange(1000, 1000 + sum(queries) + 5)
     single = [row for row, query in enumerate(queries) if query == 1]
     received = data.draw(st.lists(st.sampled_from(single), unique=True)) if single else []
-    split = split_rows(table, starts, torch.tensor(lens, dtype=torch.int32), received, BLOCK)
-    expected_masked = []
+    split = split_rows(table, starts, torch.tensor(lens, dtype=torch.int32), slots, received, BLOCK)
+    assert split.executors == sorted({place - 1 for place, _, _ in spec if place})
+    assert split.has_local == any(place == 0 for place, _, _ in spec)
+    views = {executor: (split.rows(executor), *sent(split, executor)) for executor in split.executors}
+    masked = []
     for row, (place, query, past) in enumerate(spec):
         tokens = range(int(starts[row]), int(starts[row + 1]))
         if place == 0:
             assert torch.equal(split.local_block_table[row], table[row])
             assert split.local_seq_lens[row] == lens[row]
-            expected_masked += list(tokens) if row in received else []
+            masked += list(tokens) if row in received else []
             continue
-        expected_masked += tokens
+        masked += tokens
         assert not split.local_block_table[row].any()
         assert split.local_seq_lens[row] == query
-        plan = split.remote[place - 1]
-        where = split.remote_rows[place - 1].tolist().index(row)
-        begin, end = plan.query_start_loc[where : where + 2].tolist()
-        assert plan.tokens[begin:end].tolist() == list(tokens)
-        for offset, slot in enumerate(plan.slot_mapping[begin:end].tolist()):
+        mine, count, plan = views[place - 1]
+        assert count == len(mine)
+        where = mine.index(row)
+        assert plan["seq_lens"][where] == lens[row]
+        assert torch.equal(plan["block_table"][where], table[row] & (kv_space.MAX_BLOCKS - 1))
+        begin, end = plan["query_start_loc"][where : where + 2].tolist()
+        assert end - begin == query
+        for offset, slot in enumerate(plan["slot_mapping"][begin:end].tolist()):
             position = past + offset
             block = kv_space.index_of(int(table[row, position // BLOCK]))
             assert slot == (-1 if row in received else block * BLOCK + position % BLOCK)
-    assert split.masked_tokens.tolist() == expected_masked
-    assert split.has_local == any(place == 0 for place, _, _ in spec)
-    assert sum(len(plan.tokens) for plan in split.remote.values()) == sum(q for p, q, _ in spec if p)
+    assert [slot for slot in range(sum(queries)) if slots[slot] == -1] == masked
+    assert all(slots[i] == 1000 + i for i in range(len(slots)) if i not in masked)
+    for mine, count, plan in views.values():
+        total = sum(queries[row] for row in mine)
+        assert (plan["query_start_loc"][count:] == total).all()
+        assert not plan["seq_lens"][count:].any()
+        assert (plan["slot_mapping"][total:] == -1).all()
+
+
+def test_a_batch_that_contradicts_itself_is_refused() -> None:
+    one, starts = torch.ones(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    table, slots = torch.ones((1, 2), dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="longer than its block table"):
+        split_rows(table, starts, one * (2 * BLOCK + 1), slots, [], BLOCK)
+    with pytest.raises(RuntimeError, match="no tokens"):
+        split_rows(table, starts * 0, one, slots, [], BLOCK)
+    with pytest.raises(RuntimeError, match="no such row"):
+        split_rows(table, starts, one, slots, [1], BLOCK)
+    with pytest.raises(ValueError, match="int32"):
+        split_rows(table.long(), starts, one, slots, [], BLOCK)
+    with pytest.raises(ValueError, match="contiguous"):
+        split_rows(torch.ones((2, 1), dtype=torch.int32).expand(2, 2).T.T[:1].expand(1, 2), starts, one, slots, [], 32)

@@ -5,11 +5,9 @@ executors. None raises because of a peer: a late or dead one is a returned bit.
 """
 
 from collections.abc import Mapping
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-
-from vllm_adrenaline.data.plan import RowsPlan
 
 Channel = TypeVar("Channel", contravariant=True)
 
@@ -28,8 +26,9 @@ class DecodeChannel(Protocol):
 class StepTransport(Protocol[Channel]):
     """All channels of a decode worker, as its steps use them."""
 
-    def begin(self, plans: Mapping[int, tuple[Channel | None, RowsPlan]]) -> None:
-        """Start a step: publish the plans and wake the executors. The rows of one that is None become zero."""
+    def begin(self, split: Any, channels: Mapping[int, Channel | None]) -> None:
+        """Start a step: publish each executor's part of the split batch (SplitRows.handle) and wake it. `channels`: of
+        all executors in the split; the rows of one that is None become zero."""
 
     def send(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Pack the plans' rows of query [T, Hq, D], key and value [T, Hk, D] for all executors; wait for none."""

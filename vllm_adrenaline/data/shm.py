@@ -14,11 +14,11 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 
 from vllm_adrenaline import native
-from vllm_adrenaline.data.plan import RowsPlan
 from vllm_adrenaline.errors import AdrenalineError
 
 library = native.load()
@@ -110,27 +110,13 @@ class ShmSteps:
         # Bound here, so that a layer costs no Python frame.
         self.send = functools.partial(library.send, self._steps)
         self.receive = functools.partial(library.receive, self._steps)
-        self._width = shape.max_blocks
         self._channels: list[ShmDecodeChannel | None] = []
 
-    def begin(self, plans: Mapping[int, tuple[ShmDecodeChannel | None, RowsPlan]]) -> None:
+    def begin(self, split: Any, channels: Mapping[int, ShmDecodeChannel | None]) -> None:
         library.steps_clear(self._steps)
-        self._channels = [channel for channel, _ in plans.values()]  # whose memory this step uses
-        for executor, (channel, plan) in plans.items():
-            if plan.block_table.shape[1] != self._width:
-                raise ValueError(f"block table has {plan.block_table.shape[1]} columns, the channel {self._width}")
-            library.steps_add(
-                self._steps,
-                executor,
-                None if channel is None else channel.end,
-                len(plan.seq_lens),
-                len(plan.tokens),
-                plan.query_start_loc.data_ptr(),
-                plan.seq_lens.data_ptr(),
-                plan.block_table.data_ptr(),
-                plan.slot_mapping.data_ptr(),
-                plan.tokens.data_ptr(),
-            )
+        self._channels = [*channels.values()]  # whose memory this step uses
+        for executor, channel in channels.items():
+            library.steps_add(self._steps, split, executor, None if channel is None else channel.end)
 
     @property
     def times_ns(self) -> tuple[int, int]:
@@ -142,7 +128,7 @@ class ShmExecutorChannel:
 
     def __init__(self, fd: int, shape: Shape, epoch: int, shared_core: bool) -> None:
         memory = Memory(fd, shape, create=False)
-        self._memory, self._width = memory, shape.max_blocks
+        self._memory = memory
         self._end = library.executor_open(memory.address, shape.sizes, epoch, shared_core)
         # wait_layer(layer, timeout in ns): wait until q, k, v of the layer are in the slot; returns a Status.
         self.wait_layer = functools.partial(library.executor_wait, self._end)
@@ -151,7 +137,7 @@ class ShmExecutorChannel:
         r, t, d = shape.max_rows, shape.max_tokens, shape.head_size
         self._rows = {
             "seq_lens": memory.array("seq_lens", (r,), torch.int32),
-            "block_table": memory.array("block_table", (r, self._width), torch.int32),
+            "block_table": memory.array("block_table", (r, shape.max_blocks), torch.int32),
         }
         self._query_start_loc = memory.array("query_start_loc", (r + 1,), torch.int32)
         self._tokens = {
@@ -161,9 +147,11 @@ class ShmExecutorChannel:
             "v": memory.array("v", (t, shape.num_kv_heads, d), shape.dtype),
             "out": memory.array("out", (t, shape.num_heads, d), shape.dtype),
         }
+        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
 
-    def next_step(self) -> tuple[int, dict[str, torch.Tensor]] | None:
-        """Sleep until a step plan comes; return its number and its arrays with the q, k, v and out slots, cut to size.
+    def next_step(self) -> tuple[int, int, dict[str, torch.Tensor]] | None:
+        """Sleep until a step plan comes; return its number, how many rows it has, and its arrays with the q, k, v and
+        out slots, of padded size: rows beyond have no token, tokens beyond no slot.
 
         None: the channel was stopped. Raises RuntimeError when the plan does not fit the channel: nothing of it may be
         believed then.
@@ -171,11 +159,16 @@ class ShmExecutorChannel:
         found = library.executor_next(self._end)
         if found is None:
             return None
-        step, rows, tokens = found
+        step, rows, *padded = found
+        return step, rows, self._views.get(tuple(padded)) or self._view(*padded)
+
+    def _view(self, rows: int, tokens: int) -> dict[str, torch.Tensor]:
+        """Sizes are few (csrc/shm/layout.h, bucket), so views are made once for each."""
         arrays = {"query_start_loc": self._query_start_loc[: rows + 1]}
         arrays |= {name: array[:rows] for name, array in self._rows.items()}
         arrays |= {name: array[:tokens] for name, array in self._tokens.items()}
-        return step, arrays
+        self._views[rows, tokens] = arrays
+        return arrays
 
     def stop(self) -> None:
         """End the waits of this end, from any thread."""

@@ -56,11 +56,11 @@ class StepPlan:
         self.send = owner.transport.send
         self._receive = owner.transport.receive
         self._owner = owner
-        plans = {executor: (owner.links[executor].channel, plan) for executor, plan in split.remote.items()}
-        for executor, (channel, _) in plans.items():
+        channels = {executor: owner.links[executor].channel for executor in split.executors}
+        for executor, channel in channels.items():
             if channel is None:
                 owner.note_failure(executor)
-        owner.transport.begin(plans)
+        owner.transport.begin(split.handle, channels)
 
     def receive(self, layer: int, output: torch.Tensor) -> None:
         """Fill the offloaded rows of `output` [T, Hq, D]; rows of an executor that failed become zero."""
@@ -99,12 +99,16 @@ class RemoteAttention:
         received = [self._row_of[name] for name in self._received]
         if not received and not bool((table[:, 0] >= kv_space.MAX_BLOCKS).any()):
             return common, None
+        # The slot mapping is changed in place: the same tensor is what vLLM hands to every layer's cache update.
         split = split_rows(
-            table, common.query_start_loc[: rows + 1], common.seq_lens[:rows], received, self._block_size
+            table,
+            common.query_start_loc[: rows + 1],
+            common.seq_lens[:rows],
+            common.slot_mapping,
+            received,
+            self._block_size,
         )
-        # In place: the same tensor is what vLLM hands to the cache update of every layer.
-        common.slot_mapping.index_fill_(0, split.masked_tokens, -1)
-        if not split.remote:
+        if not split.executors:
             return common, None
         self._split = split
         local = common.replace(block_table_tensor=split.local_block_table, seq_lens=split.local_seq_lens)
@@ -122,7 +126,7 @@ class RemoteAttention:
         self._failed.add(executor)
         self._ever_failed = True
         if self._split is not None:
-            self.failed_rows.extend(self._split.remote_rows[executor].tolist())
+            self.failed_rows.extend(self._split.rows(executor))
 
     def take_report(self) -> Report | None:
         """Return what the scheduler must know of this step, None when it had no offloaded row and none ever failed."""
