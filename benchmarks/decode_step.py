@@ -9,7 +9,6 @@ it: scheduling, sampling and HTTP are the same either way. Both kinds of step ta
 
 from __future__ import annotations
 
-import mmap
 import os
 import sys
 import tempfile
@@ -53,6 +52,7 @@ from vllm_adrenaline.data.shm import Shape, ShmSteps  # noqa: E402
 from vllm_adrenaline.decode.link import Link  # noqa: E402
 from vllm_adrenaline.decode.remote import RemoteAttention, StepPlan  # noqa: E402
 from vllm_adrenaline.decode.split import split_rows  # noqa: E402
+from vllm_adrenaline.kv_memory import map_kv  # noqa: E402
 from vllm_adrenaline.prefill.executor import ExecutorProcess  # noqa: E402
 
 BLOCK = 128
@@ -73,7 +73,7 @@ class KV:
         fd = os.memfd_create("kv")
         os.ftruncate(fd, size)
         noise = torch.randn(1 << 20).to(DTYPE)
-        flat = torch.frombuffer(mmap.mmap(fd, size), dtype=DTYPE)
+        flat = torch.frombuffer(map_kv(fd, size), dtype=DTYPE)
         for begin in range(0, len(flat), len(noise)):
             part = flat[begin : begin + len(noise)]
             part.copy_(noise[: len(part)])

@@ -5,12 +5,11 @@ Checked against vllm/_custom_ops.py and vllm/v1/attention/backends/cpu_attn.py o
 
 from __future__ import annotations
 
-import mmap
-
 import torch
 from vllm import _custom_ops as ops
 
 from vllm_adrenaline.attention.spec import KVExport
+from vllm_adrenaline.kv_memory import map_kv
 
 
 class CpuAttention:
@@ -28,7 +27,7 @@ class CpuAttention:
         self.num_blocks, self.num_kv_heads, double, self.head_size = kv.shape
         self.block_size = double // 2
         self._scales = [layer.scale for layer in kv.layers]
-        flat = torch.frombuffer(mmap.mmap(fd, kv.size), dtype=self.dtype)
+        flat = torch.frombuffer(map_kv(fd, kv.size), dtype=self.dtype)
         self._key_caches, self._value_caches = [], []
         for layer in kv.layers:
             cache = flat.as_strided(kv.shape, kv.strides, layer.offset // self.dtype.itemsize)

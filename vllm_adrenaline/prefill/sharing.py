@@ -7,7 +7,6 @@ a memfd: no name, so nothing to leave behind.
 
 from __future__ import annotations
 
-import mmap
 import os
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.kv_memory import map_kv
 
 
 class SharedKVCache(TorchFunctionMode):
@@ -35,7 +35,7 @@ class SharedKVCache(TorchFunctionMode):
         self.size = int(args[0])
         self.fd = os.memfd_create("adrenaline-kv", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, self.size)
-        tensor = torch.frombuffer(mmap.mmap(self.fd, self.size), dtype=torch.int8)
+        tensor = torch.frombuffer(map_kv(self.fd, self.size), dtype=torch.int8)
         self._pointer = tensor.data_ptr()
         return tensor
 
