@@ -76,6 +76,29 @@ def test_it_attends_over_what_was_appended(attention: CpuAttention, layer: int, 
     torch.testing.assert_close(done["out"], wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("tokens", [0, 9])
+def test_rows_and_tokens_of_padding_change_no_bit(attention: CpuAttention, rows: int, tokens: int) -> None:
+    key, value = torch.randn(40, KV_HEADS, HEAD), torch.randn(40, KV_HEADS, HEAD)
+    done = step(attention, 0, [([3, 0], 0, key, value), ([1, 2], 0, key[:33], value[:33])])
+    before = [cache.clone() for cache in (attention._key_caches[0], attention._value_caches[0])]
+
+    def padded(name: str, count: int, fill: float) -> torch.Tensor:
+        array = done[name]
+        return torch.cat([array, torch.full((count, *array.shape[1:]), fill, dtype=array.dtype)])
+
+    again = {name: padded(name, tokens, 7.0) for name in ("q", "k", "v", "out")}
+    again |= {"slot_mapping": padded("slot_mapping", tokens, -1), "seq_lens": padded("seq_lens", rows, 0)}
+    again |= {"block_table": padded("block_table", rows, 0), "query_start_loc": padded("query_start_loc", rows, 73)}
+    check_plan(again, BLOCKS, BLOCK)
+    again["out"].fill_(7.0)
+    attention.layer(0, again, attention.schedule(again["query_start_loc"], again["seq_lens"]))
+    assert torch.equal(again["out"][:73], done["out"])
+    assert (again["out"][73:] == 7).all()
+    after = [attention._key_caches[0], attention._value_caches[0]]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_a_slot_of_minus_one_is_not_written(attention: CpuAttention) -> None:
     key, value = torch.randn(5, KV_HEADS, HEAD), torch.randn(5, KV_HEADS, HEAD)
     step(attention, 0, [([3, 0], 0, key, value)])
