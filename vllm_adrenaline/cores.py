@@ -43,6 +43,16 @@ def parse(text: str) -> list[list[int]]:
     return ranks
 
 
+def check(text: str, ranks: int) -> None:
+    """Raise AdrenalineError unless `text` is empty, or has cores of this machine for so many ranks."""
+    wanted = parse(text)
+    if wanted and len(wanted) != ranks:
+        raise AdrenalineError(f"--adrenaline-executor-cores {text} is for {len(wanted)} rank(s); there are {ranks}")
+    for core in (core for cores in wanted for core in cores):
+        if not os.path.exists(f"/sys/devices/system/cpu/cpu{core}"):
+            raise AdrenalineError(f"--adrenaline-executor-cores {text}: this machine has no core {core}")
+
+
 def bound_cores() -> set[int]:
     """Return the cores vLLM bound this worker's OpenMP threads to (VLLM_CPU_OMP_THREADS_BIND); all, if it did not."""
     for name in AFFINITY_VARIABLES:

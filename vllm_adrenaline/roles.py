@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_adrenaline import identity, native, versions
+from vllm_adrenaline import cores, identity, native, versions
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.errors import AdrenalineError
@@ -49,6 +49,7 @@ def apply(args: EngineArgs, options: Options) -> None:
             "local requests pull their KV cache through NIXL, which is not installed: pip install nixl"
         )
     native.load()
+    cores.check(options.executor_cores, args.tensor_parallel_size)
     check_model(args.model)
     taken = {
         "--kv-transfer-config": args.kv_transfer_config is not None,

@@ -14,6 +14,8 @@ from pathlib import Path
 from vllm_adrenaline.child import dying_with_parent
 
 SHM = "/dev/shm/"
+TRACKER_S = 3.0
+"""How long a resource tracker may take to end once all others of its group are gone."""
 # vLLM puts "(EngineCore pid=7)" and "ERROR 11-20 22:13:22 [core.py:99]" before each line.
 LOG_PREFIX = re.compile(r"^(\([^)]* pid=\d+\)\s*)?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] ?)?)?")
 FAILURE = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b:? |^[\w./-]+: error: |^adrenaline: ")
@@ -33,6 +35,13 @@ def group_members(group: int) -> list[int]:
             if int(pgrp) == group and state != "Z":
                 members.append(int(entry.name))
     return members
+
+
+def is_tracker(pid: int) -> bool:
+    """Return whether the process is a resource tracker of Python's multiprocessing."""
+    with contextlib.suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def meaningful_lines(text: str, count: int = 3) -> list[str]:
@@ -100,9 +109,12 @@ class EngineProcess:
         while time.monotonic() < deadline and (self.exit_status is None or group_members(self.pid)):
             time.sleep(0.05)
         # The id stays the group's own as long as there is a member, so this cannot hit another group.
+        patience = time.monotonic() + TRACKER_S
         while members := group_members(self.pid):
             self.remember_shared_memory()
-            for pid in members:
+            # Python's resource trackers remove what the others leave in shared memory, and then end by themselves.
+            spared = {pid for pid in members if time.monotonic() < patience and is_tracker(pid)}
+            for pid in set(members) - spared:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)

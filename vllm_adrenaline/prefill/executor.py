@@ -49,23 +49,6 @@ def kill(pids: list[int] | None) -> None:
                 process.kill()
 
 
-def executor_cores(options: Options, exports: list[KVExport]) -> list[list[int]]:
-    """Return the cores of every rank's attention executor; raises AdrenalineError when there are not as many lists as
-    ranks, or this machine lacks one of the cores."""
-    if not options.executor_cores:
-        return [export.cpus for export in exports]
-    wanted = parse(options.executor_cores)
-    if len(wanted) != len(exports):
-        raise AdrenalineError(
-            f"--adrenaline-executor-cores {options.executor_cores} has cores for {len(wanted)} rank(s); "
-            f"this engine has {len(exports)}"
-        )
-    missing = {core for cores in wanted for core in cores} - set(range(os.cpu_count() or 1))
-    if missing:
-        raise AdrenalineError(f"--adrenaline-executor-cores: this machine has no core {min(missing)}")
-    return wanted
-
-
 class ExecutorProcess:
     """One attention executor: started, read until it is ready, stopped."""
 
@@ -167,7 +150,7 @@ class PrefillExecutor(MultiprocExecutor):
         options = Options.of(self.vllm_config)
         us = identity.of(self.vllm_config)
         exports = [msgspec.convert(export, KVExport) for export in self.collective_rpc("export_kv")]
-        cores = executor_cores(options, exports)
+        cores = parse(options.executor_cores) or [export.cpus for export in exports]
         specs = [
             ExecutorSpec(
                 rank=rank,
