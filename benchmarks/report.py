@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the common options."""
+def parser(description: str, quick: str = "under a minute, with fewer repeats") -> argparse.ArgumentParser:
+    """Return a parser with the common options; `quick` says what --quick does."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--quick", action="store_true", help="under a minute, with fewer repeats")
+    made.add_argument("--quick", action="store_true", help=quick)
     made.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     return made
 

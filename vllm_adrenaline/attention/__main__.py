@@ -10,6 +10,9 @@ import sys
 import msgspec
 
 from vllm_adrenaline.attention.spec import ExecutorSpec
+from vllm_adrenaline.cores import run_promptly
+
+logger = logging.getLogger("vllm.adrenaline")
 
 
 def main() -> None:
@@ -18,8 +21,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the engine, which ends us
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=ExecutorSpec)
-    # Before torch is imported: its thread pools look at the affinity when they start.
+    # Both before torch is imported: its thread pools look at the affinity when they start, and inherit the priority.
     os.sched_setaffinity(0, spec.cpus)
+    priority = run_promptly()
+    logger.info("attention executor %d: %d thread(s) on cores %s, %s", spec.rank, spec.threads, spec.cpus, priority)
+    if priority == "ordinary priority":
+        logger.warning(
+            "the attention executor may take no higher priority (it needs CAP_SYS_NICE, or ulimit -r 1): whatever else "
+            "runs on its cores delays every layer of a decode step"
+        )
     import torch
 
     from vllm_adrenaline.attention.executor import Server
