@@ -77,14 +77,14 @@ def activations(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, to
     return query, key, value, torch.zeros((rows, HEADS, HEAD), dtype=torch.bfloat16)
 
 
-def shape_of(rows: int, kind: type[Shape] | type[python_channel.Shape]) -> Shape | python_channel.Shape:
+def shape_of(rows: int) -> Shape:
     """Return a channel's shape."""
-    return kind(rows, rows, 1, HEADS, KV_HEADS, HEAD, torch.bfloat16)
+    return Shape(rows, rows, 1, HEADS, KV_HEADS, HEAD, torch.bfloat16)
 
 
 def native(rows: int, core: int) -> list[float]:
     """Return microseconds of LAYERS round trips through the channel that engines use."""
-    shape = shape_of(rows, Shape)
+    shape = shape_of(rows)
     decode, steps = ShmDecodeChannel(shape), ShmSteps(shape)
     decode.watch(-1, 10.0, shared_core=False)
     executor = ShmExecutorChannel(decode.fd, shape, decode.epoch, shared_core=False)
@@ -115,7 +115,7 @@ def native(rows: int, core: int) -> list[float]:
 
 def python(rows: int, core: int) -> list[float]:
     """Return microseconds of LAYERS round trips through the pure-Python channel."""
-    shape = shape_of(rows, python_channel.Shape)
+    shape = shape_of(rows)
     decode = python_channel.ShmDecodeChannel(shape, 10.0, lambda: None)
     executor = python_channel.ShmExecutorChannel(decode.fd, shape)
 

@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 
+from vllm_adrenaline.data.shm import Shape
 from vllm_adrenaline.errors import AdrenalineError
 
 MAGIC: Final = 0xAD2E_0001
@@ -59,31 +60,19 @@ class RowsPlan:
     slot_mapping: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a channel is sized for: R rows, T tokens, W blocks in a row, and the model's heads."""
-
-    max_rows: int
-    max_tokens: int
-    max_blocks: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    dtype: torch.dtype
-
-    def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Return shape and dtype of every array in the channel, in order."""
-        r, t, w, d = self.max_rows, self.max_tokens, self.max_blocks, self.head_size
-        return {
-            "query_start_loc": ((r + 1,), torch.int32),
-            "seq_lens": ((r,), torch.int32),
-            "block_table": ((r * w,), torch.int32),
-            "slot_mapping": ((t,), torch.int64),
-            "q": ((t, self.num_heads, d), self.dtype),
-            "k": ((t, self.num_kv_heads, d), self.dtype),
-            "v": ((t, self.num_kv_heads, d), self.dtype),
-            "out": ((t, self.num_heads, d), self.dtype),
-        }
+def parts(shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of every array in the channel, in order."""
+    r, t, w, d = shape.max_rows, shape.max_tokens, shape.max_blocks, shape.head_size
+    return {
+        "query_start_loc": ((r + 1,), torch.int32),
+        "seq_lens": ((r,), torch.int32),
+        "block_table": ((r * w,), torch.int32),
+        "slot_mapping": ((t,), torch.int64),
+        "q": ((t, shape.num_heads, d), shape.dtype),
+        "k": ((t, shape.num_kv_heads, d), shape.dtype),
+        "v": ((t, shape.num_kv_heads, d), shape.dtype),
+        "out": ((t, shape.num_heads, d), shape.dtype),
+    }
 
 
 class Memory:
@@ -93,7 +82,7 @@ class Memory:
         if platform.machine() not in ("x86_64", "AMD64"):
             raise AdrenalineError(f"the shared-memory data plane needs x86-64; this machine is {platform.machine()}")
         offsets, end = {}, PAGE
-        for name, (sizes, dtype) in shape.parts().items():
+        for name, (sizes, dtype) in parts(shape).items():
             offsets[name] = end
             end += -(-math.prod(sizes) * dtype.itemsize // PAGE) * PAGE
         if create:
@@ -106,7 +95,7 @@ class Memory:
             raise AdrenalineError("this memory is no channel")
         self.words[W_MAGIC] = MAGIC
         self.arrays: dict[str, torch.Tensor] = {}
-        for name, (sizes, dtype) in shape.parts().items():
+        for name, (sizes, dtype) in parts(shape).items():
             flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(sizes), offset=offsets[name])
             self.arrays[name] = flat.view(sizes)
 

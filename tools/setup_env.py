@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import venv
 from pathlib import Path
@@ -81,11 +83,21 @@ def vllm_requirements() -> list[str]:
     return [line for line in wanted if re.split(r"[^A-Za-z0-9_.-]", line)[0].lower() not in UNWANTED]
 
 
+def missing_tools() -> list[str]:
+    """Return the Debian packages without which csrc/, and vLLM's own kernels at run time, cannot be compiled."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    needed = {"g++": shutil.which("g++") is not None, f"python{version}-dev": headers.exists()}
+    return [package for package, there in needed.items() if not there]
+
+
 def main() -> None:
     """Build the environment, or say at once that it is up to date."""
     if STAMP.exists() and STAMP.read_text() == fingerprint():
         say(".venv is up to date")
         return
+    if missing := missing_tools():
+        sys.exit(f"setup needs a C++ compiler and Python's headers: apt-get install {' '.join(missing)}")
     started = time.monotonic()
     if not PYTHON.exists():
         say("creating .venv")

@@ -8,11 +8,11 @@ import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import roles, system
 from vllm_adrenaline.launch.process import EngineProcess
+from vllm_adrenaline.launch.running import Running
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
 from vllm_adrenaline.roles import check_model
@@ -33,7 +33,7 @@ def runtime_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="adrenaline-", dir=folder if len(folder) < LONGEST_RUNTIME else "/tmp"))
 
 
-class Cluster:
+class Cluster(Running):
     """A context manager: engines and front door are up inside of it, and gone after it.
 
     `offload_ratio=None` leaves the plugin out: the same cluster with vLLM's own disaggregation over NIXL.
@@ -64,17 +64,6 @@ class Cluster:
         self._door: ServerThread | None = None
         self.url = self.prefill_url = self.decode_url = ""
 
-    def __enter__(self) -> Self:
-        try:
-            self._start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
     @property
     def processes(self) -> dict[str, EngineProcess]:
         """Return the running engines by role: "prefill" and "decode"."""
@@ -99,7 +88,8 @@ class Cluster:
             shutil.rmtree(self._runtime, ignore_errors=True)
         self._door = self._listener = self._supervisor = self._runtime = None
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start engines and front door; return when they are ready."""
         check_model(self.model)
         if self.offload_ratio is not None:
             check_ratio(self.offload_ratio)

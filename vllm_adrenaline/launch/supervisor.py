@@ -10,11 +10,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.roles import EngineSpec
+from vllm_adrenaline.launch.running import Running
 
 STOP_S = 15.0
 PROBE_S = 0.5
@@ -50,7 +50,7 @@ def is_ready(port: int) -> bool:
         connection.close()
 
 
-class Supervisor:
+class Supervisor(Running):
     """Engines that live and die together; a context manager that leaves no process behind."""
 
     def __init__(self, specs: Sequence[EngineSpec], *, logs: Path | None = None, ready_timeout: float = 1800) -> None:
@@ -58,17 +58,6 @@ class Supervisor:
         self.ready_timeout = ready_timeout
         self.logs = logs
         self.processes: dict[str, EngineProcess] = {}
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def start(self) -> None:
         """Start all engines and return when each of them is healthy."""
