@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 import sys
 import time
 from contextlib import ExitStack
@@ -87,6 +88,7 @@ def main() -> None:
         flags += ["--adrenaline-lease-seconds", "600"] if role == "prefill" else []
         specs.append(roles.engine_spec(name, str(model), next(ports), [*flags, *common], env))
     with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.enter_context(Supervisor(specs))
         urls = {spec.name: spec.url for spec in specs}
         metrics = EngineMetrics(urls["offloaded"])
