@@ -47,7 +47,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: E402
 from vllm_adrenaline import kv_space  # noqa: E402
 from vllm_adrenaline.attention.kernels import CpuAttention  # noqa: E402
 from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport, LayerSpec  # noqa: E402
-from vllm_adrenaline.control.messages import Identity  # noqa: E402
+from vllm_adrenaline.control.messages import PROTOCOL, Identity  # noqa: E402
 from vllm_adrenaline.data.shm import Shape, ShmSteps  # noqa: E402
 from vllm_adrenaline.decode.link import Link  # noqa: E402
 from vllm_adrenaline.decode.remote import RemoteAttention, StepPlan  # noqa: E402
@@ -145,7 +145,7 @@ def identity() -> Identity:
     """Return what both sides agree in."""
     text = "benchmark"
     heads = (ARGS.layers, ARGS.heads, ARGS.kv_heads, ARGS.head_size)
-    return Identity(2, text, text, text, "bfloat16", "auto", *heads, BLOCK, text, text, True, 1)
+    return Identity(PROTOCOL, text, text, text, "bfloat16", "auto", *heads, BLOCK, text, text, True, 1)
 
 
 def main() -> None:
@@ -209,9 +209,7 @@ def measure(model: Model, repeats: int) -> None:
         "rows_count": float(ARGS.rows),
         "context_tokens": float(ARGS.context),
     }
-    for name, value in result.items():
-        print(f"{name:32}{value:10.3f}")
-    report.finish({name: round(value, 4) for name, value in result.items()}, ARGS.json)
+    report.finish(report.table(result), ARGS.json)
 
 
 if __name__ == "__main__":

@@ -114,9 +114,7 @@ def main() -> None:
     result["exposed_wait_share"] = result["exposed_wait_ms"] / result["step_offloaded_ms"]
     bound = result["step_local_ms"] - result["local_attention_ms"]
     result |= {"local_less_half_attention_ms": bound, "offloaded_over_bound_ratio": result["step_offloaded_ms"] / bound}
-    for name, value in result.items():
-        print(f"{name:32}{value:10.3f}")
-    report.finish({name: round(value, 4) for name, value in result.items()}, args.json)
+    report.finish(report.table(result), args.json)
 
 
 if __name__ == "__main__":

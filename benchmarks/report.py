@@ -37,6 +37,13 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores_count": os.cpu_count(), "kernel": platform.release()}
 
 
+def table(result: dict[str, float]) -> dict[str, float]:
+    """Print the figures, one a line; return them rounded."""
+    for name, value in result.items():
+        print(f"{name:32}{value:10.3f}")
+    return {name: round(value, 4) for name, value in result.items()}
+
+
 def finish(result: dict[str, Any], file: Path | None) -> None:
     """Print the result as the last line, and write it to `file`."""
     text = json.dumps({**result, "machine": machine()})

@@ -1,5 +1,5 @@
 // The Python edge of csrc/: plain numbers and capsules, CPython's limited API, no torch. Tensors are read through DLPack's
-// exchange API, which makes no Python objects: 20 ns each, where data_ptr() and stride() take 190 (docs/performance.md).
+// exchange API, which makes no Python objects; data_ptr() and stride() would take 190 ns a tensor (docs/performance.md).
 // vllm_adrenaline/native.py loads this.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -64,6 +64,17 @@ PyObject* guarded(Body&& body) {
 PyObject* none() {
   Py_INCREF(Py_None);
   return Py_None;
+}
+
+template <typename T>
+PyObject* list_of(const std::vector<T>& numbers) {
+  PyObject* list = PyList_New(0);
+  for (T value : numbers) {
+    PyObject* number = PyLong_FromLong(value);
+    PyList_Append(list, number);
+    Py_DECREF(number);
+  }
+  return list;
 }
 
 template <typename Body>
@@ -156,12 +167,9 @@ PyObject* split_batch(PyObject*, PyObject* args) {
                       starts_data, lens_data, slots_data, static_cast<uint32_t>(m.shape[0]), block_size};
     auto result = std::make_unique<Split>(adrenaline::plan::split(batch, is_received, local_data, local_lens_data));
     const bool has_local = result->has_local;
-    PyObject* executors = PyList_New(0);
-    for (const auto& [executor, plan] : result->remote) {
-      PyObject* number = PyLong_FromUnsignedLong(executor);
-      PyList_Append(executors, number);
-      Py_DECREF(number);
-    }
+    std::vector<long> places;
+    for (const auto& [executor, plan] : result->remote) places.push_back(executor);
+    PyObject* executors = list_of(places);
     PyObject* capsule = make(std::move(result), kSplit, destroy<Split, kSplit>);
     return Py_BuildValue("NNO", capsule, executors, has_local ? Py_True : Py_False);
   });
@@ -175,13 +183,7 @@ PyObject* split_rows(PyObject*, PyObject* args) {
     if (!PyArg_ParseTuple(args, "OI", &capsule, &executor)) return nullptr;
     const auto* split = get<Split>(capsule, kSplit);
     if (split == nullptr) return nullptr;
-    PyObject* rows = PyList_New(0);
-    for (int32_t row : split->remote.at(executor).rows) {
-      PyObject* number = PyLong_FromLong(row);
-      PyList_Append(rows, number);
-      Py_DECREF(number);
-    }
-    return rows;
+    return list_of(split->remote.at(executor).rows);
   });
 }
 
@@ -203,7 +205,7 @@ PyObject* decode_open(PyObject*, PyObject* args) {
     Shape s;
     if (!PyArg_ParseTuple(args, "KO!K", &memory, &PyTuple_Type, &sizes, &epoch) || !parse_shape(sizes, &s))
       return nullptr;
-    return make(std::make_unique<DecodeEnd>(reinterpret_cast<void*>(memory), s, epoch, true), kDecode,
+    return make(std::make_unique<DecodeEnd>(reinterpret_cast<void*>(memory), s, epoch), kDecode,
                 destroy<DecodeEnd, kDecode>);
   });
 }

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -33,13 +34,8 @@ TORCH = "torch==2.13.0+cpu"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NIXL = "nixl==1.5.1"
 UNWANTED = {"torch", "torchvision", "torchaudio", "torchcodec"}
-INPUTS = (
-    "tools/setup_env.py",
-    "pyproject.toml",
-    "setup.py",
-    "vllm_adrenaline/vllm_cpu.py",
-    "vllm_adrenaline/sources.py",
-)
+SOURCES = "vllm_adrenaline/sources.py"
+INPUTS = ("tools/setup_env.py", "pyproject.toml", "setup.py", "vllm_adrenaline/vllm_cpu.py", SOURCES)
 
 
 def say(text: str) -> None:
@@ -59,9 +55,9 @@ def pip(*args: str) -> None:
 def fingerprint() -> str:
     """Return a digest of all files that decide what the environment holds."""
     digest = hashlib.sha256(sys.version.encode())
-    native = (path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    for path in sorted([*(ROOT / name for name in INPUTS), *native]):
-        digest.update(path.read_bytes())
+    for name in INPUTS:
+        digest.update((ROOT / name).read_bytes())
+    digest.update(runpy.run_path(str(ROOT / SOURCES))["digest"](ROOT / "csrc").encode())
     return digest.hexdigest()
 
 
@@ -93,6 +89,9 @@ def missing_tools() -> list[str]:
 
 def main() -> None:
     """Build the environment, or say at once that it is up to date."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - whoever runs this file has any Python
+        version = sys.version.split()[0]
+        sys.exit(f"vllm-adrenaline needs Python 3.11 or newer; this is {version}. Try: make PYTHON=python3.11")
     if STAMP.exists() and STAMP.read_text() == fingerprint():
         say(".venv is up to date")
         return

@@ -126,11 +126,7 @@ def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
 def _await_welcome(address: str, hello: messages.Hello, timeout_s: float, say: Any) -> messages.Welcome:
     started = time.monotonic()
     while True:
-        socket = sockets.connect(address)
-        try:
-            answer = sockets.ask(socket, hello, timeout_s=min(2.0, max(timeout_s, 0.1)))
-        finally:
-            socket.close()
+        answer = sockets.ask_once(address, hello, timeout_s=min(2.0, max(timeout_s, 0.1)))
         if isinstance(answer, messages.Welcome):
             return answer
         if isinstance(answer, messages.Refused):

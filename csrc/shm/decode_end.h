@@ -25,18 +25,17 @@ struct MutableRows {
 class DecodeEnd {
  public:
   // `memory`: total bytes of layout_of(shape), zeroed, kept by the caller. `epoch`: 1 to 65535, this channel's life.
-  DecodeEnd(void* memory, const Shape& shape, uint64_t epoch, bool shared_core)
+  DecodeEnd(void* memory, const Shape& shape, uint64_t epoch)
       : base_(static_cast<char*>(memory)),
         header_(reinterpret_cast<Header*>(memory)),
         shape_(shape),
         at_(layout_of(shape)),
-        epoch_(epoch),
-        pace_(shared_core) {
+        epoch_(epoch) {
     ADRENALINE_CHECK(epoch > 0 && epoch < (1 << 16), "an epoch has 16 bits and is not 0");
     header_->magic = kMagic;
   }
 
-  // The process to watch while waiting; the timeout of every wait.
+  // The process to watch while waiting; the timeout of every wait; whether others need our core. Before the first wait.
   void watch(int pidfd, int64_t timeout_ns, bool shared_core) {
     pidfd_ = pidfd;
     timeout_ns_ = timeout_ns;
@@ -88,7 +87,6 @@ class DecodeEnd {
       std::memcpy(out.data + tokens[i] * out.stride, from + i * shape_.out_row, shape_.out_row);
   }
 
-  size_t out_row() const { return shape_.out_row; }
   const Header& header() const { return *header_; }
 
  private:
@@ -115,7 +113,7 @@ class DecodeEnd {
   uint64_t step_ = 0;
   int pidfd_ = -1;
   int64_t timeout_ns_ = 0;
-  Pace pace_;
+  Pace pace_{true};
 };
 
 // What a decode worker's steps cost it, summed up since it started (nanoseconds).

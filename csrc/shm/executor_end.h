@@ -21,7 +21,7 @@ class ExecutorEnd {
     const Status status = sleep_until(ready, header_->to_executor, header_->executor_sleeps, kForever, -1);
     if (has_ended()) return Status::ended;
     plan_ = header_->plan.load(std::memory_order_acquire);
-    step_ = plan_ >> 12 & ((uint64_t{1} << 36) - 1);
+    step_ = step_of(plan_);
     ready_at_ = now_ns();
     return status;
   }

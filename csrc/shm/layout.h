@@ -21,6 +21,7 @@ constexpr uint64_t kMagic = 0xAD2E0002;
 constexpr size_t kPage = 4096;
 constexpr size_t kLine = 64;
 constexpr uint64_t kMaxLayers = (1 << 12) - 2;
+constexpr uint64_t kMaxStep = (uint64_t{1} << 36) - 1;
 
 // What a channel is sized for; row sizes in bytes.
 struct Shape {
@@ -60,8 +61,10 @@ inline Layout layout_of(const Shape& s) {
 // What is announced: a step of one life of a channel, and a layer in it (0: the plan). Never repeats, so nothing of
 // another step or another life can be taken for what is waited for.
 inline uint64_t stamp(uint64_t epoch, uint64_t step, uint64_t layer_plus_1) {
-  return epoch << 48 | (step & ((uint64_t{1} << 36) - 1)) << 12 | layer_plus_1;
+  return epoch << 48 | (step & kMaxStep) << 12 | layer_plus_1;
 }
+
+inline uint64_t step_of(uint64_t stamp) { return stamp >> 12 & kMaxStep; }
 
 // Plans are padded to these sizes: the shapes of a step are few, so that what depends on them is made once (tensor views
 // here, CUDA graphs elsewhere). The smallest power of two that fits, or the most there can be.

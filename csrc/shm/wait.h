@@ -1,7 +1,7 @@
 // Waiting for an announcement of the other process: spin, then sleep on a futex. Every wait ends.
 //
-// A round trip by spinning costs 0.3 us, anything that sleeps some 70 us (docs/performance.md); but a spinning thread
-// keeps its core from whoever else needs it, perhaps the very process it waits for.
+// To be woken costs tens of microseconds, a round trip by spinning half of one (docs/performance.md); but a spinning
+// thread keeps its core from whoever else needs it, perhaps the very process it waits for.
 #pragma once
 
 #include <linux/futex.h>
@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cstdint>
 #include <ctime>
 

@@ -85,7 +85,7 @@ void bench_floor(uint64_t rows, size_t count, int core_b) {
 void bench_channel(uint64_t rows, size_t count, int core_b) {
   const Shape shape{rows, rows, 1, kQ, kKv, kQ};
   auto* memory = share(layout_of(shape).total);
-  DecodeEnd decode(memory, shape, 1, false);
+  DecodeEnd decode(memory, shape, 1);
   decode.watch(-1, 10'000'000'000, false);
   ExecutorEnd executor(memory, shape, 1, false);
   const pid_t pid = in_child(core_b, [&] {

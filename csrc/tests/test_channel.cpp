@@ -83,7 +83,7 @@ const auto kBlock = [](auto&& sleep) { sleep(); };
 void many_steps_over_two_executors() {
   Memory memory[2];
   constexpr uint64_t kLayers = 3;
-  DecodeEnd first(memory[0].data, kShape, 11, true), second(memory[1].data, kShape, 12, false);
+  DecodeEnd first(memory[0].data, kShape, 11), second(memory[1].data, kShape, 12);
   first.watch(-1, 60 * kSecond, true);
   second.watch(-1, 60 * kSecond, false);
   ExecutorEnd one(memory[0].data, kShape, 11, true), two(memory[1].data, kShape, 12, false);
@@ -126,7 +126,7 @@ void many_steps_over_two_executors() {
 
 void a_stale_stamp_is_never_taken() {
   Memory memory;
-  DecodeEnd decode(memory.data, kShape, 5, true);
+  DecodeEnd decode(memory.data, kShape, 5);
   decode.watch(-1, kSecond / 100, true);
   const RowsPlan plan = plan_of({0});
   auto* header = reinterpret_cast<Header*>(memory.data);
@@ -145,7 +145,7 @@ void a_stale_stamp_is_never_taken() {
 void an_end_that_sleeps_can_be_stopped_at_any_moment() {
   for (int i = 0; i < 200; ++i) {
     Memory memory;
-    DecodeEnd decode(memory.data, kShape, 5, true);
+    DecodeEnd decode(memory.data, kShape, 5);
     ExecutorEnd end(memory.data, kShape, 5, true);
     std::thread thread([&] { serve(memory.data, end, 2); });
     if (i % 2 == 0) decode.begin(plan_of({1}));  // it waits for a layer, not for a plan
@@ -157,7 +157,7 @@ void an_end_that_sleeps_can_be_stopped_at_any_moment() {
 
 void what_does_not_fit_throws_with_file_and_line() {
   Memory memory;
-  DecodeEnd decode(memory.data, kShape, 5, true);
+  DecodeEnd decode(memory.data, kShape, 5);
   std::string message;
   try {
     decode.begin(plan_of({0, 1, 2, 3, 4, 5, 6, 7, 8}));
@@ -170,7 +170,7 @@ void what_does_not_fit_throws_with_file_and_line() {
 
 void plans_are_padded_with_rows_of_no_token() {
   Memory memory;
-  DecodeEnd decode(memory.data, kShape, 5, true);
+  DecodeEnd decode(memory.data, kShape, 5);
   ExecutorEnd end(memory.data, kShape, 5, true);
   std::memset(memory.data + kPage, 0x55, layout_of(kShape).q - kPage);
   decode.begin(plan_of({4, 9, 2}));

@@ -109,6 +109,15 @@ def connect(address: str) -> zmq.Socket[bytes]:
     return socket
 
 
+def ask_once(address: str, message: messages.Message, timeout_s: float) -> messages.AnyMessage | None:
+    """Ask the ROUTER at `address` over a connection of its own; return the answer, or None when none came in time."""
+    socket = connect(address)
+    try:
+        return ask(socket, message, timeout_s)
+    finally:
+        socket.close()
+
+
 def ask(socket: zmq.Socket[bytes], message: messages.Message, timeout_s: float) -> messages.AnyMessage | None:
     """Send one message and return the answer, or None when none came in time."""
     socket.send(messages.encode(message))

@@ -9,8 +9,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-Channel = TypeVar("Channel", contravariant=True)
-
 
 class DecodeChannel(Protocol):
     """The decode worker's end of the channel to one executor."""
@@ -21,6 +19,9 @@ class DecodeChannel(Protocol):
 
     def close(self) -> None:
         """Let go of the memory; never fails."""
+
+
+Channel = TypeVar("Channel", bound=DecodeChannel, contravariant=True)
 
 
 class StepTransport(Protocol[Channel]):

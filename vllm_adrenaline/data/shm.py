@@ -77,7 +77,6 @@ class ShmDecodeChannel:
     """The decode worker's end. It makes the memory; `epoch` tells its life from any other's."""
 
     def __init__(self, shape: Shape) -> None:
-        self.shape = shape
         self.epoch = 1 + secrets.randbelow(0xFFFF)
         self.fd = os.memfd_create("adrenaline-channel", os.MFD_CLOEXEC)
         try:

@@ -41,12 +41,11 @@ class Link:
     def attach(self) -> None:
         """Find the executor of our rank through its prefill engine and attach; raises AdrenalineError."""
         executor = self._find()
-        socket = sockets.connect(executor)
         channel = ShmDecodeChannel(self.shape)
         cpus = sorted(os.sched_getaffinity(0))
         try:
-            answer = sockets.ask(
-                socket,
+            answer = sockets.ask_once(
+                executor,
                 messages.Attach(
                     self._identity,
                     self._rank,
@@ -71,17 +70,11 @@ class Link:
         except BaseException:
             channel.close()
             raise
-        finally:
-            socket.close()
         channel.watch(self._pidfd, self.timeout_s, shared_core=bool({*cpus} & {*answer.cpus}))
         self.channel = channel
 
     def _find(self) -> str:
-        socket = sockets.connect(self.address)
-        try:
-            answer = sockets.ask(socket, messages.Hello(self._identity, borrows=False), ANSWER_S)
-        finally:
-            socket.close()
+        answer = sockets.ask_once(self.address, messages.Hello(self._identity, borrows=False), ANSWER_S)
         if isinstance(answer, messages.Refused):
             raise AdrenalineError(f"the prefill engine at {self.address} refuses us: {answer.reason}")
         if not isinstance(answer, messages.Welcome) or self._rank >= len(answer.executors):

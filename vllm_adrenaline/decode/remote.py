@@ -16,7 +16,12 @@ from vllm_adrenaline.decode.split import SplitRows, split_rows
 
 if TYPE_CHECKING:
     from vllm_adrenaline.data.channel import StepTransport
+    from vllm_adrenaline.data.shm import ShmDecodeChannel
     from vllm_adrenaline.decode.link import Link
+
+
+ROWS, BUSY_NS = 0, 2
+"""Places in a channel's counters (vllm_adrenaline/data/channel.py)."""
 
 
 @dataclass
@@ -72,7 +77,12 @@ class RemoteAttention:
     """All links of one decode worker. `begin_step` and `split` are called once a step."""
 
     def __init__(
-        self, links: list[Link], transport: StepTransport[Any], layers: list[str], block_size: int, counts_rows: bool
+        self,
+        links: list[Link],
+        transport: StepTransport[ShmDecodeChannel],
+        layers: list[str],
+        block_size: int,
+        counts_rows: bool,
     ) -> None:
         self.links, self.transport = links, transport
         self.layer_index = {name: index for index, name in enumerate(layers)}
@@ -137,26 +147,18 @@ class RemoteAttention:
         down = frozenset(i for i, link in enumerate(self.links) if link.channel is None)
         before, self._times_ns = self._times_ns, self.transport.times_ns
         local, exposed = (now - then for now, then in zip(self._times_ns, before, strict=True))
-        remote = max(map(self._take_busy_ns, range(len(self.links))), default=0)
+        remote = max(self._grown(self._busy_ns, BUSY_NS), default=0)
         return Report(failed, pids, down, local / 1e9, remote / 1e9, exposed / 1e9)
-
-    def _take_busy_ns(self, executor: int) -> int:
-        channel = self.links[executor].channel
-        before, now = self._busy_ns[executor], channel.counters[2] if channel is not None else 0
-        self._busy_ns[executor] = now
-        return max(0, now - before)
 
     def take_counts(self) -> dict[str, int]:
         """Return the rows x layers attended since the last call, by the executors' own count (first rank only)."""
-        new = 0
-        for index, link in enumerate(self.links):
-            if link.channel is None:
-                self._attended[index] = 0
-            elif self._counts_rows:
-                rows, _, _ = link.channel.counters
-                new += max(0, rows - self._attended[index])
-                self._attended[index] = rows
-        return {"remote_attention_rows": new}
+        return {"remote_attention_rows": sum(self._grown(self._attended, ROWS)) if self._counts_rows else 0}
+
+    def _grown(self, seen: list[int], counter: int) -> list[int]:
+        """Return by how much each executor's counter has grown since it was `seen`; a new channel's begins at 0."""
+        before = seen.copy()
+        seen[:] = [0 if link.channel is None else link.channel.counters[counter] for link in self.links]
+        return [max(0, now - then) for now, then in zip(seen, before, strict=True)]
 
     def close(self) -> None:
         """Detach from all executors."""
