@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ beside the prefill engine.
 """
 EPILOG = """\
 examples:
-  adrenaline up ./my-model --offload-ratio 0.5 --port 8000 --max-model-len 8192
+  adrenaline up ./my-model --port 8000 --max-model-len 8192
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
        -d '{"model": "./my-model", "prompt": "Hello", "max_tokens": 16}'
 
@@ -34,6 +35,10 @@ kept in ~/.cache/vllm-adrenaline/logs (or below $XDG_CACHE_HOME); the last ten r
 """
 PROXY = """\
 Run the front door alone, in front of engines that run already. With several engines of a kind they are used in turn.
+"""
+STATUS = """\
+Show the batch of each engine, what attention costs here and in the executors, and all placement decisions so far by
+kind and reason. Reads the engines' /metrics; `adrenaline up` prints their addresses.
 """
 DEMO = """\
 Make a small random model and run the same requests on plain vLLM, on a cluster that offloads nothing, and on one that
@@ -64,10 +69,10 @@ def make_parser() -> argparse.ArgumentParser:
     up.add_argument("model", metavar="MODEL", help="folder or Hugging Face name of the model")
     up.add_argument(
         "--offload-ratio",
-        type=float,
-        default=0.5,
-        metavar="R",
-        help="share of the requests whose decode attention is offloaded, 0 to 1 (default: %(default)s)",
+        default="auto",
+        metavar="auto|R",
+        help="which requests have their decode attention offloaded: by load, or a fixed share, 0 to 1 "
+        "(default: %(default)s)",
     )
     _address(up)
     for role in ("prefill", "decode"):
@@ -81,6 +86,17 @@ def make_parser() -> argparse.ArgumentParser:
             f"--{role}", required=True, metavar="URL[,URL]", help=f"{role} engines, e.g. http://127.0.0.1:8100"
         )
     _address(proxy)
+
+    status = commands.add_parser("status", help="show what engines do", description=STATUS, formatter_class=raw)
+    status.add_argument("engines", nargs="+", metavar="URL", help="engines, e.g. http://127.0.0.1:8200")
+    status.add_argument("--json", action="store_true", help="print one JSON list instead")
+
+    from vllm_adrenaline.simulate import command as simulate
+
+    for name, command, summary in (("simulate", simulate, "plan clusters"),):
+        command.add_arguments(
+            commands.add_parser(name, help=summary, description=command.DESCRIPTION, formatter_class=raw)
+        )
 
     commands.add_parser("demo", help="compare with plain vLLM here", description=DEMO, formatter_class=raw)
     commands.add_parser(
@@ -127,6 +143,12 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if options.command == "proxy":
         return _proxy(options)
+    if options.command == "status":
+        from vllm_adrenaline import status
+
+        return status.run(_urls("URL", ",".join(options.engines)), options.json)
+    if options.command == "simulate":
+        return int(importlib.import_module(f"vllm_adrenaline.{options.command}.command").run(options))
     if options.command == "up":
         from vllm_adrenaline.launch import up
 

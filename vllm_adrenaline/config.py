@@ -21,7 +21,20 @@ FLAG_PREFIX = "--adrenaline-"
 
 
 def _option(description: str, metavar: str | None = None, **bounds: Any) -> msgspec.Meta:
-    return msgspec.Meta(description=description, extra={"metavar": metavar}, **bounds)
+    """Describe an option; one whose description begins with a role is of no use to the other."""
+    role = next((role for role in ("prefill", "decode") if description.startswith(f"{role.title()} engine:")), None)
+    return msgspec.Meta(description=description, extra={"metavar": metavar, "role": role}, **bounds)
+
+
+def ratio_of(flag: str, value: str | float) -> float | None:
+    """Return the share that is meant, None for `auto`; raises AdrenalineError, naming the flag, for anything else."""
+    try:
+        ratio = None if value == "auto" else float(value)
+    except ValueError:
+        ratio = -1.0
+    if ratio is not None and not 0 <= ratio <= 1:
+        raise AdrenalineError(f"{flag} is {value}; it is auto, or a share of the requests, from 0 to 1")
+    return ratio
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,15 +63,39 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = ""
     offload_ratio: Annotated[
+        str,
+        _option(
+            "Decode engine: `auto` decides by load which requests keep their KV cache on the prefill engine, where "
+            "their decode attention runs then. Or a fixed share of requests, 0: all local (plain disaggregation), "
+            "to 1: all offloaded.",
+            "auto|RATIO",
+        ),
+    ] = "auto"
+    offload_rule: Annotated[
+        Literal["or", "and", "c1", "c2"],
+        _option(
+            "Decode engine: which of the paper's conditions permits offloading: c1 (within the bound even at the "
+            "request's greatest length), c2 (at present lengths and batch sizes), one of them, or both. Default: or."
+        ),
+    ] = "or"
+    tpot_slo_ms: Annotated[
         float,
         _option(
-            "Decode engine: share of requests whose KV cache stays on the prefill engine, where their decode attention "
-            "runs then. 0: all local (plain disaggregation), 1: all offloaded.",
-            "RATIO",
+            "Time per output token that is to be met. Decode engine: bounds the batch that offloading may make. "
+            "Prefill engine: its executors get more of the device when it is violated. 0: none.",
+            "MILLISECONDS",
             ge=0,
-            le=1,
+            le=1e6,
         ),
-    ] = 0.5
+    ] = 0.0
+    profile: Annotated[
+        str,
+        _option(
+            "Decode engine: JSON file with the costs of a step, to be used instead of measuring them at start-up. "
+            "Default: measured once per model, machine and vLLM version, kept in ~/.cache/vllm-adrenaline/profiles.",
+            "FILE",
+        ),
+    ] = ""
     lease_seconds: Annotated[
         float,
         _option(
@@ -72,6 +109,16 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         float,
         _option("Prefill engine: share of its KV blocks that is never lent for growing requests.", "SHARE", ge=0, le=1),
     ] = 0.05
+    growth_reserve: Annotated[
+        float,
+        _option(
+            "Prefill engine: share of its KV blocks that new prompts leave free for offloaded requests to grow into, "
+            "as long as decode engines have prompts to fetch or to release.",
+            "SHARE",
+            ge=0,
+            le=0.9,
+        ),
+    ] = 0.2
     executor_cores: Annotated[
         str,
         _option(
@@ -90,6 +137,27 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             le=1024,
         ),
     ] = 0
+    executor_share: Annotated[
+        float,
+        _option(
+            "Prefill engine: what its attention executors get of their device when the prefill engine wants it too. On "
+            "CPU: so many of the prefill workers' cores, and of a core that both use, so much time; 1 is real-time "
+            "priority. With --adrenaline-ttft-slo-ms or --adrenaline-tpot-slo-ms it is where the controller begins.",
+            "SHARE",
+            ge=0.05,
+            le=1,
+        ),
+    ] = 1.0
+    ttft_slo_ms: Annotated[
+        float,
+        _option(
+            "Prefill engine: time to first token that is to be met; its executors get less of the device when it is "
+            "violated. 0: none.",
+            "MILLISECONDS",
+            ge=0,
+            le=1e7,
+        ),
+    ] = 0.0
     executor_timeout: Annotated[
         float,
         _option(
@@ -106,6 +174,11 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 300.0
 
     @property
+    def ratio(self) -> float | None:
+        """The fixed share of requests to offload, None for load-aware placement."""
+        return ratio_of(f"{FLAG_PREFIX}offload-ratio", self.offload_ratio)
+
+    @property
     def listen_address(self) -> str:
         """The control address of a prefill engine."""
         return self.listen or sockets.default_address()
@@ -120,6 +193,9 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return validated options; raises AdrenalineError with the name of the flag that is wrong."""
         if "role" not in values:
             raise AdrenalineError("--plugin adrenaline needs --adrenaline-role prefill or --adrenaline-role decode")
+        if "offload_ratio" in values:
+            ratio = ratio_of(f"{FLAG_PREFIX}offload-ratio", values["offload_ratio"])
+            values = {**values, "offload_ratio": "auto" if ratio is None else f"{ratio:g}"}
         try:
             options = msgspec.convert(values, cls, strict=False)
         except msgspec.ValidationError as error:
@@ -130,12 +206,9 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for address in options.peer_addresses if options.role == "decode" else [options.listen_address]:
             sockets.check_address(address)
         cores.parse(options.executor_cores)
-        unused = (
-            {"listen", "prefill_reserve", "lease_seconds", "executor_cores", "executor_threads"}
-            if options.role == "decode"
-            else {"peers", "offload_ratio"}
-        )
-        for name in sorted(unused & values.keys()):
+        for name, meta in _described():
+            if name not in values or (meta.extra or {})["role"] in (None, options.role):
+                continue
             raise AdrenalineError(
                 f"{FLAG_PREFIX}{name.replace('_', '-')} is of no use with --adrenaline-role {options.role}"
             )
@@ -147,11 +220,17 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cls.parse(dict(vllm_config.additional_config[PLUGIN]))
 
 
+def _described() -> list[tuple[str, msgspec.Meta]]:
+    hints = get_type_hints(Options, include_extras=True)
+    return [(n, m) for n, hint in hints.items() for m in hint.__metadata__ if isinstance(m, msgspec.Meta)]
+
+
 def flags() -> list[tuple[str, str, dict[str, Any]]]:
     """Return (field, flag, argparse arguments) for every option."""
     result = []
-    for name, hint in get_type_hints(Options, include_extras=True).items():
-        kind, meta = hint.__origin__, next(m for m in hint.__metadata__ if isinstance(m, msgspec.Meta))
+    kinds = get_type_hints(Options)
+    for name, meta in _described():
+        kind = kinds[name]
         arguments: dict[str, Any] = {"help": meta.description}
         if get_origin(kind) is Literal:
             arguments["choices"] = list(get_args(kind))

@@ -7,11 +7,13 @@ vllm/distributed/kv_transfer/kv_connector/v1/nixl of 0.32 (run) and 0.33 (read).
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPullConnector
+from vllm.v1.request import RequestStatus
 
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.digest import token_digest
@@ -25,18 +27,20 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from vllm_adrenaline.colocation.keeper import ShareKeeper
     from vllm_adrenaline.decode.offload import Offload
     from vllm_adrenaline.decode.remote import RemoteAttention
 
 
 class AdrenalineConnector(NixlPullConnector):
-    """See the module. `lender`, `offload` and `remote` are set by the scheduler or worker that the role brings."""
+    """See the module. `lender`, `keeper`, `offload` and `remote` are set by what the role brings."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         pause_progress_thread()
         super().__init__(vllm_config, role, kv_cache_config)
         self.is_prefill = Options.of(vllm_config).role == "prefill"
         self.lender: Lender | None = None
+        self.keeper: ShareKeeper | None = None
         self.offload: Offload | None = None
         self.remote: RemoteAttention | None = None
         self.shared_kv: Any = None
@@ -54,7 +58,11 @@ class AdrenalineConnector(NixlPullConnector):
     ) -> tuple[bool, dict[str, Any] | None]:
         if self.offload is not None:
             self.offload.finished(request.request_id)
+            if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+                self.offload.placer.lengths.ended(request.num_output_tokens)
         delay, params = super().request_finished_all_groups(request, block_ids)
+        if delay and self.keeper is not None:
+            self.keeper.prefilled(time.time() - request.arrival_time)
         if delay and self.lender is not None:
             blocks = [self._block_pool.blocks[index] for index in block_ids[0]]
             digest = token_digest(request.all_token_ids[: request.num_prompt_tokens])
@@ -88,8 +96,8 @@ class AdrenalineConnector(NixlPullConnector):
         return super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        if self.offload is not None and not self.offload.is_offloaded(request.request_id) and num_external_tokens > 0:
-            self.offload.pulled.add(request.request_id)
+        if self.offload is not None:
+            self.offload.allocated(request, num_external_tokens)
         super().update_state_after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
@@ -131,7 +139,11 @@ class AdrenalineConnector(NixlPullConnector):
     def get_kv_connector_stats(self) -> AdrenalineStats | None:
         ours = self.offload or self.remote
         nixl = super().get_kv_connector_stats()
-        return AdrenalineStats.merged(nixl, ours.take_counts() if ours is not None else {})
+        counts = ours.take_counts() if ours is not None else {}
+        gauges = self.offload.gauges() if self.offload is not None else {}
+        if self.keeper is not None:
+            gauges["executor_share"] = self.keeper.share
+        return AdrenalineStats.merged(nixl, counts, gauges)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> AdrenalineStats:

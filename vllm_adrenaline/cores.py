@@ -14,7 +14,6 @@ from vllm_adrenaline.errors import AdrenalineError
 
 PAUSE_S = 50e-6
 MAX_CORES = 4096
-NICENESS = -10
 AFFINITY_VARIABLES = ("KMP_AFFINITY", "GOMP_CPU_AFFINITY", "OMP_PLACES")
 
 
@@ -52,25 +51,6 @@ def check(text: str, ranks: int) -> None:
     for core in (core for cores in wanted for core in cores):
         if not os.path.exists(f"/sys/devices/system/cpu/cpu{core}"):
             raise AdrenalineError(f"--adrenaline-executor-cores {text}: this machine has no core {core}")
-
-
-def run_promptly() -> str:
-    """Let this thread, and those it starts, run before others as soon as they wake; return what was permitted.
-
-    For the attention executor: a decode step waits for it, and it shares its cores with a prefill engine and whatever
-    else runs. It sleeps when it has nothing to do, so a real-time class takes nothing from others but that time; the
-    kernel keeps 5 % of every second for them (kernel.sched_rt_runtime_us).
-    """
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-        return "real-time priority"
-    except PermissionError:
-        pass
-    try:
-        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
-        return f"niceness {NICENESS}"
-    except PermissionError:
-        return "ordinary priority"
 
 
 def bound_cores() -> set[int]:

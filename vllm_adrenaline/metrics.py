@@ -17,6 +17,7 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 COUNTERS = {
     "offloaded_requests": "Requests placed on an attention executor: their KV cache stays on the prefill engine.",
     "local_requests": "Requests whose prompt KV was pulled from the prefill engine.",
+    "moved_requests": "Offloaded requests that went on on the decode engine, their KV cache pulled there.",
     "fallback_requests": "Offloaded requests that were moved to the decode engine and recomputed there.",
     "refused_params": "Requests whose kv_transfer_params named no known prefill engine; computed locally.",
     "remote_attention_rows": "Rows x layers attended by attention executors, as counted by the executors.",
@@ -25,27 +26,41 @@ COUNTERS = {
     "remote_attention_seconds": "Seconds of remote attention in the same steps, of the slowest executor each.",
     "exposed_wait_seconds": "Seconds the decode engine waited for remote attention with nothing else to do.",
 }
+PLACEMENTS = "placements/"
+"""Counters of this prefix have two labels: placements/<placement>/<reason>."""
+GAUGES = {
+    "local_attention_seconds_per_token": "What a token of context costs in local attention, as placement believes.",
+    "remote_attention_seconds_per_token": "The same in the slowest executor.",
+    "step_seconds_without_attention": "A step of the present batch without attention, as placement believes.",
+    "offload_bound_ratio": "The bound on offloaded over local attention, of the executor with the lowest; 0: no bound.",
+    "executor_share": "What the attention executors of this prefill engine get of their device.",
+    "local_rows": "Requests in the batch whose attention runs on the decode engine.",
+    "offloaded_rows": "Requests in the batch whose attention runs on executors.",
+}
 
 
 @dataclass
 class AdrenalineStats(KVConnectorStats):
-    """`data`: {"nixl": NIXL's own data, "counts": {counter: increment}}."""
+    """`data`: {"nixl": NIXL's own data, "counts": {counter: increment}, "gauges": {gauge: value}}."""
 
     def __post_init__(self) -> None:
         if not self.data:
             self.reset()
 
     @classmethod
-    def merged(cls, nixl: KVConnectorStats | None, counts: Mapping[str, float]) -> AdrenalineStats | None:
+    def merged(
+        cls, nixl: KVConnectorStats | None, counts: Mapping[str, float], gauges: Mapping[str, float]
+    ) -> AdrenalineStats | None:
         """Return both as one, or None when there is nothing to say."""
         stats = cls()
         if nixl is not None:
             stats.data["nixl"] = nixl.data
         stats.data["counts"] = {name: count for name, count in counts.items() if count}
+        stats.data["gauges"] = dict(gauges)
         return None if stats.is_empty() else stats
 
     def reset(self) -> None:
-        self.data = {"nixl": NixlKVConnectorStats().data, "counts": {}}
+        self.data = {"nixl": NixlKVConnectorStats().data, "counts": {}, "gauges": {}}
 
     def _nixl(self) -> NixlKVConnectorStats:
         return NixlKVConnectorStats(data=self.data["nixl"])
@@ -55,6 +70,7 @@ class AdrenalineStats(KVConnectorStats):
         counts = self.data["counts"]
         for name, count in other.data["counts"].items():
             counts[name] = counts.get(name, 0) + count
+        self.data["gauges"] |= other.data["gauges"]
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -64,24 +80,39 @@ class AdrenalineStats(KVConnectorStats):
         }
 
     def is_empty(self) -> bool:
-        return not self.data["counts"] and self._nixl().is_empty()
+        return not self.data["counts"] and not self.data["gauges"] and self._nixl().is_empty()
 
 
 class AdrenalinePromMetrics(KVConnectorPromMetrics):
-    """`vllm:adrenaline_<counter>_total` for every counter, beside NIXL's metrics."""
+    """`vllm:adrenaline_<counter>_total`, `vllm:adrenaline_<gauge>` and the placements, beside NIXL's metrics."""
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._nixl = NixlPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._counters = {
+        self._counters = self._of_each(self._counter_cls, COUNTERS)
+        self._gauges = self._of_each(self._gauge_cls, GAUGES)
+        self._placements = self._counter_cls(
+            name="vllm:adrenaline_placements",
+            documentation="Decisions of placement: where a request went, or that it had to wait or move, and why.",
+            labelnames=[*labelnames, "placement", "reason"],
+        )
+
+    def _of_each(self, kind: Any, described: Mapping[str, str]) -> dict[str, Any]:
+        return {
             name: create_metric_per_engine(
-                self._counter_cls(name=f"vllm:adrenaline_{name}", documentation=text, labelnames=labelnames),
-                per_engine_labelvalues,
+                kind(name=f"vllm:adrenaline_{name}", documentation=text, labelnames=self._labelnames),
+                self.per_engine_labelvalues,
             )
-            for name, text in COUNTERS.items()
+            for name, text in described.items()
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         self._nixl.observe(transfer_stats_data["nixl"], engine_idx)
         for name, count in transfer_stats_data["counts"].items():
-            self._counters[name][engine_idx].inc(count)
+            if name.startswith(PLACEMENTS):
+                labels = [*self.per_engine_labelvalues[engine_idx], *name.removeprefix(PLACEMENTS).split("/")]
+                self._placements.labels(*labels).inc(count)
+            else:
+                self._counters[name][engine_idx].inc(count)
+        for name, value in transfer_stats_data["gauges"].items():
+            self._gauges[name][engine_idx].set(value)

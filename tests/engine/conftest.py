@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 
 from vllm_adrenaline.demo.model import make_model
+from vllm_adrenaline.engine_metrics import EngineMetrics, Snapshot
 from vllm_adrenaline.launch import roles, system
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
@@ -113,6 +114,10 @@ class Engine(Client):
         for name, value in re.findall(r"^([a-z_:]+)(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE):
             values[name] = values.get(name, 0.0) + float(value)
         return values
+
+    def snapshot(self) -> Snapshot:
+        """Return all metrics with their labels."""
+        return EngineMetrics(self.url).read()
 
     def counter(self, name: str) -> float:
         """Return one of the plugin's counters."""

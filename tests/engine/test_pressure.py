@@ -45,7 +45,8 @@ def test_requests_that_cannot_grow_on_the_prefill_engine_finish_with_the_same_to
     wanted = [answer.tokens for answer in engines["plain"].complete(work)]
     assert [answer.tokens for answer in engines.door("remote").complete(work)] == wanted
     decode = engines["remote"]
-    assert decode.counter("fallback_requests") > 0, "nothing ran out: the test says nothing"
+    gone = decode.counter("fallback_requests") + decode.counter("moved_requests")
+    assert gone > 0, "nothing ran out: the test says nothing"
     assert engines["prefill"].settle() == 0
 
 

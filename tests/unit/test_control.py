@@ -33,7 +33,8 @@ IDENTITY = messages.Identity(
     split_kv=True,
     tensor_parallel_size=1,
 )
-WELCOME = messages.Welcome("engine", "localhost", 5600, 100, ["ipc:///x"])
+WELCOME = messages.Welcome("engine", "localhost", 5600, 100, ["ipc:///x"], "1 thread")
+LOAD = messages.Load(total=100, free=60, reserve=5, busy=0.25)
 
 
 class Pool:
@@ -116,7 +117,14 @@ def server(tmp_path: Path) -> ControlServer:
     lender = Lender(Pool(), 0, 60, lambda: 0.0)
     lender.offer("prompt", Offer([], 7, b"d"))
     control = ControlServer(
-        f"ipc://{tmp_path}/c", IDENTITY, lender, threading.RLock(), lambda: WELCOME, lambda pids: None
+        f"ipc://{tmp_path}/c",
+        IDENTITY,
+        lender,
+        threading.RLock(),
+        lambda: WELCOME,
+        lambda: LOAD,
+        lambda: None,
+        lambda pids: None,
     )
     control.start()
     yield control

@@ -1,8 +1,4 @@
-"""Lists of cores as a user writes them, and the executor's priority."""
-
-import os
-import subprocess
-import sys
+"""Lists of cores as a user writes them."""
 
 import pytest
 
@@ -38,26 +34,3 @@ def test_cores_must_be_there_and_be_as_many_lists_as_ranks() -> None:
         cores.check("4000", 1)
     with pytest.raises(AdrenalineError, match=r"1 rank\(s\); there are 2"):
         cores.check("0", 2)
-
-
-def priority(*launcher: str) -> tuple[str, int, int]:
-    """Ask for promptness in a process of its own; return what it says, its scheduling class and its niceness."""
-    code = (
-        "import os; from vllm_adrenaline.cores import run_promptly as p; "
-        "print(p(), os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), sep=',')"
-    )
-    command = [*launcher, sys.executable, "-c", code]
-    said, kind, nice = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().split(",")
-    return said, int(kind), int(nice)
-
-
-def test_the_executor_says_which_priority_it_got() -> None:
-    said, kind, nice = priority()
-    got = {"real-time priority": kind == os.SCHED_FIFO, "niceness -10": nice == -10}
-    assert got.get(said, (kind, nice) == (os.SCHED_OTHER, 0))
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives up rights that only root has")
-def test_without_rights_the_priority_stays_ordinary() -> None:
-    drop = ("setpriv", "--bounding-set", "-sys_nice", "--inh-caps", "-sys_nice", "--")
-    assert priority(*drop) == ("ordinary priority", os.SCHED_OTHER, 0)

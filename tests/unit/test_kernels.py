@@ -25,7 +25,7 @@ def attention() -> CpuAttention:
     os.ftruncate(fd, 2 * layer_bytes)
     layers = [LayerSpec("a", 0, SCALE), LayerSpec("b", layer_bytes, SCALE)]
     kv = KVExport(os.getpid(), fd, 2 * layer_bytes, SHAPE, STRIDES, "float32", "vec", HEADS, layers, [0], 1)
-    made = CpuAttention(kv, fd, split_kv=True)
+    made = CpuAttention.mapped(kv, fd, split_kv=True)
     os.close(fd)
     return made
 

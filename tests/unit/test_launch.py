@@ -67,7 +67,7 @@ def test_missing_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 def test_ratio_out_of_range(capsys: pytest.CaptureFixture[str], tmp_path: Path, ratio: str) -> None:
     status, error = run_cli(capsys, "up", str(tmp_path), f"--offload-ratio={ratio}")
     assert status == 1
-    assert error == f"adrenaline: --offload-ratio is {ratio}; it is a share of the requests, from 0 to 1\n"
+    assert error == f"adrenaline: --offload-ratio is {ratio}; it is auto, or a share of the requests, from 0 to 1\n"
 
 
 def test_help_is_fast_and_imports_nothing_heavy() -> None:

@@ -1,21 +1,39 @@
-"""Placement by a fixed share."""
+"""Where requests go: the policy, its bounds and costs, without vLLM."""
 
+from __future__ import annotations
+
+import math
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from vllm_adrenaline.placement.policy import Observed, Placement, place
+from vllm_adrenaline.placement import bounds
+from vllm_adrenaline.placement.costs import Costs
+from vllm_adrenaline.placement.policy import Candidate, Decision, Observed, Placement, Reason, Site, bound, move, place
+
+COSTS = Costs(step=[(1, 0.010), (8, 0.012), (64, 0.050)], local=2e-6, remote=[2e-6], exchange=1e-4)
+ROOMY = Site(capacity=10_000, room=10_000, rows=0, tokens=0)
+FULL = Site(capacity=4_000, room=0, rows=8, tokens=4_000)
+REQUEST = Candidate(executor=0, tokens=500, growth=140, final=640)
+
+
+def observed(decode: Site = ROOMY, executor: Site = ROOMY, **other: object) -> Observed:
+    return Observed(**({"decode": decode, "executors": [executor], "costs": COSTS} | other))
 
 
 def offloaded_of(ratio: float, count: int, ready: bool = True) -> int:
-    offloaded = 0
+    offloaded, executor = 0, msgspec.structs.replace(ROOMY, ready=ready)
     for decided in range(count):
-        offloaded += place(Observed(ratio, decided, offloaded, ready)) is Placement.OFFLOADED
+        state = observed(executor=executor, ratio=ratio, decided=decided, offloaded=offloaded)
+        offloaded += place(state, REQUEST).placement is Placement.OFFLOADED
     return offloaded
 
 
 @given(st.floats(0, 1), st.integers(0, 300))
-def test_the_share_is_kept_at_every_moment(ratio: float, count: int) -> None:
+def test_a_fixed_share_is_kept_at_every_moment(ratio: float, count: int) -> None:
     assert ratio * count - 1 < offloaded_of(ratio, count) <= ratio * count + 1e-6
 
 
@@ -26,3 +44,193 @@ def test_exact_counts_of_32_requests(ratio: float, expected: int) -> None:
 
 def test_nothing_is_offloaded_to_an_executor_that_is_away() -> None:
     assert offloaded_of(1.0, 10, ready=False) == 0
+    away = msgspec.structs.replace(ROOMY, ready=False)
+    assert place(observed(decode=FULL, executor=away), REQUEST) == Decision(Placement.LOCAL, Reason.EXECUTOR_AWAY)
+
+
+def test_one_request_alone_stays_local_for_nothing_could_hide_its_attention() -> None:
+    assert place(observed(), REQUEST) == Decision(Placement.LOCAL, Reason.FITS)
+
+
+def test_with_memory_to_spare_offloading_must_shorten_the_step() -> None:
+    long = Site(capacity=100_000, room=90_000, rows=8, tokens=20_000)  # 40 ms of attention beside 12 ms of GEMMs
+    assert place(observed(decode=long), msgspec.structs.replace(REQUEST, tokens=4_000)) == Decision(
+        Placement.OFFLOADED, Reason.SHORTER_STEP
+    )
+    assert place(observed(decode=long), REQUEST).placement is Placement.LOCAL, "1 ms of 53 is noise"
+
+
+def test_a_busy_prefill_engine_is_left_alone_unless_memory_is_needed() -> None:
+    long = Site(capacity=100_000, room=90_000, rows=8, tokens=20_000)
+    busy = msgspec.structs.replace(ROOMY, busy=0.9)
+    request = msgspec.structs.replace(REQUEST, tokens=4_000)
+    assert place(observed(decode=long, executor=busy), request).placement is Placement.LOCAL
+    assert place(observed(decode=FULL, executor=busy), REQUEST) == Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
+
+
+def test_what_does_not_fit_is_offloaded_while_it_hides_then_waits() -> None:
+    assert place(observed(decode=FULL), REQUEST) == Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
+    as_much = Site(capacity=10_000, room=5_000, rows=8, tokens=4_000)
+    assert place(observed(decode=FULL, executor=as_much), REQUEST) == Decision(Placement.WAIT, Reason.OVER_BOUND)
+
+
+def test_a_request_waits_when_neither_side_has_blocks_and_an_empty_engine_takes_any() -> None:
+    full = msgspec.structs.replace(FULL, rows=2, tokens=900)
+    assert place(observed(decode=FULL, executor=full), REQUEST) == Decision(Placement.WAIT, Reason.EXECUTOR_FULL)
+    nothing = Site(capacity=100, room=100, rows=0, tokens=0)
+    assert place(observed(decode=nothing, executor=full), REQUEST) == Decision(Placement.LOCAL, Reason.FITS)
+
+
+def test_a_slower_executor_gets_less() -> None:
+    slow = msgspec.structs.replace(COSTS, remote=[8e-6])
+    quarter = Site(capacity=10_000, room=5_000, rows=2, tokens=1_000)
+    assert bound(observed(decode=FULL), 0) == 1
+    assert bound(observed(decode=FULL, costs=slow), 0) == 0.25
+    assert place(observed(decode=FULL, executor=quarter), REQUEST).placement is Placement.OFFLOADED
+    assert place(observed(decode=FULL, executor=quarter, costs=slow), REQUEST).placement is Placement.WAIT
+
+
+def test_a_tpot_objective_bounds_the_batch() -> None:
+    free, tight = observed(decode=FULL), observed(decode=FULL, tpot_slo=0.0205)  # it takes 20 ms with 8 local rows
+    assert place(free, REQUEST).placement is Placement.OFFLOADED
+    assert place(tight, REQUEST).placement is Placement.WAIT
+    assert bound(tight, 0) < bound(free, 0)
+
+
+@pytest.mark.parametrize(("rule", "permitted"), [("c1", False), ("c2", True), ("or", True), ("and", False)])
+def test_the_paper_conditions_and_their_combinations(rule: bounds.Rule, permitted: bool) -> None:
+    # 3,500 of 4,000 tokens: 400 more fit now, 700 at the end would not.
+    assert bounds.within(rule, (7, 3_500), 400, 700, (8, 4_000), 1.0) is permitted
+
+
+@given(st.floats(1, 1e6), st.floats(1, 1e6), st.floats(1e-9, 1), st.floats(1e-9, 1))
+def test_ob_mem_is_the_smaller_of_memory_and_bandwidth(p: float, d: float, slow: float, fast: float) -> None:
+    assert bounds.ob_mem(p, d, slow, fast) == min(p / d, fast / slow)
+
+
+def test_ob_comp_is_the_papers() -> None:
+    assert bounds.ob_comp(180, 100) == pytest.approx(0.8)
+    assert bounds.ob_comp(80, 100) == 0
+    assert math.isinf(bounds.ob_comp(10, 0))
+
+
+@given(st.integers(1, 500), st.integers(1, 500))
+def test_a_larger_batch_never_costs_less(a: int, b: int) -> None:
+    assert COSTS.other(min(a, b)) <= COSTS.other(max(a, b)) + 1e-12
+
+
+def test_an_executor_that_is_slower_gives_a_request_back_but_not_for_little() -> None:
+    slow = msgspec.structs.replace(COSTS, remote=[10e-6])
+    executor = Site(capacity=10_000, room=5_000, rows=2, tokens=2_000)
+    offloaded = [REQUEST, msgspec.structs.replace(REQUEST, tokens=1_500)]
+    state = observed(decode=msgspec.structs.replace(ROOMY, rows=4, tokens=2_000), executor=executor, costs=slow)
+    assert move(state, offloaded) == (1, Reason.EXECUTOR_SLOW)
+    assert move(msgspec.structs.replace(state, costs=COSTS), offloaded) is None
+    assert move(msgspec.structs.replace(state, decode=FULL), offloaded) is None, "there is no room for it"
+
+
+def test_memory_asked_back_is_given_back_where_there_is_room() -> None:
+    executor = msgspec.structs.replace(FULL, recalls=True)
+    assert move(observed(executor=executor), [REQUEST]) == (0, Reason.RECALLED)
+    assert move(observed(decode=FULL, executor=executor), [REQUEST]) is None
+
+
+BLOCK = 16
+
+
+class Cluster(RuleBasedStateMachine):
+    """A decode engine and two executors in blocks, driven by the policy: every request grows to its end."""
+
+    @initialize(local=st.integers(20, 60), remote=st.integers(5, 80))
+    def start(self, local: int, remote: int) -> None:
+        self.capacity = {None: local, 0: remote, 1: remote}
+        self.used: dict[int | None, int] = {None: 0, 0: 0, 1: 0}
+        self.live: list[tuple[int | None, int, int]] = []  # place, tokens, final
+        self.waiting: list[Candidate] = []
+        self.ready = [True, True]
+        self.costs = msgspec.structs.replace(COSTS, remote=[2e-6, 2e-6])
+        self.admitted = 0
+
+    def site(self, where: int | None) -> Site:
+        here = [(tokens, final) for place_, tokens, final in self.live if place_ == where]
+        free = self.capacity[where] - sum(-(-final // BLOCK) for _, final in here)
+        ready = True if where is None else self.ready[where]
+        return Site(self.capacity[where] * BLOCK, free * BLOCK, len(here), sum(t for t, _ in here), ready)
+
+    def state(self) -> Observed:
+        return Observed(self.site(None), [self.site(0), self.site(1)], self.costs)
+
+    @rule(executor=st.integers(0, 1), tokens=st.integers(1, 200), output=st.integers(1, 100))
+    def arrive(self, executor: int, tokens: int, output: int) -> None:
+        blocks = -(-(tokens + output) // BLOCK)
+        if blocks <= self.capacity[None]:
+            self.waiting.append(Candidate(executor, tokens, blocks * BLOCK - tokens, tokens + output))
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def admit(self) -> None:
+        request, state = self.waiting[0], self.state()
+        decision = place(state, request)
+        if decision.placement is Placement.WAIT:
+            assert state.decode.rows > 0, "waiting for nobody"
+            return
+        where = request.executor if decision.placement is Placement.OFFLOADED else None
+        site, limit = state.executors[request.executor], bound(state, request.executor)
+        if where is not None and decision.reason is Reason.LOCAL_FULL:
+            assert self.ready[where]
+            assert site.tokens + request.tokens <= limit * state.decode.tokens + 1e-9, "over its bound"
+        needed = -(-request.final // BLOCK)
+        free = (state.decode if where is None else site).room // BLOCK
+        if where is None and decision.reason is Reason.EXECUTOR_AWAY and free < needed:
+            return  # as in vLLM: it queues until local memory is free
+        # A prompt is with its executor already: only its growth takes room there.
+        assert free >= (needed if where is None else -(-request.growth // BLOCK))
+        if where is not None:
+            self.capacity[where] += -(-request.tokens // BLOCK)
+        self.live.append((where, request.tokens, request.final))
+        self.waiting.pop(0)
+        self.admitted += 1
+
+    @precondition(lambda self: self.live)
+    @rule(index=st.integers(0, 1000))
+    def grow_or_finish(self, index: int) -> None:
+        index %= len(self.live)
+        where, tokens, final = self.live[index]
+        if tokens < final:
+            self.live[index] = (where, tokens + 1, final)
+        else:
+            self.live.pop(index)
+
+    @precondition(lambda self: self.live)
+    @rule(index=st.integers(0, 1000))
+    def abort(self, index: int) -> None:
+        self.live.pop(index % len(self.live))
+
+    @rule(executor=st.integers(0, 1), ready=st.booleans())
+    def joins_or_leaves(self, executor: int, ready: bool) -> None:
+        self.ready[executor] = ready
+        if not ready:
+            self.live = [each for each in self.live if each[0] != executor]
+
+    @rule(executor=st.integers(0, 1), factor=st.floats(0.5, 20))
+    def slows(self, executor: int, factor: float) -> None:
+        remote = list(self.costs.remote)
+        remote[executor] = 2e-6 * factor
+        self.costs = msgspec.structs.replace(self.costs, remote=remote)
+
+    @invariant()
+    def local_memory_is_never_promised_twice(self) -> None:
+        promised = sum(-(-final // BLOCK) for where, _, final in self.live if where is None)
+        assert promised <= self.capacity[None]
+
+    def teardown(self) -> None:
+        """Whatever happened: when the others end, every request gets its turn."""
+        while getattr(self, "waiting", None):
+            before = self.admitted
+            self.admit()
+            if self.admitted == before:
+                assert self.live, "a request starves"
+                self.live.pop()
+
+
+TestCluster = Cluster.TestCase

@@ -77,7 +77,7 @@ def test_without_the_plugin_flag_nothing_is_different() -> None:
 
 def test_the_flags_reach_every_process_through_additional_config() -> None:
     line = parse("--plugin", "adrenaline", "--adrenaline-role", "decode", "--adrenaline-offload-ratio", "0.25")
-    assert line == "{'adrenaline': {'role': 'decode', 'offload_ratio': 0.25}} None auto None"
+    assert line == "{'adrenaline': {'role': 'decode', 'offload_ratio': '0.25'}} None auto None"
 
 
 def test_a_flag_without_the_plugin_says_what_is_missing() -> None:

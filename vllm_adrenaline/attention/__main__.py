@@ -10,7 +10,7 @@ import sys
 import msgspec
 
 from vllm_adrenaline.attention.spec import ExecutorSpec
-from vllm_adrenaline.cores import run_promptly
+from vllm_adrenaline.colocation import cpu
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -23,9 +23,9 @@ def main() -> None:
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=ExecutorSpec)
     # Both before torch is imported: its thread pools look at the affinity when they start, and inherit the priority.
     os.sched_setaffinity(0, spec.cpus)
-    priority = run_promptly()
+    priority = cpu.take_share(os.getpid(), spec.share)
     logger.info("attention executor %d: %d thread(s) on cores %s, %s", spec.rank, spec.threads, spec.cpus, priority)
-    if priority == "ordinary priority":
+    if priority == cpu.ORDINARY:
         logger.warning(
             "the attention executor may take no higher priority (it needs CAP_SYS_NICE, or ulimit -r 1): whatever else "
             "runs on its cores delays every layer of a decode step"

@@ -86,7 +86,7 @@ class Server:
     def __init__(self, spec: ExecutorSpec) -> None:
         self._spec = spec
         fd = os.open(f"/proc/{spec.kv.pid}/fd/{spec.kv.fd}", os.O_RDWR | os.O_CLOEXEC)
-        self._attention = CpuAttention(spec.kv, fd, spec.identity.split_kv)
+        self._attention = CpuAttention.mapped(spec.kv, fd, spec.identity.split_kv)
         os.close(fd)
         self._socket, self._address = sockets.bind(spec.address)
         self._threads: dict[int, ChannelThread] = {}  # by the pidfd of the decode worker

@@ -5,6 +5,8 @@ Checked against vllm/_custom_ops.py and vllm/v1/attention/backends/cpu_attn.py o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from vllm import _custom_ops as ops
 
@@ -15,25 +17,40 @@ from vllm_adrenaline.kv_memory import map_kv
 class CpuAttention:
     """Appends to and attends over the KV cache of one prefill worker. Holds no state of requests or steps."""
 
-    def __init__(self, kv: KVExport, fd: int, split_kv: bool) -> None:
-        if kv.isa == "amx":
+    def __init__(
+        self,
+        caches: Sequence[torch.Tensor],
+        scales: Sequence[float],
+        num_heads: int,
+        isa: str,
+        split_kv: bool,
+    ) -> None:
+        """`caches`: one [blocks, KV heads, 2 * block size, head size] a layer; `scales`: of the softmax."""
+        if isa == "amx":
             # Without this the first AMX instruction is a SIGILL: an engine asks for the tiles through oneDNN.
             torch.cpu._init_amx()
-        self.dtype = getattr(torch, kv.dtype)
-        if not isinstance(self.dtype, torch.dtype):
-            raise ValueError(f"{kv.dtype} is no dtype")
-        self._isa, self._split_kv = kv.isa, split_kv
-        self.num_heads = kv.num_heads
-        self.num_blocks, self.num_kv_heads, double, self.head_size = kv.shape
+        self.dtype = caches[0].dtype
+        self._isa, self._split_kv = isa, split_kv
+        self.num_heads = num_heads
+        self.num_blocks, self.num_kv_heads, double, self.head_size = caches[0].shape
         self.block_size = double // 2
-        self._scales = [layer.scale for layer in kv.layers]
-        flat = torch.frombuffer(map_kv(fd, kv.size), dtype=self.dtype)
-        self._key_caches, self._value_caches = [], []
-        for layer in kv.layers:
-            cache = flat.as_strided(kv.shape, kv.strides, layer.offset // self.dtype.itemsize)
-            keys, values = cache.chunk(2, dim=2)
-            self._key_caches.append(keys)
-            self._value_caches.append(values)
+        self._scales = list(scales)
+        self._key_caches, self._value_caches = zip(*(cache.chunk(2, dim=2) for cache in caches), strict=True)
+
+    @classmethod
+    def mapped(cls, kv: KVExport, fd: int, split_kv: bool) -> CpuAttention:
+        """Return one over the KV cache that a prefill worker exports."""
+        dtype = getattr(torch, kv.dtype)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{kv.dtype} is no dtype")
+        flat = torch.frombuffer(map_kv(fd, kv.size), dtype=dtype)
+        caches = [flat.as_strided(kv.shape, kv.strides, layer.offset // dtype.itemsize) for layer in kv.layers]
+        return cls(caches, [layer.scale for layer in kv.layers], kv.num_heads, kv.isa, split_kv)
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return len(self._scales)
 
     def schedule(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
         """Return the kernel's schedule for a step; all its layers share it."""

@@ -37,7 +37,8 @@ class KVExport(msgspec.Struct, frozen=True):
 
 
 class ExecutorSpec(msgspec.Struct, frozen=True):
-    """Everything one attention executor needs. `cpus` and `threads` are its own, those in `kv` the prefill worker's."""
+    """Everything one attention executor needs. `cpus` and `threads` are its own, those in `kv` the prefill worker's.
+    `share`: of those cores' time, when others want them as well (vllm_adrenaline/colocation/cpu.py)."""
 
     rank: int
     address: str
@@ -46,3 +47,4 @@ class ExecutorSpec(msgspec.Struct, frozen=True):
     cpus: list[int]
     threads: int
     idle_timeout: float
+    share: float = 1.0

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
 
 MAX_FRAME = 1 << 20
@@ -54,13 +54,15 @@ class Hello(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """Prefill to decode engine: we fit. Says which engine life this is and where its executors listen (by rank)."""
+    """Prefill to decode engine: we fit. Says which engine life this is, where its executors listen (by rank), and in
+    words what share of its device they have."""
 
     engine_id: Name
     nixl_host: Name
     nixl_port: Count
     num_blocks: Count
     executors: Names
+    executor_share: Name
 
 
 class Refused(Message, frozen=True):
@@ -117,7 +119,21 @@ class Fault(Message, frozen=True):
 
 
 class Beat(Message, frozen=True):
-    """Either way: I am alive. A borrower that stays silent loses its claims and leases."""
+    """Decode to prefill engine: I am alive, and my steps took so long lately (seconds, the 90th percentile; 0: none).
+    A borrower that stays silent loses its claims and leases."""
+
+    tpot: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0
+
+
+class Load(Message, frozen=True):
+    """The answer to a beat. In blocks: all there are, how many are free, and how many of those are never lent. `busy`:
+    share of the last second in which prompts were computed. `recalls`: prompts wait for memory."""
+
+    total: Count = 0
+    free: Count = 0
+    reserve: Count = 0
+    busy: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    recalls: bool = False
 
 
 class Attach(Message, frozen=True):
@@ -144,7 +160,20 @@ class Attached(Message, frozen=True):
 
 
 AnyMessage = (
-    Hello | Welcome | Refused | Claim | Claimed | Gone | Release | Lease | Leased | Fault | Beat | Attach | Attached
+    Hello
+    | Welcome
+    | Refused
+    | Claim
+    | Claimed
+    | Gone
+    | Release
+    | Lease
+    | Leased
+    | Fault
+    | Beat
+    | Load
+    | Attach
+    | Attached
 )
 
 _encoder = msgspec.msgpack.Encoder()

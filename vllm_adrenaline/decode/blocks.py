@@ -42,6 +42,12 @@ class RemotePool:
         self.dead = False
         self._claimed: Counter[str] = Counter()
 
+    @property
+    def spare(self) -> int:
+        """How many more blocks there are for growth: leased and free ones, and what the prefill engine could lend."""
+        load = self.borrower.load
+        return len(self.free) + max(0, load.free - load.reserve)
+
     def adopt(self, claim: str, indices: Sequence[int]) -> list[RemoteBlock]:
         """Return the blocks of a granted claim; the claim is released when the last of them is freed."""
         self._claimed[claim] = len(indices)

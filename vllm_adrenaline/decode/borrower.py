@@ -18,17 +18,21 @@ from vllm_adrenaline.control import messages, sockets
 
 logger = logging.getLogger("vllm.adrenaline")
 
-BEAT_S = 1.0
+BEAT_S = 0.25
+RETRY_S = 1.0
 SILENCE_S = 60.0
 
 
 class Borrower(threading.Thread):
-    """`welcome` is the prefill engine's answer to our hello; None while it is not there or does not fit."""
+    """`welcome` is the prefill engine's answer to our hello; None while it is not there or does not fit. `load` is what
+    it last said of itself; `tpot` is what we say of us (seconds)."""
 
     def __init__(self, address: str, identity: messages.Identity) -> None:
         super().__init__(name="adrenaline-borrower", daemon=True)
         self.address = address
         self.welcome: messages.Welcome | None = None
+        self.load = messages.Load()
+        self.tpot = 0.0
         self.answers: deque[messages.AnyMessage] = deque()
         self.answered = threading.Event()
         self._hello = messages.Hello(identity, borrows=True)
@@ -116,7 +120,7 @@ class Borrower(threading.Thread):
                     socket.send(messages.encode(self._outbox.popleft()))
                     said = now
             if now - said >= BEAT_S:
-                socket.send(messages.encode(messages.Beat() if self.welcome is not None else self._hello))
+                socket.send(messages.encode(messages.Beat(self.tpot) if self.welcome is not None else self._hello))
                 said = now
             if now - heard > SILENCE_S:
                 self._lost(f"is silent for {SILENCE_S:.0f} s")
@@ -136,9 +140,11 @@ class Borrower(threading.Thread):
             return False
         if isinstance(message, messages.Refused):
             self._lost(f"refuses us: {message.reason}")
-            time.sleep(BEAT_S)
+            time.sleep(RETRY_S)
             return False
-        if not isinstance(message, messages.Beat):
+        if isinstance(message, messages.Load):
+            self.load = message
+        else:
             self.answers.append(message)
             self.answered.set()
         return True

@@ -36,7 +36,8 @@ class Link:
         self._identity, self._rank = identity, rank
         self.channel: ShmDecodeChannel | None = None
         self._pidfd = -1
-        self.pid = 0
+        self.pid = self.num_blocks = 0
+        self.executor_share = ""
 
     def attach(self) -> None:
         """Find the executor of our rank through its prefill engine and attach; raises AdrenalineError."""
@@ -79,6 +80,7 @@ class Link:
             raise AdrenalineError(f"the prefill engine at {self.address} refuses us: {answer.reason}")
         if not isinstance(answer, messages.Welcome) or self._rank >= len(answer.executors):
             raise AdrenalineError(f"the prefill engine at {self.address} does not answer")
+        self.num_blocks, self.executor_share = answer.num_blocks, answer.executor_share
         return answer.executors[self._rank]
 
     def fail(self) -> None:

@@ -1,6 +1,6 @@
-"""Everything the decode engine's scheduler knows about offloaded requests: placement, claims, remote blocks, leases.
+"""Everything the decode engine's scheduler knows about offloaded requests: claims, remote blocks, leases, moves.
 
-The scheduler is the only caller, from one thread. No decision is made here: placement asks the policy, and vLLM's own
+The scheduler is the only caller, from one thread. No decision is made here: the placer asks the policy, and vLLM's own
 allocation and freeing drive the blocks.
 """
 
@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
-
-import msgspec
+from typing import TYPE_CHECKING, Any
 
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.decode.blocks import RemoteBlock, RemotePool
 from vllm_adrenaline.decode.borrower import Borrower
 from vllm_adrenaline.decode.growth import LOOKAHEAD, growth, lease_change
+from vllm_adrenaline.decode.moves import Moves
+from vllm_adrenaline.decode.peers import find_peer
+from vllm_adrenaline.decode.placer import Batch, Placer
 from vllm_adrenaline.decode.remote import Report
+from vllm_adrenaline.decode.waiting import Waiting
 from vllm_adrenaline.digest import token_digest
-from vllm_adrenaline.placement.policy import Observed, Placement, place
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+    from vllm_adrenaline.placement.policy import Observed
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -33,21 +37,6 @@ CLAIM_WAIT_S = 0.002
 """How long a step waits for claims under way: an answer takes a tenth of that, a missed step much more."""
 STARVE_S = 1.0
 """How long a request waits for a growth block before it moves to the decode engine."""
-
-
-class RemoteParams(msgspec.Struct, frozen=True):
-    """The part of kv_transfer_params that NIXL acts on, bounded. It comes with the request: trust nothing."""
-
-    do_remote_prefill: bool
-    remote_engine_id: messages.Name
-    remote_request_id: messages.Name
-    remote_host: messages.Name
-    remote_port: messages.Count
-    remote_block_ids: Annotated[list[messages.Blocks], msgspec.Meta(min_length=1, max_length=1)]
-    tp_size: messages.Count = 1
-    dcp_size: messages.Count = 1
-    pp_size: messages.Count = 1
-    do_remote_decode: bool = False
 
 
 @dataclass
@@ -66,50 +55,82 @@ class Offloaded:
 class Offload:
     """See the module."""
 
-    def __init__(self, borrowers: list[Borrower], ratio: float, block_size: int, tensor_parallel_size: int) -> None:
+    def __init__(self, borrowers: list[Borrower], placer: Placer, block_size: int, tensor_parallel_size: int) -> None:
         self.pools = [RemotePool(executor, borrower) for executor, borrower in enumerate(borrowers)]
+        self.placer = placer
+        self.waiting = Waiting(placer, block_size)
         self.requests: dict[str, Offloaded] = {}
-        self.pulled: set[str] = set()
-        self._ratio, self._block_size, self._tp = ratio, block_size, tensor_parallel_size
+        self.pulled: dict[str, Request] = {}
+        self.moves = Moves(block_size, tensor_parallel_size)
+        self._block_size, self._tp = block_size, tensor_parallel_size
         self._cancelled: dict[str, RemotePool] = {}
-        self._down: frozenset[int] = frozenset()
-        self._placed: Counter[Placement] = Counter()
+        self.down: frozenset[int] = frozenset()
         self._counts: dict[str, float] = defaultdict(float)
 
     # A request's way through
 
     def arrived(self, request: Request) -> None:
-        """Place a new request; if it is offloaded, claim its prompt KV."""
+        """Note a new request; `place_waiting` decides about it once it could run."""
         if not request.kv_transfer_params:
             return
-        pool, params = self._peer_of(request.kv_transfer_params)
-        if pool is None or params is None or len(params.remote_block_ids[0]) > self._blocks(request.num_prompt_tokens):
+        found = find_peer(request.kv_transfer_params, self.pools, self._tp, self._blocks(request.num_prompt_tokens))
+        if found is None:
             logger.warning("request %s names no prefill engine of ours: computing its prompt here", request.request_id)
             self._counts["refused_params"] += 1
             request.kv_transfer_params = None
             return
-        placement = Placement.LOCAL
-        if not request.skip_reading_prefix_cache:
-            ready = pool.executor not in self._down
-            decided = self._placed.total()
-            placement = place(Observed(self._ratio, decided, self._placed[Placement.OFFLOADED], ready))
-            self._placed[placement] += 1
-        if placement is Placement.LOCAL:
-            self._counts["local_requests"] += 1
-            return
-        # Not NIXL's business any more, even if the claim fails: what is gone there must not be read.
-        request.kv_transfer_params["do_remote_prefill"] = False
-        self.requests[request.request_id] = Offloaded(request, pool, params.remote_request_id)
-        pool.borrower.claim(params.remote_request_id)
+        self.waiting.add(request, *found)
+
+    def batch(self, running: Iterable[Request]) -> Batch:
+        """Return what is attended where; requests on their way (being claimed or pulled) count as there."""
+        batch, add = Batch(), self.placer.add
+        for request in running:
+            name = request.request_id
+            if name not in self.requests and name not in self.pulled and name not in self.moves:
+                add(batch, request, None)
+        for request in (*self.pulled.values(), *self.moves.requests):
+            add(batch, request, None)
+        for offloaded in self.requests.values():
+            add(batch, offloaded.request, offloaded.pool.executor)
+        return batch
+
+    def place_waiting(self, batch: Batch, free: int, max_rows: int) -> None:
+        """Decide about requests that could run now, and claim those that are offloaded; `free`: local blocks."""
+
+        def observe(free: int) -> Observed:
+            return self.placer.observed(batch, free, self.pools, self.down)
+
+        for undecided in self.waiting.place(observe, batch, free, max_rows):
+            request, pool = undecided.request, undecided.pool
+            # Not NIXL's business any more, even if the claim fails: what is gone there must not be read.
+            request.kv_transfer_params["do_remote_prefill"] = False
+            self.requests[request.request_id] = Offloaded(request, pool, undecided.claim)
+            pool.borrower.claim(undecided.claim)
 
     def matched_tokens(self, request: Request, num_local: int) -> tuple[int | None, bool] | None:
         """Answer for KVConnector.get_num_new_matched_tokens; None when NIXL is to answer."""
-        offloaded = self.requests.get(request.request_id)
+        name = request.request_id
+        if name in self.moves:
+            return self.moves.matched_tokens(request, num_local)
+        if name in self.waiting:
+            return None if self.waiting.may_go_local(name) else (None, False)
+        offloaded = self.requests.get(name)
         if offloaded is None:
             return None
         if not offloaded.granted:
             return None, False
         return max(0, request.num_tokens - 1 - num_local), False
+
+    def allocated(self, request: Request, num_external_tokens: int) -> None:
+        """vLLM gave a request blocks (KVConnector.update_state_after_alloc)."""
+        name = request.request_id
+        if name in self.requests:
+            return
+        self._counts["local_requests"] += self.waiting.goes_local(name)
+        if num_external_tokens == 0:
+            self.moves.ended([name])  # all of it was in the prefix cache: there is nothing to pull
+        elif name not in self.moves:
+            self.pulled[name] = request
 
     def is_offloaded(self, request_id: str) -> bool:
         """Whether the request's KV lives with a prefill engine (or is about to)."""
@@ -129,13 +150,29 @@ class Offload:
 
     def finished(self, request_id: str) -> None:
         """The request ends, in whatever way. vLLM frees the blocks it was given; the rest is let go here."""
-        self.pulled.discard(request_id)
+        self.pulled.pop(request_id, None)
+        self.waiting.drop(request_id)
+        self.moves.ended([request_id])
         offloaded = self.requests.pop(request_id, None)
         if offloaded is None:
             return
         if not offloaded.granted and not offloaded.pool.dead:
             self._cancelled[offloaded.claim] = offloaded.pool
         offloaded.pool.free_blocks(offloaded.adopted)
+
+    def begin_move(self, request: Request, blocks: list[RemoteBlock]) -> None:
+        """The request goes on locally with its KV pulled; `blocks` are its remote ones, taken out of vLLM's books."""
+        offloaded = self.requests.pop(request.request_id)
+        self.moves.begin(request, offloaded.pool, blocks)
+        self._counts["moved_requests"] += 1
+
+    def movable(self) -> list[tuple[Request, int]]:
+        """Return the requests that may move: they have run, so all their KV but the last token's is there."""
+        return [
+            (o.request, o.pool.executor)
+            for o in self.requests.values()
+            if o.granted and o.request.num_output_tokens and o.pool.borrower.welcome is not None
+        ]
 
     def to_local(self, request_id: str) -> None:
         """The request goes on in the decode engine's own memory; its blocks are freed already."""
@@ -215,7 +252,7 @@ class Offload:
             name = new.req_id
             if name not in self.requests and name not in self.pulled:
                 continue
-            self.pulled.discard(name)
+            self.pulled.pop(name, None)
             last = len(new.prompt_token_ids or ()) - 1
             if new.num_computed_tokens == last and scheduler_output.num_scheduled_tokens[name] == 1:
                 result.add(name)
@@ -223,13 +260,21 @@ class Offload:
 
     def observe(self, output: KVConnectorOutput) -> None:
         """Take what the workers report at the end of a step."""
+        self.moves.ended({*(output.finished_recving or ()), *(output.failed_recving or ())})
         if output.invalid_block_ids or output.failed_recving:
             self.pulled.clear()  # a failed pull writes what it recomputes; so may, harmlessly, the others
         if isinstance(report := output.kv_connector_worker_meta, Report):
-            self._down = report.down
+            self.down = report.down
             self._counts["local_attention_seconds"] += report.local
-            self._counts["remote_attention_seconds"] += report.remote
+            self._counts["remote_attention_seconds"] += max(report.remote.values(), default=0.0)
             self._counts["exposed_wait_seconds"] += report.exposed
+
+    def observe_step(self, batch: Batch, report: Report | None, seconds: float) -> None:
+        """Take what a step took; `seconds` is 0 when it computed prompts as well."""
+        self.placer.observe(batch, report, seconds, len(self.pools))
+        tpot = self.placer.tpot(seconds)
+        for pool in self.pools:
+            pool.borrower.tpot = tpot
 
     def failed(self, report: Report, scheduled: Any) -> list[str]:
         """Executors did not answer in this step; return the scheduled requests whose tokens are worthless.
@@ -239,31 +284,19 @@ class Offload:
         for executor in report.failed:
             self._counts["executor_failures"] += 1
             self.pools[executor].borrower.report_fault(report.pids)
-        self._down |= report.failed
+        self.down |= report.failed
         return [n for n in scheduled if (o := self.requests.get(n)) is not None and o.pool.executor in report.failed]
 
     def take_counts(self) -> dict[str, float]:
         """Return what was counted since the last call."""
         counts, self._counts = self._counts, defaultdict(float)
-        return dict(counts)
+        return {**counts, **self.placer.take_counts()}
+
+    def gauges(self) -> dict[str, float]:
+        """Return what placement believes at present."""
+        return self.placer.gauges
 
     # Details
-
-    def _peer_of(self, raw: dict[str, Any]) -> tuple[RemotePool | None, RemoteParams | None]:
-        try:
-            params = msgspec.convert(raw, RemoteParams)
-        except msgspec.ValidationError:
-            return None, None
-        sizes = (params.tp_size, params.dcp_size, params.pp_size)
-        if params.do_remote_decode or not params.do_remote_prefill or sizes != (self._tp, 1, 1):
-            return None, None
-        where = (params.remote_engine_id, params.remote_host, params.remote_port)
-        for pool in self.pools:
-            peer = pool.borrower.welcome
-            if peer is not None and (peer.engine_id, peer.nixl_host, peer.nixl_port) == where:
-                fits = all(index < peer.num_blocks for index in params.remote_block_ids[0])
-                return (pool, params) if fits else (None, None)
-        return None, None
 
     def _granted(self, pool: RemotePool, message: messages.Claimed) -> None:
         if self._cancelled.pop(message.request, None) is not None:

@@ -29,15 +29,15 @@ class Report(KVConnectorWorkerMetadata):
     """What a worker tells the scheduler at the end of a step.
 
     `failed`: executors that failed in it. `pids`: their processes. `down`: executors that are away. Then the seconds
-    of the step: `local` in attention here, `remote` in the slowest executor's, `exposed` waiting for executors with
-    nothing else to do. A step with no offloaded row has none.
+    of the step: `local` in attention here, `remote` in each executor's that had any, `exposed` waiting for executors
+    with nothing else to do. A step with no offloaded row has none.
     """
 
     failed: frozenset[int]
     pids: frozenset[int]
     down: frozenset[int]
     local: float
-    remote: float
+    remote: dict[int, float]
     exposed: float
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Report:
@@ -47,7 +47,7 @@ class Report(KVConnectorWorkerMetadata):
             self.pids | other.pids,
             self.down | other.down,
             max(self.local, other.local),
-            max(self.remote, other.remote),
+            {e: max(self.remote.get(e, 0.0), other.remote.get(e, 0.0)) for e in {*self.remote, *other.remote}},
             max(self.exposed, other.exposed),
         )
 
@@ -147,8 +147,8 @@ class RemoteAttention:
         down = frozenset(i for i, link in enumerate(self.links) if link.channel is None)
         before, self._times_ns = self._times_ns, self.transport.times_ns
         local, exposed = (now - then for now, then in zip(self._times_ns, before, strict=True))
-        remote = max(self._grown(self._busy_ns, BUSY_NS), default=0)
-        return Report(failed, pids, down, local / 1e9, remote / 1e9, exposed / 1e9)
+        remote = {e: busy / 1e9 for e, busy in enumerate(self._grown(self._busy_ns, BUSY_NS)) if busy}
+        return Report(failed, pids, down, local / 1e9, remote, exposed / 1e9)
 
     def take_counts(self) -> dict[str, int]:
         """Return the rows x layers attended since the last call, by the executors' own count (first rank only)."""

@@ -14,14 +14,16 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_adrenaline import identity
+from vllm_adrenaline import identity, measure
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.cores import wait_without_yield
 from vllm_adrenaline.decode.blocks import KVSpaceManager
 from vllm_adrenaline.decode.borrower import Borrower
 from vllm_adrenaline.decode.offload import Offload
+from vllm_adrenaline.decode.placer import Batch, Placer
 from vllm_adrenaline.decode.remote import Report
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.placement.policy import Reason
 
 
 class DecodeScheduler(Scheduler):
@@ -37,8 +39,13 @@ class DecodeScheduler(Scheduler):
             borrower.start()
         self._wait_for_peers(options.connect_timeout)
         tensor_parallel_size = self.vllm_config.parallel_config.tensor_parallel_size
-        self.offload = Offload(self.borrowers, options.offload_ratio, self.block_size, tensor_parallel_size)
+        blocks = self.kv_cache_manager.block_pool.num_gpu_blocks
+        shares = [b.welcome.executor_share for b in self.borrowers if b.welcome is not None]
+        costs = measure.decode_costs(self.vllm_config, options, shares)
+        placer = Placer(options, costs, blocks, self.block_size, self.max_num_running_reqs)
+        self.offload = Offload(self.borrowers, placer, self.block_size, tensor_parallel_size)
         self.connector.offload = self.offload
+        self._began, self._batch = 0.0, Batch()
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if type(manager) is not FullAttentionManager:
                 raise AdrenalineError(f"{type(manager).__name__} is not supported: full attention only")
@@ -55,33 +62,79 @@ class DecodeScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         offload = self.offload
+        self._began = time.monotonic()
+        self._place()
         for name in offload.poll():
             self._move_to_local(offload.requests[name].request)
         if offload.requests:
             waiting, leaving = offload.reserve_growth(self.running)
             for request in leaving:
-                self._move_to_local(request)
+                if self._blocks(request) > self._spare() or not self._pull(request, Reason.STARVED):
+                    self._move_to_local(request)
             for request in waiting:
                 # vLLM's own way to leave a running request out of one step (it counts the step up first).
                 request.next_decode_eligible_step = self.current_step + 2
             # When local memory runs out vLLM preempts from the end: preempting an offloaded request would free none.
             self.running.sort(key=lambda request: request.request_id not in offload.requests)
         offload.adjust_leases()
-        return super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)
+        self._batch = offload.batch(self.running)
+        return output
+
+    def _spare(self) -> int:
+        return int(self.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def _blocks(self, request: Request) -> int:
+        return -(-int(request.num_tokens) // self.block_size)
+
+    def _place(self) -> None:
+        """Decide about waiting requests, and whether a running one moves; once a step, before vLLM schedules."""
+        offload, placer = self.offload, self.offload.placer
+        looks_for_move = bool(offload.requests) and placer.is_time_to_move()
+        if not looks_for_move and not offload.waiting:
+            return
+        free = self._spare()
+        batch = offload.batch(self.running)
+        if looks_for_move:
+            observed = placer.observed(batch, free, offload.pools, offload.down)
+            request = placer.move(observed, offload.movable())
+            if request is not None and self._pull(request):
+                free -= self._blocks(request)
+        offload.place_waiting(batch, free, self.max_num_running_reqs)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         output = model_runner_output.kv_connector_output
         report = output.kv_connector_worker_meta if output is not None else None
         failed: frozenset[int] = frozenset()
-        if isinstance(report, Report) and report.failed:
+        if isinstance(report, Report):
             failed = report.failed
-            for name in self.offload.failed(report, scheduler_output.num_scheduled_tokens):
+            for name in self.offload.failed(report, scheduler_output.num_scheduled_tokens) if failed else ():
                 model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[name]] = []
+        if not failed and (tokens := scheduler_output.total_num_scheduled_tokens):
+            only_decodes = tokens == len(scheduler_output.num_scheduled_tokens)
+            seconds = time.monotonic() - self._began if only_decodes else 0.0
+            self.offload.observe_step(self._batch, report if isinstance(report, Report) else None, seconds)
         result = super().update_from_output(scheduler_output, model_runner_output)
         for offloaded in list(self.offload.requests.values()) if failed else ():
             if offloaded.pool.executor in failed:
                 self._move_to_local(offloaded.request)
         return result
+
+    def _pull(self, request: Request, reason: Reason | None = None) -> bool:
+        """Let an offloaded request go on in local memory with its KV pulled there, if it can be; say whether."""
+        offload = self.offload
+        if request not in self.running or all(request is not other for other, _ in offload.movable()):
+            return False
+        # Out of vLLM's books, so that preempting frees none of them: they are what is pulled.
+        manager = self.kv_cache_manager.coordinator.single_type_managers[0]
+        blocks = manager.req_to_blocks.pop(request.request_id)
+        manager.num_cached_block.pop(request.request_id, None)
+        offload.begin_move(request, blocks)
+        if reason is not None:
+            offload.placer.moved(reason)
+        self.running.remove(request)
+        super()._preempt_request(request, time.monotonic(), drop_stale_output=True)
+        return True
 
     def _move_to_local(self, request: Request) -> None:
         """Let a request go on in local memory: its KV is recomputed here, as after any preemption."""

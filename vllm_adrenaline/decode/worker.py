@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_adrenaline import identity
+from vllm_adrenaline import identity, measure
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.cores import settle_worker
 from vllm_adrenaline.data.shm import Shape, ShmSteps
@@ -56,6 +56,12 @@ class DecodeWorker(CPUWorker):
         )
         remote.activate(self.remote)
         get_kv_transfer_group().remote = self.remote
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Measure before: vLLM ends its warm-up with a fresh random seed."""
+        if self.remote is not None:
+            measure.profile_decode(self.vllm_config, Options.of(self.vllm_config), self.model_runner, self.remote)
+        return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self.remote is not None:

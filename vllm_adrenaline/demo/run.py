@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vllm_adrenaline.demo import load, report
-from vllm_adrenaline.demo.metrics import EngineMetrics
 from vllm_adrenaline.demo.model import make_model
+from vllm_adrenaline.engine_metrics import EngineMetrics
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import roles, system
 from vllm_adrenaline.launch.cluster import Cluster

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vllm_adrenaline.config import ratio_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import roles, system
 from vllm_adrenaline.launch.process import EngineProcess
@@ -19,12 +20,6 @@ from vllm_adrenaline.roles import check_model
 
 # The kernel's limit for the path of a Unix socket is 107 bytes; ours end in a short name.
 LONGEST_RUNTIME = 80
-
-
-def check_ratio(ratio: float) -> None:
-    """Refuse an offload ratio that is no share."""
-    if not 0 <= ratio <= 1:
-        raise AdrenalineError(f"--offload-ratio is {ratio:g}; it is a share of the requests, from 0 to 1")
 
 
 def runtime_folder() -> Path:
@@ -43,7 +38,7 @@ class Cluster(Running):
         self,
         model: str | Path,
         *,
-        offload_ratio: float | None = 0.5,
+        offload_ratio: str | float | None = "auto",
         host: str = "127.0.0.1",
         port: int = 0,
         args: Sequence[str] = (),
@@ -92,7 +87,7 @@ class Cluster(Running):
         """Start engines and front door; return when they are ready."""
         check_model(self.model)
         if self.offload_ratio is not None:
-            check_ratio(self.offload_ratio)
+            ratio_of("--offload-ratio", self.offload_ratio)
         try:
             # Held from now on, so that nobody takes it while the engines start; clients are refused until then.
             self._listener = bind(self.host, self.port)

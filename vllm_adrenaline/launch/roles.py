@@ -35,7 +35,7 @@ def engine_spec(
     return EngineSpec(name, port, command, dict(env or {}))
 
 
-def adrenaline_args(runtime: Path, offload_ratio: float) -> dict[str, list[str]]:
+def adrenaline_args(runtime: Path, offload_ratio: str | float) -> dict[str, list[str]]:
     """Return the plugin's flags for each role."""
     address = f"ipc://{runtime}/prefill"
     common = ["--plugin", "adrenaline", "--adrenaline-role"]

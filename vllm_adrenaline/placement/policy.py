@@ -1,40 +1,178 @@
-"""Where a request's decode attention runs: one pure function from observed state to a placement.
+"""Where a request's decode attention runs: pure functions from observed state to a decision.
 
-Today a fixed share. The load-aware bounds of the paper (section 1.5 of the Adrenaline paper: OB_mem, OB_comp, C1, C2)
-take the same place: more fields in `Observed`, the same function.
+The rules, in order (docs/placement.md): never offload to an executor that is away; with a fixed ratio, keep it; else
+stay local while the decode engine has memory, unless offloading makes the step clearly shorter and the prefill engine
+has the time; offload what does not fit while remote attention hides under local attention (placement/bounds.py);
+otherwise wait, as in vLLM.
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 from enum import Enum
 
 import msgspec
 
+from vllm_adrenaline.placement import bounds
+from vllm_adrenaline.placement.costs import Costs
+
+GAIN = 0.1
+"""By how much of a step offloading must shorten it before a request that fits locally is offloaded: less is noise."""
+MOVE_GAIN = 0.1
+"""By how much moving a request back must shorten the step: a move costs a transfer."""
+BUSY = 0.7
+"""Busy share of a prefill engine and executor together, above which nothing is offloaded just to shorten a step."""
+
 
 class Placement(Enum):
-    """Where the KV cache of a request lives, and so where its attention runs."""
+    """Where the KV cache of a request lives, and so where its attention runs; or that it is to wait."""
 
     LOCAL = "local"
     OFFLOADED = "offloaded"
+    WAIT = "wait"
+
+
+class Reason(Enum):
+    """Why; every pair of placement and reason is counted."""
+
+    RATIO = "ratio"
+    NO_CACHE = "no_prefix_cache"
+    EXECUTOR_AWAY = "executor_away"
+    FITS = "fits"
+    SHORTER_STEP = "shorter_step"
+    LOCAL_FULL = "local_full"
+    OVER_BOUND = "over_bound"
+    EXECUTOR_FULL = "executor_full"
+    EXECUTOR_SLOW = "executor_slow"
+    RECALLED = "recalled"
+    STARVED = "starved"
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """What is to be done with a request, and why."""
+
+    placement: Placement
+    reason: Reason
+
+
+class Site(msgspec.Struct, frozen=True):
+    """One place where attention runs. In tokens: `capacity`, the KV memory there is; `room`, what is free beyond the
+    growth that is expected of the `rows` requests there, which hold `tokens`. `ready`: it answers. `busy`: share of
+    its time that its prefill engine computes. `recalls`: its prefill engine asks for memory back."""
+
+    capacity: int
+    room: int
+    rows: int
+    tokens: int
+    ready: bool = True
+    busy: float = 0.0
+    recalls: bool = False
 
 
 class Observed(msgspec.Struct, frozen=True):
-    """What the decision may depend on.
+    """What a decision depends on. `ratio`: the fixed share to offload, None for load-aware placement; `decided` and
+    `offloaded`: requests placed so far, and how many of them were offloaded. `tpot_slo`: seconds, None for no
+    objective. `max_rows`: the largest batch."""
 
-    `offload_ratio`: the share to offload, 0 to 1. `decided`, `offloaded`: requests placed so far, and how many of them
-    were offloaded. `executor_ready`: the executor beside the prefill engine that holds this prompt answers.
+    decode: Site
+    executors: Sequence[Site]
+    costs: Costs
+    rule: bounds.Rule = "or"
+    tpot_slo: float | None = None
+    max_rows: int = 256
+    ratio: float | None = None
+    decided: int = 0
+    offloaded: int = 0
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A request to place. In tokens: `tokens` it has, `growth` expected of it, `final` at the very most."""
+
+    executor: int
+    tokens: int
+    growth: int
+    final: int
+
+
+def bound(o: Observed, executor: int) -> float:
+    """Return OB of one executor: offloaded over local."""
+    site = o.executors[executor]
+    memory = bounds.ob_mem(site.capacity, o.decode.capacity, o.costs.remote[executor], o.costs.local)
+    return min(memory, _comp(o))
+
+
+def place(o: Observed, request: Candidate) -> Decision:
+    """Decide about one request; see the module."""
+    site = o.executors[request.executor]
+    if not site.ready:
+        return Decision(Placement.LOCAL, Reason.EXECUTOR_AWAY)
+    if o.ratio is not None:
+        quota = o.ratio * (o.decided + 1)
+        return Decision(Placement.OFFLOADED if o.offloaded + 1 <= quota + 1e-9 else Placement.LOCAL, Reason.RATIO)
+    has_room = request.growth <= site.room
+    # An empty decode engine takes any request: vLLM has checked that it fits, and waiting would be for ever.
+    if request.tokens + request.growth <= o.decode.room or o.decode.rows == 0:
+        if has_room and _shortens(o, request):
+            return Decision(Placement.OFFLOADED, Reason.SHORTER_STEP)
+        return Decision(Placement.LOCAL, Reason.FITS)
+    if not has_room:
+        return Decision(Placement.WAIT, Reason.EXECUTOR_FULL)
+    local = (o.decode.rows, o.decode.tokens)
+    limit = bound(o, request.executor)
+    if bounds.within(o.rule, (site.rows, site.tokens), request.tokens, request.final, local, limit):
+        return Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
+    return Decision(Placement.WAIT, Reason.OVER_BOUND)
+
+
+def move(o: Observed, offloaded: Sequence[Candidate]) -> tuple[int, Reason] | None:
+    """Return which offloaded request is to go on locally, as an index, and why; None for none.
+
+    A prefill engine that asks for memory comes first: it gets the request that holds most. Else an executor that is
+    slower than local attention gives up the request whose move shortens the step most.
     """
+    fits = [(i, r) for i, r in enumerate(offloaded) if r.tokens + r.growth <= o.decode.room]
+    recalled = [(r.tokens, i) for i, r in fits if o.executors[r.executor].recalls]
+    if recalled:
+        return max(recalled)[1], Reason.RECALLED
+    now = _seconds(o)
+    gains = [(now - _seconds(o, moved=r), i) for i, r in fits]
+    gain, index = max(gains, default=(0.0, -1))
+    return (index, Reason.EXECUTOR_SLOW) if gain > MOVE_GAIN * now else None
 
-    offload_ratio: float
-    decided: int
-    offloaded: int
-    executor_ready: bool
+
+def _comp(o: Observed) -> float:
+    """OB_comp, from measured costs: B_TPOT is the largest all-local batch of present lengths that meets the objective,
+    B_max the largest whose GEMMs meet it beside the present local attention."""
+    if o.tpot_slo is None:
+        return math.inf
+    rows = o.decode.rows + sum(site.rows for site in o.executors)
+    tokens = o.decode.tokens + sum(site.tokens for site in o.executors)
+    per_row = o.costs.local * tokens / max(rows, 1)
+    b_tpot = o.costs.most_rows(o.tpot_slo, 0.0, per_row, o.max_rows)
+    b_max = o.costs.most_rows(o.tpot_slo, o.costs.local * o.decode.tokens, 0.0, o.max_rows)
+    return bounds.ob_comp(b_max, max(b_tpot, 1))
 
 
-def place(observed: Observed) -> Placement:
-    """Return the placement that keeps the share of offloaded requests as close below `offload_ratio` as it can be.
+def _seconds(o: Observed, moved: Candidate | None = None) -> float:
+    """Seconds of a step now, or with `moved` local instead of offloaded."""
+    remote = [(site.rows, site.tokens) for site in o.executors]
+    local = o.decode.tokens
+    if moved is not None:
+        rows, tokens = remote[moved.executor]
+        remote[moved.executor] = (rows - 1, tokens - moved.tokens)
+        local += moved.tokens
+    return o.costs.seconds(o.decode.rows + sum(site.rows for site in o.executors), local, remote)
 
-    Deterministic: with ratio 0.5 every second request is offloaded, whatever the load.
-    """
-    if not observed.executor_ready:
-        return Placement.LOCAL
-    quota = observed.offload_ratio * (observed.decided + 1)
-    return Placement.OFFLOADED if observed.offloaded + 1 <= quota + 1e-9 else Placement.LOCAL
+
+def _shortens(o: Observed, request: Candidate) -> bool:
+    remote = [(site.rows, site.tokens) for site in o.executors]
+    rows = 1 + o.decode.rows + sum(site.rows for site in o.executors)
+    here = o.costs.seconds(rows, o.decode.tokens + request.tokens, remote)
+    site = o.executors[request.executor]
+    remote[request.executor] = (site.rows + 1, site.tokens + request.tokens)
+    there = o.costs.seconds(rows, o.decode.tokens, remote)
+    if o.tpot_slo is not None and here > o.tpot_slo >= there:
+        return True
+    taken = o.costs.remote_seconds(request.executor, *remote[request.executor]) / there
+    return there <= (1 - GAIN) * here and site.busy + taken <= BUSY

@@ -6,6 +6,7 @@ it schedules or frees and by this thread for the microseconds that a claim or a 
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -20,7 +21,9 @@ POLL_MS = 500
 
 
 class ControlServer(threading.Thread):
-    """Serves one ROUTER socket until `stop`. `welcome` is computed per answer, for executors may restart."""
+    """Serves one ROUTER socket until `stop`. `welcome` is computed per answer, for executors may restart. `tick`
+    is called twice a second. `tpot`: what
+    each decode engine said of its steps, in seconds."""
 
     def __init__(
         self,
@@ -29,22 +32,29 @@ class ControlServer(threading.Thread):
         lender: Lender,
         lock: threading.RLock,
         welcome: Callable[[], messages.Welcome],
+        load: Callable[[], messages.Load],
+        tick: Callable[[], None],
         kill_executors: Callable[[list[int] | None], None],
     ) -> None:
         super().__init__(name="adrenaline-control", daemon=True)
         self.identity, self.lender, self.lock, self.welcome = identity, lender, lock, welcome
-        self.kill_executors = kill_executors
+        self.load, self.tick, self.kill_executors = load, tick, kill_executors
+        self.tpot: dict[bytes, float] = {}
         self.bad_frames = 0
         self._socket, self.address = sockets.bind(address)
         self._stopping = threading.Event()
 
     def run(self) -> None:
+        ticked = 0.0
         try:
             while not self._stopping.is_set():
                 if self._socket.poll(POLL_MS):
                     self._serve_one()
-                with self.lock:
-                    self._evict_silent()
+                if (now := time.monotonic()) - ticked >= POLL_MS / 1000:
+                    ticked = now
+                    self.tick()
+                    with self.lock:
+                        self._evict_silent()
         finally:
             sockets.unbind(self._socket, self.address)
 
@@ -63,6 +73,7 @@ class ControlServer(threading.Thread):
         for name in silent:
             logger.warning("decode engine %s is silent: taking back all it had borrowed", name.hex())
             self.lender.evict(name)
+            self.tpot.pop(name, None)
 
     def _serve_one(self) -> None:
         frames = self._socket.recv_multipart()
@@ -109,4 +120,7 @@ class ControlServer(threading.Thread):
         if isinstance(message, messages.Release):
             lender.release(borrower, message.requests, message.blocks)
             return None
-        return messages.Beat() if isinstance(message, messages.Beat) else None
+        if isinstance(message, messages.Beat):
+            self.tpot[borrower] = message.tpot
+            return self.load()
+        return None

@@ -20,6 +20,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm_adrenaline import identity
 from vllm_adrenaline.attention.spec import READY, ExecutorSpec, KVExport
 from vllm_adrenaline.child import dying_with_parent
+from vllm_adrenaline.colocation import cpu
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import sockets
 from vllm_adrenaline.cores import parse
@@ -38,6 +39,27 @@ def addresses() -> list[str]:
     if _site is None:
         raise AdrenalineError("the attention executors are not started yet")
     return [process.address for process in _site.processes]
+
+
+def share() -> str:
+    """Return in words what the executors run on."""
+    if _site is None:
+        raise AdrenalineError("the attention executors are not started yet")
+    specs = [process.spec for process in _site.processes]
+    return "; ".join(f"{s.threads} thread(s) on cores {s.cpus}, share {s.share:g}" for s in specs)
+
+
+def set_share(share: float) -> str:
+    """Give every executor this share of its cores, now and after a restart; return in words what they have."""
+    if _site is None:
+        return "no executor runs"
+    _site.share = share
+    words = {cpu.take_share(process.pid, share) for process in _site.processes}
+    for process in _site.processes:
+        cores = process.spec.cpus
+        count = max(process.spec.threads, cpu.threads_of(share, len(cores)))
+        cpu.keep_to(process.pid, cores[-count:])
+    return ", ".join(sorted(words))
 
 
 def kill(pids: list[int] | None) -> None:
@@ -111,6 +133,7 @@ class AttentionSite:
         for process in self.processes:
             process.wait_ready()
         self._stopping = threading.Event()
+        self.share = specs[0].share
         for rank in range(len(specs)):
             threading.Thread(target=self._watch, args=(rank,), name=f"adrenaline-watch-{rank}", daemon=True).start()
 
@@ -124,7 +147,7 @@ class AttentionSite:
             time.sleep(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF_S)
             try:
-                process = ExecutorProcess(self.processes[rank].spec)
+                process = ExecutorProcess(msgspec.structs.replace(self.processes[rank].spec, share=self.share))
                 self.processes[rank] = process
                 if self._stopping.is_set():
                     process.stop()
@@ -150,7 +173,9 @@ class PrefillExecutor(MultiprocExecutor):
         options = Options.of(self.vllm_config)
         us = identity.of(self.vllm_config)
         exports = [msgspec.convert(export, KVExport) for export in self.collective_rpc("export_kv")]
-        cores = parse(options.executor_cores) or [export.cpus for export in exports]
+        cores = parse(options.executor_cores) or [
+            export.cpus[-cpu.threads_of(options.executor_share, len(export.cpus)) :] for export in exports
+        ]
         specs = [
             ExecutorSpec(
                 rank=rank,
@@ -158,8 +183,10 @@ class PrefillExecutor(MultiprocExecutor):
                 identity=us,
                 kv=export,
                 cpus=cores[rank],
-                threads=options.executor_threads or (len(cores[rank]) if options.executor_cores else export.threads),
+                threads=options.executor_threads
+                or (len(cores[rank]) if options.executor_cores else min(len(cores[rank]), export.threads)),
                 idle_timeout=options.lease_seconds,
+                share=options.executor_share,
             )
             for rank, export in enumerate(exports)
         ]

@@ -8,14 +8,19 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_adrenaline import identity
+from vllm_adrenaline import identity, measure
+from vllm_adrenaline.colocation.controller import Objectives
+from vllm_adrenaline.colocation.keeper import ShareKeeper
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.cores import wait_without_yield
+from vllm_adrenaline.placement import profile
 from vllm_adrenaline.prefill import executor
+from vllm_adrenaline.prefill.busy import BusyShare
 from vllm_adrenaline.prefill.control import ControlServer
 from vllm_adrenaline.prefill.lender import Lender
 
@@ -35,6 +40,7 @@ class PrefillScheduler(Scheduler):
             expiry_s=options.lease_seconds,
             clock=time.monotonic,
         )
+        self._growth_reserve = int(pool.num_gpu_blocks * options.growth_reserve)
         self.connector.lender = self.lender
         self.control = ControlServer(
             options.listen_address,
@@ -42,8 +48,15 @@ class PrefillScheduler(Scheduler):
             self.lender,
             self.kv_lock,
             self._welcome,
+            self._load,
+            self._tick,
             executor.kill,
         )
+        self._busy = BusyShare(time.monotonic)
+        known = profile.cached(measure.key(self.vllm_config, options, ()))
+        objectives = Objectives(options.ttft_slo_ms / 1000 or None, options.tpot_slo_ms / 1000 or None)
+        prefill = known.prefill if known is not None else []
+        self.connector.keeper = ShareKeeper(objectives, options.executor_share, prefill, executor.set_share)
         self.control.start()
 
     def _welcome(self) -> messages.Welcome:
@@ -54,13 +67,52 @@ class PrefillScheduler(Scheduler):
             nixl_port=nixl.side_channel_port,
             num_blocks=self.kv_cache_manager.block_pool.num_gpu_blocks,
             executors=executor.addresses(),
+            executor_share=executor.share(),
         )
+
+    def _tick(self) -> None:
+        self.connector.keeper.update(self.control.tpot.values())
+
+    def _load(self) -> messages.Load:
+        """Called by the control thread, which holds the lock."""
+        pool = self.kv_cache_manager.block_pool
+        free = pool.get_num_free_blocks()
+        return messages.Load(
+            total=pool.num_gpu_blocks,
+            free=free,
+            reserve=self.lender.reserve,
+            busy=self._busy.share(),
+            recalls=self._needed_by_next() > free,
+        )
+
+    def _needed_by_next(self) -> int:
+        """Return how many blocks the next waiting prompt needs, 0 when none waits."""
+        return -(-self.waiting.peek_request().num_tokens // self.block_size) if self.waiting else 0
+
+    def _pause_for_growth(self, asked: PauseState) -> PauseState:
+        """Let no new prompt in that would take what offloaded requests grow into: prompts that pile up here until the
+        decode engine has room would stop the very requests that make room. vLLM's own pause, for one step."""
+        needed = self._needed_by_next()
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        held_elsewhere = self.lender.offers or any(self.lender.lent)
+        if asked == PauseState.UNPAUSED and needed and held_elsewhere and free - needed < self._growth_reserve:
+            return PauseState.PAUSED_NEW
+        return asked
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         with self.kv_lock:
-            return super().schedule(*args, **kwargs)
+            asked = self.pause_state
+            self.set_pause_state(self._pause_for_growth(asked))
+            try:
+                output = super().schedule(*args, **kwargs)
+            finally:
+                self.set_pause_state(asked)
+        if output.total_num_scheduled_tokens:
+            self._busy.begin()
+        return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        self._busy.end()
         with self.kv_lock:
             return super().update_from_output(*args, **kwargs)
 

@@ -14,7 +14,9 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_adrenaline import measure
 from vllm_adrenaline.attention.spec import KVExport, LayerSpec
+from vllm_adrenaline.config import Options
 from vllm_adrenaline.cores import settle_worker
 from vllm_adrenaline.errors import AdrenalineError
 
@@ -25,6 +27,11 @@ class PrefillWorker(CPUWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settle_worker()
         super().__init__(*args, **kwargs)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Measure before: vLLM ends its warm-up with a fresh random seed."""
+        measure.profile_prefill(self.vllm_config, Options.of(self.vllm_config), self.model_runner)
+        return super().compile_or_warm_up_model()
 
     def export_kv(self) -> dict[str, Any]:
         """Return a KVExport (as plain data: it crosses vLLM's own worker RPC) of this worker's KV cache."""

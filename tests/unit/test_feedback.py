@@ -1,0 +1,77 @@
+"""Costs follow what steps really take, in bounded steps, and stay still when nothing has changed."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_adrenaline.placement.costs import Costs
+from vllm_adrenaline.placement.feedback import LARGEST, WINDOW, Feedback, OutputLengths, Step
+
+COSTS = Costs(step=[(1, 0.010), (64, 0.050)], local=2e-6, remote=[2e-6, 3e-6])
+
+
+def step(true: Costs, noise: float = 1.0) -> Step:
+    remote = [true.remote_seconds(e, 4, 2_000) * noise for e in range(2)]
+    local = true.local * 4_000 * noise
+    exposed = max(0.0, max(remote) - local)
+    return Step(12, 4_000, [2_000, 2_000], true.other(12) * noise + local + exposed, local, remote, exposed)
+
+
+def after(believed: Costs, true: Costs, windows: int, noise: float = 0.0) -> Feedback:
+    rng, feedback = random.Random(1), Feedback(believed)
+    for _ in range(windows * WINDOW):
+        feedback.observe(step(true, 1 + noise * rng.uniform(-1, 1)))
+    return feedback
+
+
+@given(st.floats(0.2, 5), st.floats(0.2, 5), st.floats(0.2, 5))
+def test_a_wrong_profile_heals(local: float, remote: float, other: float) -> None:
+    wrong = Costs([(1, 0.010 * other), (64, 0.050 * other)], 2e-6 * local, [2e-6 * remote, 3e-6])
+    healed = after(wrong, COSTS, windows=10).costs
+    assert healed.local == pytest.approx(COSTS.local, rel=0.06)
+    assert healed.remote == pytest.approx(COSTS.remote, rel=0.06)
+    assert healed.other(12) == pytest.approx(COSTS.other(12), rel=0.06)
+
+
+def test_one_window_moves_little() -> None:
+    assert after(COSTS, Costs(COSTS.step, 2e-5, COSTS.remote), windows=1).costs.local == pytest.approx(2e-6 * LARGEST)
+
+
+def test_noise_moves_nothing() -> None:
+    assert after(COSTS, COSTS, windows=50, noise=0.1).corrections == 0
+
+
+def test_an_executor_without_rows_keeps_its_costs() -> None:
+    feedback = Feedback(COSTS)
+    for _ in range(3 * WINDOW):
+        feedback.observe(Step(4, 4_000, [2_000, 0], 0.03, 0.016, [0.008, 0.0], 0.0))
+    assert feedback.costs.remote[0] > COSTS.remote[0]
+    assert feedback.costs.remote[1] == COSTS.remote[1]
+
+
+def test_steps_that_compute_prompts_say_nothing_of_decoding() -> None:
+    feedback = Feedback(COSTS)
+    for _ in range(WINDOW):
+        feedback.observe(Step(4, 4_000, [0, 0], 0.0, 0.0, [0.0, 0.0], 0.0))
+    assert feedback.corrections == 0
+
+
+def test_growth_is_learned_from_answers_that_ended() -> None:
+    lengths = OutputLengths()
+    assert lengths.expected_growth(10, 8_000) == OutputLengths.PRIOR
+    assert lengths.expected_growth(10, 50) == 40
+    for tokens in [100] * 10 + [300] * 10:
+        lengths.ended(tokens)
+    assert lengths.expected_growth(0, 8_000) == 200
+    assert lengths.expected_growth(150, 8_000) == 150, "what is longer than 100 ends at 300"
+    assert lengths.expected_growth(500, 8_000) == OutputLengths.PRIOR, "nobody knows"
+
+
+@given(st.lists(st.integers(0, 500)), st.integers(0, 600), st.integers(0, 600))
+def test_nobody_is_expected_to_grow_beyond_its_limit(ended: list[int], generated: int, limit: int) -> None:
+    lengths = OutputLengths()
+    for tokens in ended:
+        lengths.ended(tokens)
+    assert 0 <= lengths.expected_growth(generated, limit) <= max(0, limit - generated)

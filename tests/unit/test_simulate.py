@@ -1,0 +1,160 @@
+"""The simulator: engines in time, placed by the policy that serves real ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_adrenaline import cli
+from vllm_adrenaline.placement import profile
+from vllm_adrenaline.placement.costs import Costs
+from vllm_adrenaline.simulate import trace
+from vllm_adrenaline.simulate.engines import Model
+from vllm_adrenaline.simulate.run import Result, Setup, Simulation
+from vllm_adrenaline.simulate.trace import Arrival, Scale
+
+COSTS = Costs([(1, 0.010), (8, 0.012), (64, 0.050)], 4e-6, [4e-6], 1e-4, 2e-4)
+MODEL = Model(COSTS, [(32, 0.02), (512, 0.2), (2048, 1.0)], overhead=0.002, pull=1e-6)
+BURST = trace.poisson(150, Scale(0.4, 0.6, 900, 300, rate=8.0), seed=1)
+TRICKLE = trace.poisson(60, Scale(0.4, 0.3, 900, 100, rate=0.5), seed=2)
+
+
+def run(setup: Setup, arrivals: list[Arrival]) -> Simulation:
+    simulation = Simulation(setup, arrivals)
+    simulation.run()
+    return simulation
+
+
+def result(arrivals: list[Arrival], **setup: object) -> Result:
+    sizes = {"model": MODEL, "prefill_blocks": 120, "decode_blocks": 30} | setup
+    return Simulation(Setup(**sizes), arrivals).run()  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(8, 40),
+    st.integers(12, 60),
+    st.sampled_from([None, 0.0, 0.3, 0.5, 1.0]),
+    st.lists(st.tuples(st.floats(0, 5), st.integers(1, 500), st.integers(1, 120)), min_size=1, max_size=40),
+)
+def test_every_request_gets_all_its_tokens_and_every_block_comes_back(
+    prefill: int, decode: int, local: int, remote: int, ratio: float | None, requests: list[tuple[float, int, int]]
+) -> None:
+    model = msgspec.structs.replace(COSTS, remote=[4e-6] * prefill)
+    setup = Setup(Model(model, MODEL.prefill, pull=1e-6), prefill, decode, remote, local, ratio=ratio)
+    arrivals = sorted((Arrival(*each) for each in requests), key=lambda each: each.at)
+    simulation = run(setup, arrivals)
+    assert sorted((row.prompt, row.made) for row in simulation.done) == sorted((a.prompt, a.output) for a in arrivals)
+    assert all(row.first_at > row.arrived for row in simulation.done)
+    assert [engine.free for engine in simulation.prefills] == [remote] * prefill
+    assert [engine.held for engine in simulation.prefills] == [0] * prefill
+    assert [engine.free for engine in simulation.decodes] == [local] * decode
+
+
+def test_fixed_ratios_are_kept() -> None:
+    assert result(BURST, ratio=0.0).offloaded == 0
+    assert result(BURST, ratio=1.0).offloaded == len(BURST)
+    assert result(BURST, ratio=0.5).offloaded == len(BURST) // 2
+
+
+def test_a_saturated_decode_engine_gains_and_is_never_far_from_the_best_fixed_ratio() -> None:
+    fixed = {ratio: result(BURST, ratio=ratio).throughput_tok_s for ratio in (0.0, 0.3, 0.5, 0.7, 1.0)}
+    auto = result(BURST)
+    assert auto.throughput_tok_s > 1.15 * fixed[0.0]
+    assert auto.throughput_tok_s > 0.95 * max(fixed.values())
+    assert auto.preemptions == 0
+
+
+def test_a_light_load_is_no_slower_than_without_offloading() -> None:
+    light, none = result(TRICKLE), result(TRICKLE, ratio=0.0)
+    assert light.throughput_tok_s >= 0.98 * none.throughput_tok_s
+    assert light.tpot_p50_ms <= 1.02 * none.tpot_p50_ms
+    assert light.ttft_p50_ms <= 1.02 * none.ttft_p50_ms
+
+
+@pytest.mark.parametrize("wrong", [1 / 3, 3.0])
+def test_a_wrong_profile_heals_while_serving(wrong: float) -> None:
+    long = trace.poisson(600, Scale(0.4, 0.6, 900, 300, rate=8.0), seed=3)
+    believed = msgspec.structs.replace(COSTS, remote=[4e-6 * wrong])
+    assert result(long, believed=believed).throughput_tok_s > 0.9 * result(long).throughput_tok_s
+
+
+def test_a_slow_executor_gets_less() -> None:
+    slow = Model(msgspec.structs.replace(COSTS, remote=[16e-6]), MODEL.prefill, 0.002, pull=1e-6)
+    assert result(BURST, model=slow).offloaded < result(BURST).offloaded
+
+
+def test_of_two_executors_the_slow_one_gets_less() -> None:
+    costs = msgspec.structs.replace(COSTS, remote=[4e-6, 40e-6])
+    simulation = run(Setup(Model(costs, MODEL.prefill, 0.002, pull=1e-6), 2, 1, 120, 30), BURST)
+    attended = [sum(row.where == executor for row in simulation.done) for executor in (0, 1)]
+    assert attended[0] > attended[1]
+
+
+def test_a_tpot_objective_is_kept_better_with_it_than_without() -> None:
+    free = result(BURST, decode_blocks=60)
+    slo = free.tpot_p90_ms * 0.8 / 1000
+    assert result(BURST, decode_blocks=60, tpot_slo=slo).tpot_p90_ms < free.tpot_p90_ms
+
+
+def test_the_same_run_gives_the_same_result() -> None:
+    assert result(BURST) == result(BURST)
+
+
+def test_executors_on_cores_of_their_own_slow_no_prefill_down() -> None:
+    alone = Model(COSTS, MODEL.prefill, 0.002, pull=1e-6, shared=False)
+    assert result(BURST, ratio=1.0, model=alone).ttft_p90_ms < result(BURST, ratio=1.0).ttft_p90_ms
+
+
+CSV = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,374,44
+2023-11-16 18:15:47.6805900,1396,109
+2023-11-16 18:15:50.6805900,879,55
+"""
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    profile.store(profile.Profile({"role": "decode", "model": "tiny"}, COSTS))
+    profile.store(profile.Profile({"role": "prefill", "model": "tiny"}, prefill=MODEL.prefill))
+    (tmp_path / "trace.csv").write_text(CSV)
+    return tmp_path
+
+
+def test_a_trace_is_scaled_to_lengths_and_rate(files: Path) -> None:
+    read = trace.read(files / "trace.csv", 10, Scale(prompt=0.5, max_prompt=500, output=2, rate=3.0))
+    assert [(a.prompt, a.output) for a in read] == [(187, 88), (500, 218), (439, 110)]
+    assert [round(a.at, 3) for a in read] == [0, 0.25, 1.0]
+
+
+def test_the_command_prints_a_table_and_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["simulate", "--trace", str(files / "trace.csv"), "--model", "tiny", "--json"]
+    assert cli.main([*wanted, "--offload-ratio", "0,auto"]) == 0
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[0] for line in table] == ["ratio", "0", "auto"]
+    assert {"throughput_tok_s", "ttft_p90_ms", "tpot_p90_ms"} <= json.loads(last).keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "other"], "engines write them when they start"),
+        (["--offload-ratio", "2"], "a share of the requests, from 0 to 1"),
+        (["--decode-blocks", "1"], "fits into no engine"),
+        (["--trace", "/nowhere.csv"], "cannot read the trace"),
+        (["--profile", "/nowhere.json"], "cannot read the profile"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    files: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert cli.main(["simulate", *arguments]) == 1
+    assert said in capsys.readouterr().err

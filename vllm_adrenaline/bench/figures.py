@@ -1,0 +1,69 @@
+"""What is read from answers: throughput, latencies, goodput. Milliseconds, tokens a second."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+
+from vllm_adrenaline.bench.client import Answer
+
+PERCENTILES = (50, 90, 99)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the value below which `share` of all lie; 0 for none."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
+
+
+def ttft_ms(answer: Answer) -> float:
+    """Return the time to the first token."""
+    return 1000 * (answer.times[0] - answer.sent)
+
+
+def tpot_ms(answer: Answer) -> float:
+    """Return the mean time between tokens; 0 for an answer of one token."""
+    steps = len(answer.times) - 1
+    return 1000 * (answer.times[-1] - answer.times[0]) / steps if steps else 0.0
+
+
+def of(answers: Sequence[Answer], prompt_tokens: int = 0) -> dict[str, float]:
+    """Return throughput (output, and with the prompts' tokens), and mean and percentiles of TTFT, TPOT, ITL, E2E."""
+    took = max(a.times[-1] for a in answers) - min(a.sent for a in answers)
+    made = sum(len(a.times) for a in answers)
+    result = {"output_tok_s": made / took, "total_tok_s": (made + prompt_tokens) / took, "seconds": took}
+    series = {
+        "ttft_ms": [ttft_ms(a) for a in answers],
+        "tpot_ms": [tpot_ms(a) for a in answers if len(a.times) > 1],
+        "itl_ms": [1000 * (end - begin) for a in answers for begin, end in itertools.pairwise(a.times)],
+        "e2e_ms": [1000 * (a.times[-1] - a.sent) for a in answers],
+    }
+    for name, values in series.items():
+        result[f"{name}_mean"] = statistics.mean(values) if values else 0.0
+        result |= {f"{name}_p{p}": percentile(values, p / 100) for p in PERCENTILES}
+    return result
+
+
+def goodput_share(answers: Sequence[Answer], ttft_slo_ms: float, tpot_slo_ms: float) -> float:
+    """Return the share of requests that met both objectives."""
+    return statistics.mean(ttft_ms(a) <= ttft_slo_ms and tpot_ms(a) <= tpot_slo_ms for a in answers)
+
+
+def same_tokens(answers: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> float:
+    """Return the share of tokens up to the first, in each answer, that differs from the reference's."""
+    same = 0
+    for mine, its in zip(answers, reference, strict=True):
+        pairs = enumerate(zip(mine, its, strict=True))
+        same += next((i for i, (a, b) in pairs if a != b), len(its))
+    return same / max(sum(map(len, reference)), 1)
+
+
+def seconds_by_rows(answers: Sequence[Answer], at_least: int = 30) -> dict[int, float]:
+    """Return the median time between two tokens by how many requests were decoding, where it was seen often enough."""
+    spans = sorted((a.times[0], a.times[-1]) for a in answers)
+    found: dict[int, list[float]] = {}
+    for answer in answers:
+        for begin, end in itertools.pairwise(answer.times):
+            rows = sum(first <= begin and end <= last for first, last in spans)
+            found.setdefault(rows, []).append(end - begin)
+    return {rows: statistics.median(times) for rows, times in sorted(found.items()) if len(times) >= at_least}

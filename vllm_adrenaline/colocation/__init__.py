@@ -1,0 +1,1 @@
+"""Sharing a device between a prefill engine and its attention executors."""

@@ -1,0 +1,69 @@
+"""A share of CPU cores, while running: how many cores and threads, and what priority on cores that are shared."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+
+ORDINARY = "ordinary priority"
+PROMPT_NICENESS = -10
+NICE_FACTOR = 1.25
+"""Weight of a nice level against the next in Linux's fair scheduler (kernel/sched/core.c, sched_prio_to_weight)."""
+
+
+def threads_of(share: float, cores: int) -> int:
+    """Return how many of `cores` a share is, at least one."""
+    return max(1, round(share * cores))
+
+
+def niceness_of(share: float) -> int | None:
+    """Return the niceness that gets `share` of a core against a competitor of niceness 0; None for a share of 1, which
+    is real-time priority: before all others."""
+    if share >= 1:
+        return None
+    share = max(share, 0.01)
+    return min(19, max(-20, round(-math.log(share / (1 - share)) / math.log(NICE_FACTOR))))
+
+
+def take_share(pid: int, share: float) -> str:
+    """Give all threads of a process the priority of a share of its cores; return in words what it has now.
+
+    The executor sleeps when it has nothing to do, so a real-time class takes nothing from others but the time of its
+    work; the kernel keeps 5 % of every second for them (kernel.sched_rt_runtime_us). Where that is not permitted (it
+    needs CAP_SYS_NICE, or RLIMIT_RTPRIO), a niceness of -10 is the next best; then nothing changes. Threads that start
+    later inherit from the one that starts them.
+    """
+    niceness = niceness_of(share)
+    attempts = [niceness] if niceness is not None else [None, PROMPT_NICENESS]
+    for attempt in attempts:
+        with contextlib.suppress(PermissionError):
+            for thread in _threads(pid):
+                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                    _take(thread, attempt)
+            return "real-time priority" if attempt is None else f"niceness {attempt}"
+    return ORDINARY
+
+
+def _take(thread: int, niceness: int | None) -> None:
+    if niceness is None:
+        os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(1))
+        return
+    if os.sched_getscheduler(thread) != os.SCHED_OTHER:
+        os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+    os.setpriority(os.PRIO_PROCESS, thread, niceness)
+
+
+def keep_to(pid: int, cores: Sequence[int]) -> None:
+    """Keep all threads of a process on `cores`."""
+    for thread in _threads(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(thread, cores)
+
+
+def _threads(pid: int) -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except FileNotFoundError:
+        return []

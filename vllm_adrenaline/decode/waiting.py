@@ -1,0 +1,100 @@
+"""Requests whose prompt is with a prefill engine and that are not placed yet: decided about when they could run.
+
+Not when they arrive: until there is room for them, the load that decides is another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_adrenaline.placement.policy import Decision, Observed, Placement
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from vllm_adrenaline.decode.blocks import RemotePool
+    from vllm_adrenaline.decode.placer import Batch, Placer
+
+SEEN = 64
+"""How many waiting requests are looked at in a step."""
+
+
+@dataclass
+class Undecided:
+    """One of them; `claim`: its name at the prefill engine. `local`: why it may go on locally in
+    this step, if it may."""
+
+    request: Request
+    pool: RemotePool
+    claim: str
+    local: Decision | None = None
+    waited: bool = False
+
+
+class Waiting:
+    """See the module. In the order of arrival."""
+
+    def __init__(self, placer: Placer, block_size: int) -> None:
+        self._placer, self._block_size = placer, block_size
+        self._undecided: dict[str, Undecided] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._undecided
+
+    def __bool__(self) -> bool:
+        return bool(self._undecided)
+
+    def add(self, request: Request, pool: RemotePool, claim: str) -> None:
+        """A request arrived."""
+        self._undecided[request.request_id] = Undecided(request, pool, claim)
+
+    def drop(self, request_id: str) -> None:
+        """It ended, if it was here."""
+        self._undecided.pop(request_id, None)
+
+    def may_go_local(self, request_id: str) -> bool:
+        """Whether it may take local memory in this step."""
+        return self._undecided[request_id].local is not None
+
+    def goes_local(self, request_id: str) -> bool:
+        """It has local memory now; return whether it was waiting for that."""
+        undecided = self._undecided.pop(request_id, None)
+        if undecided is None or undecided.local is None:
+            return False
+        if self._placer.ratio is None:
+            self._placer.committed(undecided.local)
+        return True
+
+    def place(self, observe: Callable[[int], Observed], batch: Batch, free: int, max_rows: int) -> Iterator[Undecided]:
+        """Decide, first come first served, about requests that could run now; yield those that are to be offloaded.
+
+        `observe`: the present state, given the free local blocks. `batch` grows with what is decided. What may go on
+        locally may do so in this step; if vLLM does not get to it, it is decided anew in the next (not with a fixed
+        ratio: that decides once). Behind a request that waits nobody else gets local memory.
+        """
+        blocked, by_load = False, self._placer.ratio is None
+        for name, undecided in list(self._undecided.items())[:SEEN]:
+            request, pool = undecided.request, undecided.pool
+            if by_load:
+                undecided.local = None
+            if undecided.local is not None or (by_load and batch.rows >= max_rows):
+                continue
+            decision = self._placer.place(observe(free), request, pool.executor)
+            if decision.placement is Placement.OFFLOADED:
+                self._placer.committed(decision)
+                self._placer.add(batch, request, pool.executor)
+                del self._undecided[name]
+                yield undecided
+            elif decision.placement is Placement.WAIT or blocked:
+                blocked = True
+                if not undecided.waited and decision.placement is Placement.WAIT:
+                    undecided.waited = True
+                    self._placer.waited(decision)
+            else:
+                undecided.local = decision
+                if not by_load:
+                    self._placer.committed(decision)
+                self._placer.add(batch, request, None)
+                free -= -(-request.num_tokens // self._block_size)

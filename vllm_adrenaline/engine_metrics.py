@@ -1,0 +1,78 @@
+"""Reading an engine's /metrics from outside."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from functools import cached_property
+
+from vllm_adrenaline.errors import AdrenalineError
+
+SAMPLE = re.compile(r"^([a-zA-Z_:]+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+class Snapshot:
+    """An engine's metrics at one moment."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """Every metric by name, added up over its labels."""
+        values: dict[str, float] = {}
+        for name, _, value in SAMPLE.findall(self._text):
+            values[name] = values.get(name, 0.0) + float(value)
+        return values
+
+    def value(self, name: str) -> float:
+        """Return a metric; 0 if the engine does not have it."""
+        return self.values.get(name, 0.0)
+
+    def labelled(self, metric: str) -> list[tuple[dict[str, str], float]]:
+        """Return every sample of a metric with its labels."""
+        found = SAMPLE.findall(self._text)
+        return [(dict(LABEL.findall(labels)), float(value)) for name, labels, value in found if name == metric]
+
+
+class EngineMetrics:
+    """The metrics of one engine, read anew at every call."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def read(self) -> Snapshot:
+        """Return all of them; raises AdrenalineError when the engine does not answer."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+                return Snapshot(answer.read().decode())
+        except (OSError, ValueError) as error:
+            raise AdrenalineError(f"no engine answers at {self.url}/metrics: {error}") from None
+
+    def _now(self) -> Snapshot:
+        try:
+            return self.read()
+        except AdrenalineError:
+            return Snapshot("")
+
+    def value(self, name: str) -> float:
+        """Return the sum of a metric over its labels; 0 if the engine does not have it."""
+        return self._now().value(name)
+
+    def all(self) -> dict[str, float]:
+        """Return every metric by name, added up over its labels."""
+        return self._now().values
+
+    def blocks(self) -> int:
+        """Return how many KV blocks the engine has."""
+        infos = [labels for labels, _ in self._now().labelled("vllm:cache_config_info")]
+        return int(infos[0]["num_gpu_blocks"]) if infos else 0
+
+    def usage(self) -> float:
+        """Return the share of KV blocks in use, 0 to 1."""
+        return self.value("vllm:kv_cache_usage_perc")
+
+    def offloaded(self) -> int:
+        """Return how many requests had their attention run elsewhere so far."""
+        return int(self.value("vllm:adrenaline_offloaded_requests_total"))

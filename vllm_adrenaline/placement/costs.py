@@ -1,0 +1,51 @@
+"""What a decode step costs on the machine at hand: the numbers that placement, feedback and simulation share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+
+
+class Costs(msgspec.Struct, frozen=True):
+    """Seconds. `step`: everything but attention, by rows of the batch, ascending. `local`: attention of the decode
+    engine, all layers, by token of context. `remote`: the same of each executor. `exchange`: what the data plane takes
+    for a row and step; `plan`: what a step takes longer for having any offloaded row.
+    """
+
+    step: Annotated[list[tuple[int, Seconds]], msgspec.Meta(min_length=1, max_length=256)]
+    local: Seconds
+    remote: list[Seconds]
+    exchange: Seconds = 0.0
+    plan: Seconds = 0.0
+
+    def other(self, rows: float) -> float:
+        """Return the seconds of a step without its attention: between measured sizes, and beyond them, on a line."""
+        if len(self.step) == 1 or rows <= self.step[0][0]:
+            return self.step[0][1]
+        pairs = list(itertools.pairwise(self.step))
+        (low, fast), (high, slow) = next((p for p in pairs if rows <= p[1][0]), pairs[-1])
+        return max(fast, fast + (slow - fast) * (rows - low) / (high - low))
+
+    def remote_seconds(self, executor: int, rows: float, tokens: float) -> float:
+        """Return how long after its start the output of `rows` offloaded rows with `tokens` of context is there."""
+        return self.remote[executor] * tokens + self.exchange * rows
+
+    def seconds(self, rows: float, local_tokens: float, remote: Sequence[tuple[float, float]]) -> float:
+        """Return the seconds of a step: `remote` holds (rows, tokens) of each executor; the slowest side counts."""
+        away = [self.remote_seconds(e, r, tokens) for e, (r, tokens) in enumerate(remote) if r]
+        return self.other(rows) + max([self.local * local_tokens, *away]) + (self.plan if away else 0.0)
+
+    def most_rows(self, limit_s: float, attention_s: float, per_row_s: float, most: int) -> int:
+        """Return the largest batch, up to `most`, whose step takes at most `limit_s` with `attention_s` of attention
+        and `per_row_s` more of it for every row."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.other(middle) + attention_s + per_row_s * middle <= limit_s
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low

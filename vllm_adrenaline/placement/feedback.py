@@ -1,0 +1,119 @@
+"""Costs corrected while serving: what steps really took replaces what the profile said. Pure bookkeeping.
+
+Every `WINDOW` steps the observed cost is compared with the assumed one. Within `DEADBAND` nothing changes, so that
+noise moves nothing; beyond it the assumption follows, by at most a factor `LARGEST`: one odd window moves little.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections import deque
+from collections.abc import Sequence
+
+import msgspec
+
+from vllm_adrenaline.placement.costs import Costs
+
+WINDOW = 16
+DEADBAND = 0.05
+LARGEST = 1.25
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One decode step as it was. Seconds; `total` is 0 for a step that also computed prompts. `local_seconds` and
+    `exposed` are 0 in steps with no offloaded row, where nobody measures them."""
+
+    rows: int
+    local_tokens: int
+    remote_tokens: Sequence[int]
+    total: float
+    local_seconds: float
+    remote_seconds: Sequence[float]
+    exposed: float
+
+
+class Feedback:
+    """Holds `costs`, the present belief; `corrections` counts the changes."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self.corrections = 0
+        self._begin()
+
+    def observe(self, step: Step) -> None:
+        """Take one step; every WINDOW steps the costs follow."""
+        costs = self.costs
+        if step.local_seconds > 0:
+            self._local.add(step.local_seconds, costs.local * step.local_tokens)
+        for executor, tokens in enumerate(step.remote_tokens):
+            if tokens and step.remote_seconds[executor] > 0:
+                self._remote[executor].add(step.remote_seconds[executor], costs.remote[executor] * tokens)
+        if step.total > 0 and step.rows:
+            measured = step.local_seconds + step.exposed
+            attention = measured + costs.plan if measured else costs.local * step.local_tokens
+            self._other.add(max(0.0, step.total - attention), costs.other(step.rows))
+        self._steps += 1
+        if self._steps == WINDOW:
+            self._correct()
+            self._begin()
+
+    def _begin(self) -> None:
+        self._steps = 0
+        self._local, self._other = _Sums(), _Sums()
+        self._remote = [_Sums() for _ in self.costs.remote]
+
+    def _correct(self) -> None:
+        old = self.costs
+        by = self._other.factor()
+        self.costs = Costs(
+            step=[(rows, seconds * by) for rows, seconds in old.step],
+            local=old.local * self._local.factor(),
+            remote=[each * sums.factor() for each, sums in zip(old.remote, self._remote, strict=True)],
+            exchange=old.exchange,
+            plan=old.plan,
+        )
+        self.corrections += self.costs != old
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self._seen = self._assumed = 0.0
+
+    def add(self, seen: float, assumed: float) -> None:
+        self._seen += seen
+        self._assumed += assumed
+
+    def factor(self) -> float:
+        if self._assumed <= 0 or self._seen <= 0:
+            return 1.0
+        ratio = self._seen / self._assumed
+        if abs(ratio - 1) <= DEADBAND:
+            return 1.0
+        return min(max(ratio, 1 / LARGEST), LARGEST)
+
+
+class OutputLengths:
+    """How long answers get, learned from those that ended: `max_tokens` alone says little about most requests."""
+
+    KEPT, ENOUGH, PRIOR = 256, 16, 256
+
+    def __init__(self) -> None:
+        self._recent: deque[int] = deque(maxlen=self.KEPT)
+        self._sorted: list[int] = []
+        self._means_from: list[float] = []
+
+    def ended(self, tokens: int) -> None:
+        """Note the length of an answer that ended by itself or at its limit."""
+        self._recent.append(tokens)
+        self._sorted = sorted(self._recent)
+        sums = itertools.accumulate(reversed(self._sorted))
+        self._means_from = [total / (i + 1) for i, total in enumerate(sums)][::-1]
+
+    def expected_growth(self, generated: int, limit: int) -> int:
+        """Return how many more tokens to expect of an answer that has `generated` of at most `limit`."""
+        most = max(0, limit - generated)
+        longer = bisect.bisect_right(self._sorted, generated)
+        if len(self._sorted) < self.ENOUGH or longer == len(self._sorted):
+            return min(most, self.PRIOR)
+        return min(most, round(self._means_from[longer]) - generated)

@@ -1,0 +1,137 @@
+"""What engines do in time: a prefill engine with an attention executor beside it, and the books of a decode engine.
+
+Times are seconds, memory is blocks. The loop that moves them is in run.py.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from dataclasses import dataclass, field
+
+from vllm_adrenaline.placement.costs import Costs, Seconds
+
+
+@dataclass(eq=False)
+class Row:
+    """One request on its way through prefill engine `prefill` and decode engine `decode`. `where`: the executor that
+    attends it, None for the decode engine; `blocks`: what it holds there; `recompute`: its KV is lost; `placed`: a
+    fixed ratio has decided."""
+
+    arrived: float
+    prompt: int
+    output: int
+    prefill: int
+    decode: int
+    made: int = 0
+    where: int | None = None
+    blocks: int = 0
+    recompute: bool = False
+    placed: bool = False
+    waited: bool = False
+    first_at: float = 0.0
+    last_at: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Its context so far."""
+        return self.prompt + self.made
+
+
+@dataclass
+class Model:
+    """What things cost. `costs`: the truth about decode steps; `overhead`, `row_overhead`: of the engine and its API
+    around each step and each row of it; `prefill`: prompts by tokens; `pull`: seconds per token of moving KV; `shared`:
+    whether executors run on their prefill engine's cores; `batch_tokens`: prompts computed together."""
+
+    costs: Costs
+    prefill: list[tuple[int, Seconds]]
+    overhead: float = 0.0
+    row_overhead: float = 0.0
+    pull: float = 0.0
+    shared: bool = True
+    batch_tokens: int = 2048
+
+    def prompt_seconds(self, tokens: int) -> float:
+        """Return the seconds to compute a prompt: between measured sizes, and beyond them, on a line."""
+        points = self.prefill
+        if len(points) == 1:
+            return points[0][1] * tokens / points[0][0]
+        at = min(max(bisect.bisect_left(points, (tokens, 0.0)), 1), len(points) - 1)
+        (low, fast), (high, slow) = points[at - 1], points[at]
+        return max(fast + (slow - fast) * (tokens - low) / (high - low), 1e-6)
+
+
+@dataclass
+class Prefill:
+    """A prefill engine: first come first served, as many prompts together as fit into `batch_tokens`."""
+
+    model: Model
+    total: int
+    block_size: int
+    reserve: float = 0.05
+    growth_reserve: float = 0.2
+    free: int = 0
+    held: int = 0
+    queue: deque[Row] = field(default_factory=deque)
+    batch: list[Row] = field(default_factory=list)
+    done_at: float = 0.0
+    busy: float = 0.0
+    attended: float = 0.0
+    _spans: deque[tuple[float, float]] = field(default_factory=deque)
+    _began: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.free = self.total
+
+    def begin(self, now: float) -> bool:
+        """Start computing what waits and fits; say whether there is something to compute now."""
+        if self.batch:
+            return False
+        tokens, seconds = 0, 0.0
+        while self.queue:
+            row = self.queue[0]
+            needed = -(-row.prompt // self.block_size)
+            keep = int(self.total * self.growth_reserve) if self.held else 0
+            if self.free - needed < keep or (self.batch and tokens + row.prompt > self.model.batch_tokens):
+                break
+            self.free -= needed
+            self.held += needed
+            row.blocks = needed
+            tokens += row.prompt
+            seconds += self.model.prompt_seconds(row.prompt)
+            self.batch.append(self.queue.popleft())
+        if not self.batch:
+            return False
+        self._began, self.done_at = now, now + seconds
+        return True
+
+    def end(self, now: float) -> list[Row]:
+        """The batch is computed; return it."""
+        done, self.batch = self.batch, []
+        self._spans.append((self._began, now))
+        self.busy += now - self._began
+        return done
+
+    def release(self, blocks: int) -> None:
+        """Blocks come back."""
+        self.free += blocks
+        self.held -= blocks
+
+    def attend(self, seconds: float) -> None:
+        """The executor attends for so long: on shared cores, prompts wait meanwhile."""
+        self.attended += seconds
+        if self.batch and self.model.shared:
+            self.done_at += seconds
+
+    def busy_share(self, now: float) -> float:
+        """Return the share of the last second in which prompts were computed."""
+        while self._spans and self._spans[0][1] < now - 1:
+            self._spans.popleft()
+        spans = [*self._spans, (self._began, now)] if self.batch else list(self._spans)
+        return min(1.0, sum(end - max(begin, now - 1) for begin, end in spans if end > now - 1))
+
+    @property
+    def recalls(self) -> bool:
+        """Whether a prompt waits for memory."""
+        return bool(self.queue) and -(-self.queue[0].prompt // self.block_size) > self.free

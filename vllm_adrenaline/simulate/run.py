@@ -1,0 +1,153 @@
+"""The simulation itself: engines in time, requests through them, and the placement policy that serves real ones."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from vllm_adrenaline.placement.bounds import Rule
+from vllm_adrenaline.placement.costs import Costs
+from vllm_adrenaline.simulate.decode import Decode
+from vllm_adrenaline.simulate.engines import Model, Prefill, Row
+from vllm_adrenaline.simulate.trace import Arrival
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A cluster. Blocks are per engine. `ratio`: fixed share to offload, None for `auto`. `believed`: what placement
+    starts from; None for the truth."""
+
+    model: Model
+    prefill: int = 1
+    decode: int = 1
+    prefill_blocks: int = 1000
+    decode_blocks: int = 1000
+    block_size: int = 128
+    max_rows: int = 256
+    ratio: float | None = None
+    rule: Rule = "or"
+    tpot_slo: float | None = None
+    believed: Costs | None = None
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What came out: milliseconds, tokens a second, shares of the time from the first arrival to the last token."""
+
+    requests: int
+    seconds: float
+    throughput_tok_s: float
+    ttft_p50_ms: float
+    ttft_p90_ms: float
+    ttft_p99_ms: float
+    tpot_p50_ms: float
+    tpot_p90_ms: float
+    tpot_p99_ms: float
+    mean_rows: float
+    offloaded: int
+    preemptions: int
+    moved: int
+    exposed_share: float
+    prefill_busy_share: float
+    executor_busy_share: float
+    placements: dict[str, int]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the value below which `share` of all lie; 0 for none."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
+
+
+class Simulation:
+    """One run; `run` returns its result."""
+
+    def __init__(self, setup: Setup, arrivals: Sequence[Arrival]) -> None:
+        self.prefills = [Prefill(setup.model, setup.prefill_blocks, setup.block_size) for _ in range(setup.prefill)]
+        self.decodes = [Decode(setup, self.prefills, self._pull) for _ in range(setup.decode)]
+        self.done: list[Row] = []
+        self._pull_seconds = setup.model.pull
+        self._order = itertools.count()
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        for number, arrival in enumerate(arrivals):
+            # Engines of a kind are used in turn, as the front door does.
+            row = Row(arrival.at, arrival.prompt, arrival.output, number % setup.prefill, number % setup.decode)
+            self._at(arrival.at, self._arrive, row)
+
+    def run(self) -> Result:
+        """Let everything happen."""
+        while self._events:
+            now, _, happen, arguments = heapq.heappop(self._events)
+            happen(now, *arguments)
+        return self._result()
+
+    def _at(self, when: float, happen: Callable[..., None], *arguments: Any) -> None:
+        heapq.heappush(self._events, (when, next(self._order), happen, arguments))
+
+    def _arrive(self, now: float, row: Row) -> None:
+        self.prefills[row.prefill].queue.append(row)
+        self._compute(now, self.prefills[row.prefill])
+
+    def _compute(self, now: float, engine: Prefill) -> None:
+        if engine.begin(now):
+            self._at(engine.done_at, self._computed, engine)
+
+    def _computed(self, now: float, engine: Prefill) -> None:
+        if now < engine.done_at - 1e-12:  # attention took time from it meanwhile
+            self._at(engine.done_at, self._computed, engine)
+            return
+        for row in engine.end(now):
+            self.decodes[row.decode].waiting.append(row)
+            self._step(now, self.decodes[row.decode])
+        self._compute(now, engine)
+
+    def _pull(self, now: float, row: Row, remote_blocks: int) -> None:
+        self._at(now + self._pull_seconds * row.tokens, self._pulled, row, remote_blocks)
+
+    def _pulled(self, now: float, row: Row, remote_blocks: int) -> None:
+        self.prefills[row.prefill].release(remote_blocks)
+        self._compute(now, self.prefills[row.prefill])
+        self.decodes[row.decode].pulled(row)
+        self._step(now, self.decodes[row.decode])
+
+    def _step(self, now: float, decode: Decode) -> None:
+        if not decode.stepping and (seconds := decode.begin_step(now)):
+            self._at(now + seconds, self._stepped, decode)
+
+    def _stepped(self, now: float, decode: Decode) -> None:
+        self.done += decode.end_step(now)
+        for engine in self.prefills:
+            self._compute(now, engine)
+        self._step(now, decode)
+
+    def _result(self) -> Result:
+        rows, decodes = self.done, self.decodes
+        begin, end = min(row.arrived for row in rows), max(row.last_at for row in rows)
+        lasted = max(end - begin, 1e-9)
+        ttft = [1000 * (row.first_at - row.arrived) for row in rows]
+        tpot = [1000 * (row.last_at - row.first_at) / (row.output - 1) for row in rows if row.output > 1]
+        placements: Counter[str] = sum((decode.placements for decode in decodes), Counter())
+        steps = max(sum(decode.steps for decode in decodes), 1)
+        return Result(
+            requests=len(rows),
+            seconds=lasted,
+            throughput_tok_s=sum(row.output for row in rows) / lasted,
+            ttft_p50_ms=percentile(ttft, 0.5),
+            ttft_p90_ms=percentile(ttft, 0.9),
+            ttft_p99_ms=percentile(ttft, 0.99),
+            tpot_p50_ms=percentile(tpot, 0.5),
+            tpot_p90_ms=percentile(tpot, 0.9),
+            tpot_p99_ms=percentile(tpot, 0.99),
+            mean_rows=sum(decode.row_steps for decode in decodes) / steps,
+            offloaded=sum(count for name, count in placements.items() if name.startswith("offloaded")),
+            preemptions=sum(decode.preemptions for decode in decodes),
+            moved=sum(decode.moved for decode in decodes),
+            exposed_share=sum(decode.exposed for decode in decodes) / lasted / len(decodes),
+            prefill_busy_share=sum(engine.busy for engine in self.prefills) / lasted / len(self.prefills),
+            executor_busy_share=sum(engine.attended for engine in self.prefills) / lasted / len(self.prefills),
+            placements=dict(placements),
+        )
