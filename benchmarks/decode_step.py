@@ -163,7 +163,7 @@ def main() -> None:
             link = LocalLink(address, identity(), 0, NAMES, shape, 60.0)
             link.attach()
             remote = RemoteAttention([link], ShmSteps(shape), NAMES, BLOCK, counts_rows=True)
-            model = Model(CpuAttention(ours.export, ours.export.fd, split_kv=True), remote)
+            model = Model(CpuAttention.mapped(ours.export, ours.export.fd, split_kv=True), remote)
             measure(model, repeats)
             link.close()
         finally:

@@ -24,8 +24,8 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).parent))
 import report
 
-from vllm_adrenaline.demo.metrics import EngineMetrics
 from vllm_adrenaline.demo.model import make_model
+from vllm_adrenaline.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch import roles, system
 from vllm_adrenaline.launch.cluster import runtime_folder
 from vllm_adrenaline.launch.supervisor import Supervisor

@@ -1,0 +1,30 @@
+"""A vLLM plugin of the benchmarks: a decode engine whose offload ratio is read from a file, to change it between runs.
+
+Engines take a minute to start, so policies that are to be compared in turns share one. Found through PYTHONPATH;
+ADRENALINE_KNOB names the file: `auto` or a ratio.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+
+def register() -> None:
+    """Let the placer look at the file whenever it decides."""
+    file = os.environ.get("ADRENALINE_KNOB")
+    if not file:
+        return
+    from vllm_adrenaline.decode import placer
+
+    observed = placer.Placer.observed
+
+    def with_knob(self: placer.Placer, *args: Any) -> Any:
+        text = Path(file).read_text().strip()
+        ratio = None if text == "auto" else float(text)
+        if ratio != self.ratio:
+            self.ratio, self._decided, self._offloaded = ratio, 0, 0
+        return observed(self, *args)
+
+    placer.Placer.observed = with_knob
