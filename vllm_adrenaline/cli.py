@@ -91,9 +91,10 @@ def make_parser() -> argparse.ArgumentParser:
     status.add_argument("engines", nargs="+", metavar="URL", help="engines, e.g. http://127.0.0.1:8200")
     status.add_argument("--json", action="store_true", help="print one JSON list instead")
 
+    from vllm_adrenaline.bench import command as bench
     from vllm_adrenaline.simulate import command as simulate
 
-    for name, command, summary in (("simulate", simulate, "plan clusters"),):
+    for name, command, summary in (("bench", bench, "compare with vLLM here"), ("simulate", simulate, "plan clusters")):
         command.add_arguments(
             commands.add_parser(name, help=summary, description=command.DESCRIPTION, formatter_class=raw)
         )
@@ -147,7 +148,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from vllm_adrenaline import status
 
         return status.run(_urls("URL", ",".join(options.engines)), options.json)
-    if options.command == "simulate":
+    if options.command in ("bench", "simulate"):
         return int(importlib.import_module(f"vllm_adrenaline.{options.command}.command").run(options))
     if options.command == "up":
         from vllm_adrenaline.launch import up

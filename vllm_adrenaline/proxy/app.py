@@ -127,7 +127,7 @@ class Generate:
         if not any(name.lower() == "x-request-id" for name, _ in headers):
             headers.append(("X-Request-Id", uuid.uuid4().hex))
         path: str = scope["path"]
-        if bodies.can_disaggregate(body):
+        if self.door.prefill.urls and bodies.can_disaggregate(body):
             answer = await self._prefill(path, body, headers)
             if isinstance(answer, Response):
                 return await answer(scope, receive, send)
@@ -189,7 +189,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def create_app(prefill: Sequence[str], decode: Sequence[str], max_body_bytes: int = MAX_BODY_BYTES) -> Starlette:
-    """Return the application for these engine URLs (http://host:port)."""
+    """Return the application for these engine URLs (http://host:port); with no prefill engine, requests go to the
+    decode engines in turn, as they are."""
+    if not decode:
+        raise ValueError("at least one decode engine is needed")
     door = FrontDoor(Engines("prefill", prefill), Engines("decode", decode), max_body_bytes)
 
     @asynccontextmanager

@@ -40,8 +40,6 @@ class Engines:
     """Engines of one kind, used in turn."""
 
     def __init__(self, kind: str, urls: Sequence[str]) -> None:
-        if not urls:
-            raise ValueError(f"at least one {kind} engine is needed")
         self.kind = kind
         self.urls = [url.rstrip("/") for url in urls]
         self._turn = itertools.cycle(self.urls)

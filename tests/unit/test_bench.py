@@ -1,0 +1,111 @@
+"""`adrenaline bench`: workloads, figures, and a report that tells only what the runs tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from vllm_adrenaline import cli
+from vllm_adrenaline.bench import figures, report, systems
+from vllm_adrenaline.bench.client import Answer
+from vllm_adrenaline.bench.run import Plan, Run
+from vllm_adrenaline.bench.workloads import LOADS, MODELS
+from vllm_adrenaline.errors import AdrenalineError
+
+ANSWERS = [
+    Answer(sent=0.0, times=[0.5, 0.6, 0.7, 0.8], tokens=[1, 2, 3, 4]),
+    Answer(sent=0.2, times=[1.2, 1.4], tokens=[5, 6]),
+]
+
+
+def made(system: str, repeat: int, speed: float, tokens: list[list[int]] | None = None) -> Run:
+    found = dict.fromkeys(report.SHOWN, 1.0) | {"output_tok_s": speed, "tpot_ms_p50": 20.0}
+    del found["same_tokens"]
+    return Run("mha", "light", system, repeat, 2, found, tokens or [[1, 2, 3], [4]])
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_a_workload_is_the_same_for_every_system_and_differs_between_repeats(name: str) -> None:
+    load = LOADS[name]
+    first, again, other = load.requests(2048, 1), load.requests(2048, 1), load.requests(2048, 2)
+    assert first == again
+    assert first != other
+    assert len(first) == load.count
+    assert [request.at for request in first] == sorted(request.at for request in first)
+    longest = max(len(request.prompt) + request.tokens for request in first)
+    assert longest <= min(2048, 128 * (min(size.decode_blocks for size in MODELS.values()) - 1)), "it fits nowhere"
+
+
+def test_a_shared_prompt_is_shared() -> None:
+    load = LOADS["chat"]
+    prompts = [request.prompt for request in load.requests(2048, 1)]
+    assert len({tuple(prompt[: load.shared]) for prompt in prompts}) == 1
+    assert len({tuple(prompt) for prompt in prompts}) == len(prompts)
+
+
+def test_figures_of_two_answers() -> None:
+    found = figures.of(ANSWERS, prompt_tokens=14)
+    assert found["output_tok_s"] == pytest.approx(6 / 1.4)
+    assert found["total_tok_s"] == pytest.approx(20 / 1.4)
+    assert found["ttft_ms_mean"] == pytest.approx(750)
+    assert found["tpot_ms_p99"] == pytest.approx(200)
+    assert figures.goodput_share(ANSWERS, 600, 1000) == 0.5
+    assert figures.goodput_share(ANSWERS, 2000, 150) == 0.5
+
+
+def test_a_ratio_is_told_only_when_the_effect_is_larger_than_the_spread() -> None:
+    clear = [made(systems.BASELINE, i, 100) for i in range(3)]
+    clear += [made("adrenaline_auto", i, speed) for i, speed in enumerate((150, 160, 155))]
+    (cell,) = report.summary(clear, {})["cells"]
+    assert cell["ratios"]["adrenaline_auto_over_vllm_pd"]["output_tok_s"] == {"ratio": 1.55, "spread": 0.05}
+    noisy = [made(systems.BASELINE, i, 100) for i in range(3)]
+    noisy += [made("adrenaline_auto", i, speed) for i, speed in enumerate((80, 105, 140))]
+    (cell,) = report.summary(noisy, {})["cells"]
+    assert cell["ratios"]["adrenaline_auto_over_vllm_pd"]["output_tok_s"]["ratio"] is None
+    assert "not told" in report.markdown(report.summary(noisy, {}))
+
+
+def test_tokens_count_as_equal_up_to_the_first_that_differs() -> None:
+    runs = [made(systems.BASELINE, 0, 100), made("adrenaline_auto", 0, 100, [[1, 9, 3], [4]])]
+    (cell,) = report.summary(runs, {})["cells"]
+    assert cell["systems"]["adrenaline_auto"]["same_tokens"] == 0.5
+
+
+def test_the_page_is_one_file_that_needs_nothing_else() -> None:
+    page = report.page(report.summary([made(systems.BASELINE, 0, 100), made("adrenaline_0.5", 0, 150)], {}))
+    assert "<svg" in page
+    assert "src=" not in page
+    assert "href=" not in page
+
+
+def test_systems_take_turns_and_the_order_is_reversed_every_second_time() -> None:
+    plan = Plan(["mha"], ["light"], ["a", "b"], 2)
+    assert [(repeat, system) for repeat, _, system in plan.wanted("mha")] == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
+    assert plan.runs == 4
+
+
+def test_a_name_that_is_no_system_is_refused() -> None:
+    assert systems.about("adrenaline_0.3") == "this plugin, 0.3 of the requests offloaded"
+    for wrong in ("vllm", "adrenaline_2", "adrenaline_x", "0.5"):
+        with pytest.raises(AdrenalineError, match="is no system"):
+            systems.about(wrong)
+
+
+@pytest.mark.parametrize(("flag", "said"), [("--workloads=x", "x is no workload"), ("--models=x", "x is no model")])
+def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, said: str) -> None:
+    assert cli.main(["bench", flag, "--out", str(tmp_path)]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_known_already_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for system in (systems.BASELINE, "adrenaline_auto"):
+        file = tmp_path / "runs" / f"mha-light-0-{system}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(msgspec.json.encode(made(system, 0, 100 if system == systems.BASELINE else 168)))
+    assert cli.main(["bench", "--quick", "--workloads", "light", "--out", str(tmp_path), "--json"]) == 0
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert last["cells"][0]["ratios"]["adrenaline_auto_over_vllm_pd"]["output_tok_s"]["ratio"] == 1.68
+    assert {"report.json", "report.md", "report.html"} <= {path.name for path in tmp_path.iterdir()}

@@ -1,0 +1,83 @@
+"""`adrenaline bench`: its options, and what it prints and writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm_adrenaline.errors import AdrenalineError
+
+DESCRIPTION = """\
+Compare this plugin with vLLM's own disaggregation (and with aggregated vLLM) on this machine: the same requests, model,
+cores and KV memory; all systems run side by side and work in turns. Small models with random weights; nothing is
+downloaded. Results are kept as they come, so that a run that was stopped goes on where it was; report.json, report.md
+and report.html are written to the folder.
+"""
+QUICK_LOADS, QUICK_SYSTEMS, QUICK_COUNTS = "reasoning,light", "vllm_pd,adrenaline_auto", {"reasoning": 20, "light": 5}
+FULL_LOADS = "reasoning,conversation,prefill,chat,light"
+FULL_SYSTEMS = "vllm_pd,vllm_one,vllm_two,adrenaline_0.5,adrenaline_auto"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add = parser.add_argument
+    add("--quick", action="store_true", help="two systems, two workloads, one model, one repeat: under 6 minutes")
+    add("--systems", default="", metavar="A,B", help=f"default: {FULL_SYSTEMS}; also adrenaline_RATIO")
+    add("--workloads", default="", metavar="A,B", help=f"default: {FULL_LOADS}")
+    add("--models", default="", metavar="A,B", help="mha (multi-head) and gqa (grouped-query); default: mha,gqa")
+    add("--repeats", type=int, default=0, metavar="N", help="default: 3, or 1 with --quick")
+    add("--out", type=Path, default=Path("adrenaline-bench"), metavar="FOLDER", help="default: %(default)s")
+    add("--json", action="store_true", help="print the report as one JSON object, as the last line")
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {"cpu": cpu, "cores": os.cpu_count(), "kernel": platform.release(), "date": time.strftime("%Y-%m-%d")}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the grid, or what is missing of it, and write the report."""
+    from vllm_adrenaline.bench import report, systems, workloads
+    from vllm_adrenaline.bench.run import Plan, budget
+    from vllm_adrenaline.bench.run import run as run_plan
+    from vllm_adrenaline.launch.supervisor import say
+
+    quick = options.quick
+    plan = Plan(
+        models=(options.models or ("mha" if quick else "mha,gqa")).split(","),
+        loads=(options.workloads or (QUICK_LOADS if quick else FULL_LOADS)).split(","),
+        systems=(options.systems or (QUICK_SYSTEMS if quick else FULL_SYSTEMS)).split(","),
+        repeats=options.repeats or (1 if quick else 3),
+        counts=QUICK_COUNTS if quick else {},
+    )
+    for kind, names, known in (("workload", plan.loads, workloads.LOADS), ("model", plan.models, workloads.MODELS)):
+        for name in names:
+            if name not in known:
+                raise AdrenalineError(f"{name} is no {kind}; there are {', '.join(known)}")
+    for name in plan.systems:
+        say(f"{name}: {systems.about(name)}")
+    for name in plan.models:
+        b, about = budget(name), workloads.MODELS[name].about
+        sides = {"decode": (b.decode_bytes, b.decode_cores), "prefill": (b.prefill_bytes, b.prefill_cores)}
+        shares = [f"{kv / 2**20:.0f} MiB of KV on cores {cores} for {side}" for side, (kv, cores) in sides.items()]
+        say(f"model {name}: {about}; {', '.join(shares)}; aggregated engines have the sum of both")
+    results = run_plan(plan, options.out, say)
+    found = report.summary(results, machine())
+    for name, text in {
+        "report.json": json.dumps(found, indent=1) + "\n",
+        "report.md": report.markdown(found),
+        "report.html": report.page(found),
+    }.items():
+        (options.out / name).write_text(text)
+    print(report.markdown(found))
+    say(f"written: {options.out / 'report.html'}, report.md and report.json")
+    if options.json:
+        print(json.dumps(found))
+    return 0

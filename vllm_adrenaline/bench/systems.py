@@ -1,0 +1,131 @@
+"""The systems that are compared: which engines each has, on which cores, with how much KV memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_adrenaline.engine_metrics import EngineMetrics
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.launch import roles, system
+from vllm_adrenaline.launch.cluster import runtime_folder
+from vllm_adrenaline.launch.roles import EngineSpec
+from vllm_adrenaline.launch.supervisor import Supervisor
+from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
+
+BASELINE = "vllm_pd"
+BASELINE_PLUGIN = Path(__file__).parent / "baseline"
+"""Gives vLLM's own systems what this plugin needs to share cores at all: without it they are several times slower on a
+machine with two cores, and a comparison would say nothing of offloading (docs/vllm-notes.md)."""
+ABOUT = {
+    BASELINE: "vLLM disaggregated over its own NixlConnector, without this plugin",
+    "vllm_one": "vLLM aggregated, one engine on all cores",
+    "vllm_two": "vLLM aggregated, two engines in turn",
+    "adrenaline_auto": "this plugin, placement by load",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every system has: KV bytes of the decode and of the prefill side, and the cores of each."""
+
+    decode_bytes: int
+    prefill_bytes: int
+    decode_cores: str
+    prefill_cores: str
+
+
+@dataclass
+class System:
+    """One that runs: its front door, its engines by name (the prefill side first), their processes."""
+
+    name: str
+    url: str
+    engines: dict[str, str]
+    pids: dict[str, int]
+
+    def metrics(self, engine: str) -> EngineMetrics:
+        """Return the metrics of one of its engines."""
+        return EngineMetrics(self.engines[engine])
+
+
+def about(name: str) -> str:
+    """Say what a system is; raises AdrenalineError for a name that is none."""
+    if name in ABOUT:
+        return ABOUT[name]
+    ratio = name.removeprefix("adrenaline_")
+    if ratio != name and ratio.replace(".", "", 1).isdigit() and 0 <= float(ratio) <= 1:
+        return f"this plugin, {ratio} of the requests offloaded"
+    raise AdrenalineError(f"{name} is no system; there are {', '.join(ABOUT)} and adrenaline_RATIO")
+
+
+class Systems:
+    """Starts all engines of all systems at once, and stops them with `stack`."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        names: Sequence[str],
+        model: Path,
+        budget: Budget,
+        args: Sequence[str],
+        logs: Path | None,
+    ) -> None:
+        self._model, self._budget, self._args, self._runtime = str(model), budget, args, runtime_folder()
+        stack.callback(shutil.rmtree, self._runtime, ignore_errors=True)
+        self._specs: dict[str, EngineSpec] = {}
+        wanted = {name: self._engines(name) for name in names}
+        supervisor = stack.enter_context(Supervisor(list(self._specs.values()), logs=logs))
+        self.running: dict[str, System] = {}
+        for name, engines in wanted.items():
+            listener = stack.enter_context(bind("127.0.0.1", 0))
+            disaggregated = not name.startswith("vllm_one") and name != "vllm_two"
+            prefill = [engines[0].url] if disaggregated else []
+            decode = [engine.url for engine in (engines[1:] if disaggregated else engines)]
+            door = ServerThread(listener, prefill, decode)
+            door.start()
+            stack.callback(door.stop)
+            pids = {engine.name: supervisor.processes[engine.name].pid for engine in engines}
+            urls = {engine.name: engine.url for engine in engines}
+            self.running[name] = System(name, url_of(listener), urls, pids)
+
+    def _engines(self, name: str) -> list[EngineSpec]:
+        about(name)
+        b = self._budget
+        if name == "vllm_one":
+            total = b.decode_bytes + b.prefill_bytes
+            cores = f"{b.decode_cores},{b.prefill_cores}"
+            return [self._spec("vllm_one", total, cores, [])]
+        if name == "vllm_two":
+            half = (b.decode_bytes + b.prefill_bytes) // 2
+            cores_of = (b.decode_cores, b.prefill_cores)
+            return [self._spec(f"vllm_two_{i}", half, cores, []) for i, cores in enumerate(cores_of)]
+        if name == BASELINE:
+            env = roles.nixl_env(system.free_ports(2))
+            flags = roles.plain_args()
+            return [
+                self._spec("pd_prefill", b.prefill_bytes, b.prefill_cores, flags["prefill"], env["prefill"]),
+                self._spec("pd_decode", b.decode_bytes, b.decode_cores, flags["decode"], env["decode"]),
+            ]
+        # One prefill engine serves the decode engines of all ratios: only one of them works at a time.
+        flags = roles.adrenaline_args(self._runtime, name.removeprefix("adrenaline_"))
+        return [
+            self._spec("adrenaline_prefill", b.prefill_bytes, b.prefill_cores, flags["prefill"]),
+            self._spec(f"{name}_decode", b.decode_bytes, b.decode_cores, flags["decode"]),
+        ]
+
+    def _spec(
+        self, name: str, kv_bytes: int, cores: str, flags: Sequence[str], env: dict[str, str] | None = None
+    ) -> EngineSpec:
+        if name not in self._specs:
+            (port,) = system.free_ports(1)
+            args = [*flags, *self._args, "--kv-cache-memory-bytes", str(kv_bytes)]
+            env = {**(env or {}), system.CORES_ENV: cores, "HF_HUB_OFFLINE": "1"}
+            if not name.startswith("adrenaline"):
+                env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BASELINE_PLUGIN), os.environ.get("PYTHONPATH"))))
+            self._specs[name] = roles.engine_spec(name, self._model, port, args, env)
+        return self._specs[name]
