@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from vllm_adrenaline.launch.system import machine
+from vllm_adrenaline.percentiles import percentile  # noqa: F401 - for the benchmarks
 
 
 def parser(description: str, quick: str = "under a minute, with fewer repeats") -> argparse.ArgumentParser:
@@ -20,21 +21,9 @@ def parser(description: str, quick: str = "under a minute, with fewer repeats") 
     return made
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value below which `share` of all lie."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
 def median(values: Sequence[float]) -> float:
     """Return the median."""
     return statistics.median(values)
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    return {"cpu": model, "cores_count": os.cpu_count(), "kernel": platform.release()}
 
 
 def table(result: dict[str, float]) -> dict[str, float]:

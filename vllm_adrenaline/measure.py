@@ -24,6 +24,7 @@ from vllm_adrenaline import identity, kv_space
 from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.launch.system import CORES_ENV, cpu_model
 from vllm_adrenaline.placement import profile
 from vllm_adrenaline.placement.costs import Costs
 
@@ -42,11 +43,10 @@ PROMPTS = (32, 128, 512, 2048)
 def key(config: VllmConfig, options: Options, executors: Sequence[str]) -> profile.Key:
     """Return what a profile depends on. `executors`: what each peer says of its executors' share of its device."""
     us = identity.of(config)
-    info = Path("/proc/cpuinfo").read_text().splitlines()
     found = {
         "role": options.role,
-        "machine": next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), "unknown"),
-        "cores": f"{os.environ.get('VLLM_CPU_OMP_THREADS_BIND', 'auto')} of {os.cpu_count()}",
+        "machine": cpu_model(),
+        "cores": f"{os.environ.get(CORES_ENV, 'auto')} of {os.cpu_count()}",
         "kernel": platform.release(),
         "batch": f"{config.scheduler_config.max_num_seqs}, {config.scheduler_config.max_num_batched_tokens} tokens",
         "eager": str(config.model_config.enforce_eager),

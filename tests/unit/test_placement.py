@@ -71,7 +71,18 @@ def test_a_busy_prefill_engine_is_left_alone_unless_memory_is_needed() -> None:
 def test_what_does_not_fit_is_offloaded_while_it_hides_then_waits() -> None:
     assert place(observed(decode=FULL), REQUEST) == Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
     as_much = Site(capacity=10_000, room=5_000, rows=8, tokens=4_000)
-    assert place(observed(decode=FULL, executor=as_much), REQUEST) == Decision(Placement.WAIT, Reason.OVER_BOUND)
+    dear = msgspec.structs.replace(COSTS, local=8e-6, remote=[8e-6])
+    state = observed(decode=FULL, executor=as_much, costs=dear)
+    assert place(state, REQUEST) == Decision(Placement.WAIT, Reason.OVER_BOUND)
+
+
+def test_beyond_the_bound_a_larger_batch_is_made_where_steps_are_mostly_weights() -> None:
+    as_much = Site(capacity=10_000, room=5_000, rows=8, tokens=4_000)
+    weights = Costs([(1, 0.050), (64, 0.060)], 2e-6, [2e-6])
+    state = observed(decode=FULL, executor=as_much, costs=weights)
+    assert place(state, REQUEST) == Decision(Placement.OFFLOADED, Reason.WORTH)
+    tight = observed(decode=FULL, executor=as_much, costs=weights, tpot_slo=0.061)  # it takes 60 ms now
+    assert place(tight, REQUEST).placement is Placement.WAIT
 
 
 def test_a_request_waits_when_neither_side_has_blocks_and_an_empty_engine_takes_any() -> None:
@@ -176,6 +187,12 @@ class Cluster(RuleBasedStateMachine):
             return
         where = request.executor if decision.placement is Placement.OFFLOADED else None
         site, limit = state.executors[request.executor], bound(state, request.executor)
+        if where is not None and decision.reason is Reason.WORTH:
+            rows = state.decode.rows + sum(each.rows for each in state.executors)
+            remote = [(each.rows, each.tokens) for each in state.executors]
+            now = state.costs.seconds(rows, state.decode.tokens, remote)
+            remote[where] = (site.rows + 1, site.tokens + request.tokens)
+            assert (rows + 1) / state.costs.seconds(rows + 1, state.decode.tokens, remote) > rows / now
         if where is not None and decision.reason is Reason.LOCAL_FULL:
             assert self.ready[where]
             assert site.tokens + request.tokens <= limit * state.decode.tokens + 1e-9, "over its bound"

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import time
 from pathlib import Path
-from typing import Any
 
 from vllm_adrenaline.errors import AdrenalineError
 
@@ -35,19 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the report as one JSON object, as the last line")
 
 
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    return {"cpu": cpu, "cores": os.cpu_count(), "kernel": platform.release(), "date": time.strftime("%Y-%m-%d")}
-
-
 def run(options: argparse.Namespace) -> int:
     """Run the grid, or what is missing of it, and write the report."""
     from vllm_adrenaline.bench import report, systems, workloads
     from vllm_adrenaline.bench.run import Plan, budget
     from vllm_adrenaline.bench.run import run as run_plan
     from vllm_adrenaline.launch.supervisor import say
+    from vllm_adrenaline.launch.system import machine
 
     quick = options.quick
     plan = Plan(

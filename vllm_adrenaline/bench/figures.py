@@ -7,13 +7,9 @@ import statistics
 from collections.abc import Sequence
 
 from vllm_adrenaline.bench.client import Answer
+from vllm_adrenaline.percentiles import percentile
 
 PERCENTILES = (50, 90, 99)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value below which `share` of all lie; 0 for none."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
 def ttft_ms(answer: Answer) -> float:

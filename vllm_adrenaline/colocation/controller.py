@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from vllm_adrenaline.percentiles import percentile
+
 
 class Objectives(msgspec.Struct, frozen=True):
     """Seconds at `percentile`; None for no objective."""
@@ -150,7 +152,7 @@ class ShareController:
         return tpot is None or self._tpot.at(self.share) <= tpot
 
     def _at_percentile(self, seen: list[float]) -> float | None:
-        return sorted(seen)[min(len(seen) - 1, int(self._objectives.percentile * len(seen)))] if seen else None
+        return percentile(seen, self._objectives.percentile) if seen else None
 
 
 def _beyond(seen: float | None, objective: float | None) -> float:

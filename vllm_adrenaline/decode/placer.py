@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_adrenaline.percentiles import percentile
 from vllm_adrenaline.placement.feedback import Feedback, OutputLengths, Step
 from vllm_adrenaline.placement.policy import Candidate, Decision, Observed, Placement, Reason, Site, bound, move, place
 
@@ -157,7 +158,7 @@ class Placer:
         """Note the length of a step; return the 90th percentile of the last TPOT_STEPS."""
         if seconds > 0:
             self._steps.append(seconds)
-        return sorted(self._steps)[9 * len(self._steps) // 10] if self._steps else 0.0
+        return percentile(self._steps, 0.9)
 
     @property
     def gauges(self) -> dict[str, float]:

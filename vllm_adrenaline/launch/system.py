@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
+import time
 from importlib import metadata
 from pathlib import Path
 
 CORES_ENV = "VLLM_CPU_OMP_THREADS_BIND"
+
+
+def cpu_model() -> str:
+    """Return the name of this machine's processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def machine() -> dict[str, str | int | None]:
+    """Return what measured figures depend on."""
+    kernel, today = platform.release(), time.strftime("%Y-%m-%d")
+    return {"cpu": cpu_model(), "cores_count": os.cpu_count(), "kernel": kernel, "date": today}
 
 
 def free_ports(count: int) -> list[int]:

@@ -3,7 +3,7 @@
 The rules, in order (docs/placement.md): never offload to an executor that is away; with a fixed ratio, keep it; else
 stay local while the decode engine has memory, unless offloading makes the step clearly shorter and the prefill engine
 has the time; offload what does not fit while remote attention hides under local attention (placement/bounds.py);
-otherwise wait, as in vLLM.
+beyond that, while a larger batch is clearly worth it; otherwise wait, as in vLLM.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ GAIN = 0.1
 """By how much of a step offloading must shorten it before a request that fits locally is offloaded: less is noise."""
 MOVE_GAIN = 0.1
 """By how much moving a request back must shorten the step: a move costs a transfer."""
+WORTH = 0.75
+"""What a row that does not hide may cost at most, of what a row of the batch costs on average: below 1 it raises
+throughput, and ends a wait; the price is TPOT, which an objective bounds."""
 BUSY = 0.7
 """Busy share of a prefill engine and executor together, above which nothing is offloaded just to shorten a step."""
 
@@ -42,6 +45,7 @@ class Reason(Enum):
     FITS = "fits"
     SHORTER_STEP = "shorter_step"
     LOCAL_FULL = "local_full"
+    WORTH = "worth"
     OVER_BOUND = "over_bound"
     EXECUTOR_FULL = "executor_full"
     EXECUTOR_SLOW = "executor_slow"
@@ -122,6 +126,8 @@ def place(o: Observed, request: Candidate) -> Decision:
     limit = bound(o, request.executor)
     if bounds.within(o.rule, (site.rows, site.tokens), request.tokens, request.final, local, limit):
         return Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
+    if _is_worth(o, request):
+        return Decision(Placement.OFFLOADED, Reason.WORTH)
     return Decision(Placement.WAIT, Reason.OVER_BOUND)
 
 
@@ -163,6 +169,20 @@ def _seconds(o: Observed, moved: Candidate | None = None) -> float:
         remote[moved.executor] = (rows - 1, tokens - moved.tokens)
         local += moved.tokens
     return o.costs.seconds(o.decode.rows + sum(site.rows for site in o.executors), local, remote)
+
+
+def _is_worth(o: Observed, request: Candidate) -> bool:
+    """Whether a request beyond the bound still raises throughput clearly: where a step is mostly weights, a larger
+    batch pays even if its attention does not hide."""
+    rows = o.decode.rows + sum(site.rows for site in o.executors)
+    remote = [(site.rows, site.tokens) for site in o.executors]
+    now = o.costs.seconds(rows, o.decode.tokens, remote)
+    site = o.executors[request.executor]
+    remote[request.executor] = (site.rows + 1, site.tokens + request.final)
+    then = o.costs.seconds(rows + 1, o.decode.tokens, remote)
+    if o.tpot_slo is not None and then > o.tpot_slo:
+        return False
+    return (then - now) * rows <= WORTH * now
 
 
 def _shortens(o: Observed, request: Candidate) -> bool:

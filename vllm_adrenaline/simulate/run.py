@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_adrenaline.percentiles import percentile
 from vllm_adrenaline.placement.bounds import Rule
 from vllm_adrenaline.placement.costs import Costs
 from vllm_adrenaline.simulate.decode import Decode
@@ -56,11 +57,6 @@ class Result(msgspec.Struct, frozen=True):
     prefill_busy_share: float
     executor_busy_share: float
     placements: dict[str, int]
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value below which `share` of all lie; 0 for none."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
 class Simulation:

@@ -1,0 +1,122 @@
+"""What offloading could gain here with no engine in the way: bare operators, a flag in shared memory, two cores.
+
+    python -m vllm_adrenaline.bench.ceiling MODEL ROWS CONTEXT     (MODEL: mha or gqa; prints one JSON object)
+
+The decode side runs the four GEMMs of every layer, cold, and vLLM's attention operators on its KV;
+the other side the same operators on its own KV when a flag is raised. In turns: ROWS rows, all attended here; and twice
+as many, half of them attended there. The ratio of rows per second is what engines with free scheduling, transport and
+Python could reach when their KV memory doubles.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from multiprocessing.synchronize import Event
+from typing import Any
+
+from vllm_adrenaline.bench.workloads import BLOCK, MODELS
+from vllm_adrenaline.launch.system import physical_cores
+
+SENT, DONE, STOP = 0, 1, 2
+REPEATS = 15
+
+
+def _attention(shape: dict[str, int], rows: int, context: int, core: int) -> tuple[Any, Any]:
+    """Return torch on one core, and a function that attends layer by layer over a KV cache of its own."""
+    os.sched_setaffinity(0, {core})
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    from vllm_adrenaline.attention.kernels import CpuAttention
+
+    layers, heads, kv_heads = shape["layers"], shape["heads"], shape["kv_heads"]
+    head = shape["hidden"] // heads
+    width = context // BLOCK + 1
+    isa = _get_attn_isa(torch.bfloat16, BLOCK, head, "auto")
+    caches = [torch.randn(rows * width, kv_heads, 2 * BLOCK, head).bfloat16() for _ in range(layers)]
+    attention = CpuAttention(caches, [head**-0.5] * layers, heads, isa, split_kv=True)
+    step = {name: torch.randn(rows, n, head).bfloat16() for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
+    step |= {
+        "out": torch.empty_like(step["q"]),
+        "query_start_loc": torch.arange(rows + 1, dtype=torch.int32),
+        "seq_lens": torch.full((rows,), context, dtype=torch.int32),
+        "block_table": torch.arange(rows * width, dtype=torch.int32).view(rows, width),
+        "slot_mapping": torch.arange(rows, dtype=torch.int64) * width * BLOCK + context - 1,
+    }
+    schedule = attention.schedule(step["query_start_loc"], step["seq_lens"])
+    return torch, lambda layer: attention.layer(layer, step, schedule)
+
+
+def _executor(page: mmap.mmap, shape: dict[str, int], rows: int, context: int, core: int, ready: Event) -> None:
+    _, attend = _attention(shape, rows, context, core)
+    flags = memoryview(page).cast("q")
+    ready.set()
+    seen = 0
+    while True:
+        while flags[SENT] == seen:
+            if flags[STOP]:
+                return
+        seen = flags[SENT]
+        attend((seen - 1) % shape["layers"])
+        flags[DONE] = seen
+
+
+def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
+    """Return milliseconds of both steps, their attention, and the ratio of rows per second."""
+    cores = physical_cores()
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    flags = memoryview(page).cast("q")
+    forked = multiprocessing.get_context("fork")
+    ready = forked.Event()
+    peer = forked.Process(target=_executor, args=(page, shape, rows, context, cores[-1], ready), daemon=True)
+    peer.start()
+    ready.wait(120)
+    torch, attend = _attention(shape, rows, context, cores[0])
+    hidden, inner = shape["hidden"], 3 * shape["hidden"]
+    qkv = (shape["heads"] + 2 * shape["kv_heads"]) * (hidden // shape["heads"])
+    sizes = ((qkv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner))
+    weights = [[torch.randn(*size).bfloat16() * 0.02 for size in sizes] for _ in range(shape["layers"])]
+    linear = torch.nn.functional.linear
+
+    def step(batch: int, offload: bool) -> tuple[float, float]:
+        x = torch.randn(batch, hidden).bfloat16()
+        attention, began = 0.0, time.perf_counter()
+        for layer, (into, out, up, down) in enumerate(weights):
+            linear(x, into)
+            at = time.perf_counter()
+            if offload:
+                flags[SENT] += 1
+            attend(layer)
+            while offload and flags[DONE] != flags[SENT]:
+                pass
+            attention += time.perf_counter() - at
+            x = linear(linear(linear(x, out), up)[:, :inner].contiguous(), down)
+            x = x / x.float().std().bfloat16()
+        return time.perf_counter() - began, attention
+
+    with torch.inference_mode():
+        for _ in range(3):
+            step(rows, False), step(2 * rows, True)
+        runs = [(step(rows, False), step(2 * rows, True)) for _ in range(REPEATS)]
+    flags[STOP] = 1
+    peer.join(5)
+    local, both = (1e3 * statistics.median(run[i][0] for run in runs) for i in (0, 1))
+    attended = 1e3 * statistics.median(run[0][1] for run in runs)
+    return {"local_ms": local, "local_attention_ms": attended, "twice_ms": both, "ratio": 2 * local / both}
+
+
+if __name__ == "__main__":
+    found = measure(MODELS[sys.argv[1]].shape, int(sys.argv[2]), int(sys.argv[3]))
+    print(json.dumps({name: round(value, 3) for name, value in found.items()}))
