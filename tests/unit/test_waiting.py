@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +26,7 @@ class Request:
     max_tokens: int = 16
     num_output_tokens: int = 0
     skip_reading_prefix_cache: bool = False
+    kv_transfer_params: dict[str, Any] = field(default_factory=lambda: {"do_remote_prefill": True})
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -114,6 +115,17 @@ def test_a_request_that_may_not_use_cached_kv_is_local_and_counts_for_no_ratio()
     request.skip_reading_prefix_cache = True
     assert engine.step() == ([], ["r0"])
     assert engine.placer.counts == {("local", "no_prefix_cache"): 1}
+
+
+def test_prompts_of_a_prefill_engine_that_is_gone_are_computed_here() -> None:
+    engine = Engine(None, free=0)
+    engine.running = 2
+    requests = engine.arrive(160, 160)
+    other: Any = RemotePool(1, engine.pool.borrower)
+    assert engine.waiting.lose(other) == 0
+    assert engine.waiting.lose(engine.pool) == 2
+    assert not engine.waiting
+    assert [request.kv_transfer_params for request in requests] == [{"do_remote_prefill": False}] * 2
 
 
 def test_an_aborted_request_is_forgotten() -> None:

@@ -197,6 +197,7 @@ class Offload:
                     self._gone(pool, message.request)
                 elif isinstance(message, messages.Refused) and not pool.dead:
                     lost += [name for name, o in self.requests.items() if o.pool is pool]
+                    self._counts["fallback_requests"] += self.waiting.lose(pool)
                     self._cancelled = {claim: of for claim, of in self._cancelled.items() if of is not pool}
                     pool.dead = True
                     self.pools[index] = RemotePool(index, pool.borrower)

@@ -54,6 +54,14 @@ class Waiting:
         """It ended, if it was here."""
         self._undecided.pop(request_id, None)
 
+    def lose(self, pool: RemotePool) -> int:
+        """The prefill engine behind `pool` is gone, and with it these prompts: they are computed by the decode engine.
+        Return how many."""
+        lost = [name for name, undecided in self._undecided.items() if undecided.pool is pool]
+        for name in lost:
+            self._undecided.pop(name).request.kv_transfer_params["do_remote_prefill"] = False
+        return len(lost)
+
     def may_go_local(self, request_id: str) -> bool:
         """Whether it may take local memory in this step."""
         return self._undecided[request_id].local is not None
