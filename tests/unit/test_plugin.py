@@ -93,11 +93,11 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed import utils
-before = AttentionBackendEnum.CPU_ATTN.get_path(), shm_broadcast.sched_yield
+before = AttentionBackendEnum.CPU_ATTN.get_path(), shm_broadcast.SpinCondition.wait
 load_general_plugins()
 import sys
 assert "vllm_adrenaline.plugin" in sys.modules
-assert (AttentionBackendEnum.CPU_ATTN.get_path(), shm_broadcast.sched_yield) == before
+assert (AttentionBackendEnum.CPU_ATTN.get_path(), shm_broadcast.SpinCondition.wait) == before
 assert not any(name.startswith("vllm_adrenaline.decode") for name in sys.modules)
 from vllm.engine.arg_utils import EngineArgs
 print("same", EngineArgs().scheduler_cls, EngineArgs().worker_cls)

@@ -38,7 +38,7 @@ class Engine:
 
     def __init__(self, ratio: float | None, free: int, remote_free: int = 1000) -> None:
         options: Any = SimpleNamespace(ratio=ratio, offload_rule="or", tpot_slo_ms=0.0)
-        borrower: Any = SimpleNamespace(load=Load(total=2000, free=remote_free), welcome=object())
+        borrower: Any = SimpleNamespace(load=Load(total=2000, free=remote_free), welcome=object(), waiting=0)
         self.placer = Placer(options, COSTS, 100, BLOCK, max_rows=8)
         self.waiting = Waiting(self.placer, BLOCK)
         self.pool = RemotePool(0, borrower)

@@ -84,7 +84,7 @@ def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
     peer.start()
     ready.wait(120)
     torch, attend = _attention(shape, rows, context, cores[0])
-    hidden, inner = shape["hidden"], 3 * shape["hidden"]
+    hidden, inner = shape["hidden"], shape["inner"]
     qkv = (shape["heads"] + 2 * shape["kv_heads"]) * (hidden // shape["heads"])
     sizes = ((qkv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner))
     weights = [[torch.randn(*size).bfloat16() * 0.02 for size in sizes] for _ in range(shape["layers"])]

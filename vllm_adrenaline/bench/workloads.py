@@ -15,14 +15,14 @@ LOADS = {
         Load(
             "reasoning",
             "decode-heavy: short prompts, long answers, all at once",
-            count=32,
+            count=48,
             arrivals=evenly(8.0, (64, 192), (250, 350)),
         ),
         Load(
             "conversation",
-            "the real conversation trace, prompt lengths x 0.3, at most 512 tokens; answers x 0.8, at most 192",
-            count=40,
-            arrivals=from_trace(4.0, 0.3, (64, 512), 0.8, (32, 192)),
+            "the real conversation trace, eight a second; prompt lengths x 0.15, 32 to 384 tokens; answers 32 to 384",
+            count=48,
+            arrivals=from_trace(8.0, 0.15, (32, 384), 1.0, (32, 384)),
         ),
         Load(
             "prefill",
@@ -68,13 +68,13 @@ class ModelSize:
 MODELS = {
     "mha": ModelSize(
         "multi-head attention, as in the paper's models",
-        {"layers": 12, "hidden": 512, "heads": 8, "kv_heads": 8},
+        {"layers": 12, "hidden": 512, "inner": 512, "heads": 8, "kv_heads": 8},
         decode_blocks=24,
         prefill_blocks=72,
     ),
     "gqa": ModelSize(
         "grouped-query attention: a quarter of the KV",
-        {"layers": 12, "hidden": 512, "heads": 8, "kv_heads": 2},
+        {"layers": 12, "hidden": 512, "inner": 512, "heads": 8, "kv_heads": 2},
         decode_blocks=24,
         prefill_blocks=72,
     ),

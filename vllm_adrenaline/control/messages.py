@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
 
 MAX_FRAME = 1 << 20
@@ -119,10 +119,12 @@ class Fault(Message, frozen=True):
 
 
 class Beat(Message, frozen=True):
-    """Decode to prefill engine: I am alive, and my steps took so long lately (seconds, the 90th percentile; 0: none).
-    A borrower that stays silent loses its claims and leases."""
+    """Decode to prefill engine: I am alive. `tpot`: what my steps took lately (seconds, the 90th percentile; 0: none).
+    `waiting`: KV blocks of your prompts that wait here to be placed. A borrower that stays silent loses its claims and
+    leases."""
 
     tpot: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0
+    waiting: Count = 0
 
 
 class Load(Message, frozen=True):

@@ -25,14 +25,14 @@ SILENCE_S = 60.0
 
 class Borrower(threading.Thread):
     """`welcome` is the prefill engine's answer to our hello; None while it is not there or does not fit. `load` is what
-    it last said of itself; `tpot` is what we say of us (seconds)."""
+    it last said of itself; `tpot` (seconds) and `waiting` (blocks of its prompts that wait here) are what we say."""
 
     def __init__(self, address: str, identity: messages.Identity) -> None:
         super().__init__(name="adrenaline-borrower", daemon=True)
         self.address = address
         self.welcome: messages.Welcome | None = None
         self.load = messages.Load()
-        self.tpot = 0.0
+        self.tpot, self.waiting = 0.0, 0
         self.answers: deque[messages.AnyMessage] = deque()
         self.answered = threading.Event()
         self._hello = messages.Hello(identity, borrows=True)
@@ -120,7 +120,8 @@ class Borrower(threading.Thread):
                     socket.send(messages.encode(self._outbox.popleft()))
                     said = now
             if now - said >= BEAT_S:
-                socket.send(messages.encode(messages.Beat(self.tpot) if self.welcome is not None else self._hello))
+                beat = messages.Beat(self.tpot, self.waiting)
+                socket.send(messages.encode(beat if self.welcome is not None else self._hello))
                 said = now
             if now - heard > SILENCE_S:
                 self._lost(f"is silent for {SILENCE_S:.0f} s")

@@ -49,17 +49,18 @@ class Waiting:
     def add(self, request: Request, pool: RemotePool, claim: str) -> None:
         """A request arrived."""
         self._undecided[request.request_id] = Undecided(request, pool, claim)
+        pool.borrower.waiting += self._blocks(request)
 
     def drop(self, request_id: str) -> None:
         """It ended, if it was here."""
-        self._undecided.pop(request_id, None)
+        self._pop(request_id)
 
     def lose(self, pool: RemotePool) -> int:
         """The prefill engine behind `pool` is gone, and with it these prompts: they are computed by the decode engine.
         Return how many."""
         lost = [name for name, undecided in self._undecided.items() if undecided.pool is pool]
-        for name in lost:
-            self._undecided.pop(name).request.kv_transfer_params["do_remote_prefill"] = False
+        for undecided in filter(None, map(self._pop, lost)):
+            undecided.request.kv_transfer_params["do_remote_prefill"] = False
         return len(lost)
 
     def may_go_local(self, request_id: str) -> bool:
@@ -68,7 +69,7 @@ class Waiting:
 
     def goes_local(self, request_id: str) -> bool:
         """It has local memory now; return whether it was waiting for that."""
-        undecided = self._undecided.pop(request_id, None)
+        undecided = self._pop(request_id)
         if undecided is None or undecided.local is None:
             return False
         if self._placer.ratio is None:
@@ -93,7 +94,7 @@ class Waiting:
             if decision.placement is Placement.OFFLOADED:
                 self._placer.committed(decision)
                 self._placer.add(batch, request, pool.executor)
-                del self._undecided[name]
+                self._pop(name)
                 yield undecided
             elif decision.placement is Placement.WAIT or blocked:
                 blocked = True
@@ -105,4 +106,13 @@ class Waiting:
                 if not by_load:
                     self._placer.committed(decision)
                 self._placer.add(batch, request, None)
-                free -= -(-request.num_tokens // self._block_size)
+                free -= self._blocks(request)
+
+    def _blocks(self, request: Request) -> int:
+        return -(-request.num_tokens // self._block_size)
+
+    def _pop(self, request_id: str) -> Undecided | None:
+        undecided = self._undecided.pop(request_id, None)
+        if undecided is not None:
+            undecided.pool.borrower.waiting -= self._blocks(undecided.request)
+        return undecided

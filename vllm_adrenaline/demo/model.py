@@ -37,6 +37,7 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+    inner: int
     vocab: int
     max_position: int
 
@@ -62,16 +63,20 @@ def make_model(
     heads: int = 8,
     kv_heads: int = 4,
     head_dim: int | None = None,
+    inner: int | None = None,
     vocab: int = 2048,
     max_position: int = 4096,
 ) -> Path:
-    """Return the path of the model with these sizes below `folder` (the cache if None); make it if it is not there."""
+    """Return the path of the model with these sizes below `folder` (the cache if None); make it if it is not there.
+
+    `inner`: the width of the MLP, thrice the hidden one if None.
+    """
     head_dim = head_dim or hidden // heads
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim is {head_dim}; attention kernels need one of {HEAD_DIMS}")
     if heads % kv_heads:
         raise ValueError(f"{heads} heads cannot share {kv_heads} KV heads evenly")
-    shape = Shape(seed, layers, hidden, heads, kv_heads, head_dim, vocab, max_position)
+    shape = Shape(seed, layers, hidden, heads, kv_heads, head_dim, inner or 3 * hidden, vocab, max_position)
     parent = folder or cache_folder()
     target = parent / shape.name
     if target.is_dir():
@@ -140,7 +145,7 @@ def _write_weights(folder: Path, shape: Shape) -> None:
         architectures=["LlamaForCausalLM"],
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
-        intermediate_size=3 * shape.hidden,
+        intermediate_size=shape.inner,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
@@ -173,9 +178,9 @@ def _write_weights(folder: Path, shape: Shape) -> None:
             f"{prefix}self_attn.k_proj.weight": linear(kv_size, hidden),
             f"{prefix}self_attn.v_proj.weight": linear(kv_size, hidden),
             f"{prefix}self_attn.o_proj.weight": linear(hidden, q_size),
-            f"{prefix}mlp.gate_proj.weight": linear(3 * hidden, hidden),
-            f"{prefix}mlp.up_proj.weight": linear(3 * hidden, hidden),
-            f"{prefix}mlp.down_proj.weight": linear(hidden, 3 * hidden),
+            f"{prefix}mlp.gate_proj.weight": linear(shape.inner, hidden),
+            f"{prefix}mlp.up_proj.weight": linear(shape.inner, hidden),
+            f"{prefix}mlp.down_proj.weight": linear(hidden, shape.inner),
             f"{prefix}input_layernorm.weight": torch.ones(hidden),
             f"{prefix}post_attention_layernorm.weight": torch.ones(hidden),
         }

@@ -173,12 +173,14 @@ def _seconds(o: Observed, moved: Candidate | None = None) -> float:
 
 def _is_worth(o: Observed, request: Candidate) -> bool:
     """Whether a request beyond the bound still raises throughput clearly: where a step is mostly weights, a larger
-    batch pays even if its attention does not hide."""
+    batch pays even if its attention does not hide. It counts as long as the batch's mean, for it will be: compared at
+    its greatest length with others at their present one, it would wait while all are young."""
     rows = o.decode.rows + sum(site.rows for site in o.executors)
+    mean = (o.decode.tokens + sum(site.tokens for site in o.executors)) // max(rows, 1)
     remote = [(site.rows, site.tokens) for site in o.executors]
     now = o.costs.seconds(rows, o.decode.tokens, remote)
     site = o.executors[request.executor]
-    remote[request.executor] = (site.rows + 1, site.tokens + request.final)
+    remote[request.executor] = (site.rows + 1, site.tokens + max(request.tokens, mean))
     then = o.costs.seconds(rows + 1, o.decode.tokens, remote)
     if o.tpot_slo is not None and then > o.tpot_slo:
         return False

@@ -39,7 +39,7 @@ class ControlServer(threading.Thread):
         super().__init__(name="adrenaline-control", daemon=True)
         self.identity, self.lender, self.lock, self.welcome = identity, lender, lock, welcome
         self.load, self.tick, self.kill_executors = load, tick, kill_executors
-        self.tpot: dict[bytes, float] = {}
+        self.beats: dict[bytes, messages.Beat] = {}
         self.bad_frames = 0
         self._socket, self.address = sockets.bind(address)
         self._stopping = threading.Event()
@@ -73,7 +73,7 @@ class ControlServer(threading.Thread):
         for name in silent:
             logger.warning("decode engine %s is silent: taking back all it had borrowed", name.hex())
             self.lender.evict(name)
-            self.tpot.pop(name, None)
+            self.beats.pop(name, None)
 
     def _serve_one(self) -> None:
         frames = self._socket.recv_multipart()
@@ -121,6 +121,6 @@ class ControlServer(threading.Thread):
             lender.release(borrower, message.requests, message.blocks)
             return None
         if isinstance(message, messages.Beat):
-            self.tpot[borrower] = message.tpot
+            self.beats[borrower] = message
             return self.load()
         return None

@@ -208,6 +208,7 @@ class Decode:
             decision = place(self._observed(now), self._candidate(row))
             if decision.placement is Placement.OFFLOADED:
                 self.waiting.remove(row)
+                self.prefills[row.prefill].waiting -= row.blocks
                 row.where = row.prefill
                 self.running.append(row)
                 self._count(decision)
@@ -234,6 +235,8 @@ class Decode:
         self.waiting.remove(row)
         self.free -= needed
         remote, row.blocks = row.blocks, needed
+        if not row.recompute:
+            self.prefills[row.prefill].waiting -= remote
         if row.recompute:
             self.running.append(row)
         else:

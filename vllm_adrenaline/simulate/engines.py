@@ -64,15 +64,20 @@ class Model:
 
 @dataclass
 class Prefill:
-    """A prefill engine: first come first served, as many prompts together as fit into `batch_tokens`."""
+    """A prefill engine: first come first served, as many prompts together as fit into `batch_tokens`.
+
+    `waiting`: blocks of finished prompts that are not placed yet.
+    """
 
     model: Model
     total: int
     block_size: int
     reserve: float = 0.05
     growth_reserve: float = 0.2
+    ahead: float = 0.125
     free: int = 0
     held: int = 0
+    waiting: int = 0
     queue: deque[Row] = field(default_factory=deque)
     batch: list[Row] = field(default_factory=list)
     done_at: float = 0.0
@@ -93,6 +98,8 @@ class Prefill:
             row = self.queue[0]
             needed = -(-row.prompt // self.block_size)
             keep = int(self.total * self.growth_reserve) if self.held else 0
+            if self.held > self.waiting > 0 and self.waiting + needed > int(self.total * self.ahead):
+                break
             if self.free - needed < keep or (self.batch and tokens + row.prompt > self.model.batch_tokens):
                 break
             self.free -= needed
@@ -111,6 +118,7 @@ class Prefill:
         done, self.batch = self.batch, []
         self._spans.append((self._began, now))
         self.busy += now - self._began
+        self.waiting += sum(row.blocks for row in done)
         return done
 
     def release(self, blocks: int) -> None:
