@@ -22,6 +22,7 @@ COUNTERS = {
     "refused_params": "Requests whose kv_transfer_params named no known prefill engine; computed locally.",
     "remote_attention_rows": "Rows x layers attended by attention executors, as counted by the executors.",
     "executor_failures": "Steps in which an attention executor did not answer in time.",
+    "remote_attention_tokens": "Tokens of context that executors attended, each token once a step.",
     "local_attention_seconds": "Seconds of local attention in steps with offloaded rows.",
     "remote_attention_seconds": "Seconds of remote attention in the same steps, of the slowest executor each.",
     "exposed_wait_seconds": "Seconds the decode engine waited for remote attention with nothing else to do.",
@@ -34,6 +35,8 @@ GAUGES = {
     "step_seconds_without_attention": "A step of the present batch without attention, as placement believes.",
     "offload_bound_ratio": "The bound on offloaded over local attention, of the executor with the lowest; 0: no bound.",
     "executor_share": "What the attention executors of this prefill engine get of their device.",
+    "borrowed_blocks": "KV blocks of prefill engines that are held here: of offloaded requests, and leased ahead.",
+    "waiting_blocks": "KV blocks of prefill engines that hold prompts which wait here to be placed.",
     "local_rows": "Requests in the batch whose attention runs on the decode engine.",
     "offloaded_rows": "Requests in the batch whose attention runs on executors.",
 }

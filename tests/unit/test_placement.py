@@ -12,11 +12,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from vllm_adrenaline.placement import bounds
 from vllm_adrenaline.placement.costs import Costs
+from vllm_adrenaline.placement.memory import Memory, peak
 from vllm_adrenaline.placement.policy import Candidate, Decision, Observed, Placement, Reason, Site, bound, move, place
 
 COSTS = Costs(step=[(1, 0.010), (8, 0.012), (64, 0.050)], local=2e-6, remote=[2e-6], exchange=1e-4)
-ROOMY = Site(capacity=10_000, room=10_000, rows=0, tokens=0)
-FULL = Site(capacity=4_000, room=0, rows=8, tokens=4_000)
+
+
+def site(capacity: int, room: int, rows: int, tokens: int) -> Site:
+    """A place with `room` tokens of memory beyond what its requests have and need."""
+    return Site(capacity, Memory(room, 1), rows, tokens)
+
+
+ROOMY = site(capacity=10_000, room=10_000, rows=0, tokens=0)
+FULL = site(capacity=4_000, room=-1_000, rows=8, tokens=4_000)
 REQUEST = Candidate(executor=0, tokens=500, growth=140, final=640)
 
 
@@ -53,7 +61,7 @@ def test_one_request_alone_stays_local_for_nothing_could_hide_its_attention() ->
 
 
 def test_with_memory_to_spare_offloading_must_shorten_the_step() -> None:
-    long = Site(capacity=100_000, room=90_000, rows=8, tokens=20_000)  # 40 ms of attention beside 12 ms of GEMMs
+    long = site(capacity=100_000, room=90_000, rows=8, tokens=20_000)  # 40 ms of attention beside 12 ms of GEMMs
     assert place(observed(decode=long), msgspec.structs.replace(REQUEST, tokens=4_000)) == Decision(
         Placement.OFFLOADED, Reason.SHORTER_STEP
     )
@@ -61,7 +69,7 @@ def test_with_memory_to_spare_offloading_must_shorten_the_step() -> None:
 
 
 def test_a_busy_prefill_engine_is_left_alone_unless_memory_is_needed() -> None:
-    long = Site(capacity=100_000, room=90_000, rows=8, tokens=20_000)
+    long = site(capacity=100_000, room=90_000, rows=8, tokens=20_000)
     busy = msgspec.structs.replace(ROOMY, busy=0.9)
     request = msgspec.structs.replace(REQUEST, tokens=4_000)
     assert place(observed(decode=long, executor=busy), request).placement is Placement.LOCAL
@@ -70,14 +78,14 @@ def test_a_busy_prefill_engine_is_left_alone_unless_memory_is_needed() -> None:
 
 def test_what_does_not_fit_is_offloaded_while_it_hides_then_waits() -> None:
     assert place(observed(decode=FULL), REQUEST) == Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
-    as_much = Site(capacity=10_000, room=5_000, rows=8, tokens=4_000)
+    as_much = site(capacity=10_000, room=5_000, rows=8, tokens=4_000)
     dear = msgspec.structs.replace(COSTS, local=8e-6, remote=[8e-6])
     state = observed(decode=FULL, executor=as_much, costs=dear)
     assert place(state, REQUEST) == Decision(Placement.WAIT, Reason.OVER_BOUND)
 
 
 def test_beyond_the_bound_a_larger_batch_is_made_where_steps_are_mostly_weights() -> None:
-    as_much = Site(capacity=10_000, room=5_000, rows=8, tokens=4_000)
+    as_much = site(capacity=10_000, room=5_000, rows=8, tokens=4_000)
     weights = Costs([(1, 0.050), (64, 0.060)], 2e-6, [2e-6])
     state = observed(decode=FULL, executor=as_much, costs=weights)
     assert place(state, REQUEST) == Decision(Placement.OFFLOADED, Reason.WORTH)
@@ -88,13 +96,13 @@ def test_beyond_the_bound_a_larger_batch_is_made_where_steps_are_mostly_weights(
 def test_a_request_waits_when_neither_side_has_blocks_and_an_empty_engine_takes_any() -> None:
     full = msgspec.structs.replace(FULL, rows=2, tokens=900)
     assert place(observed(decode=FULL, executor=full), REQUEST) == Decision(Placement.WAIT, Reason.EXECUTOR_FULL)
-    nothing = Site(capacity=100, room=100, rows=0, tokens=0)
+    nothing = site(capacity=100, room=100, rows=0, tokens=0)
     assert place(observed(decode=nothing, executor=full), REQUEST) == Decision(Placement.LOCAL, Reason.FITS)
 
 
 def test_a_slower_executor_gets_less() -> None:
     slow = msgspec.structs.replace(COSTS, remote=[8e-6])
-    quarter = Site(capacity=10_000, room=5_000, rows=2, tokens=1_000)
+    quarter = site(capacity=10_000, room=5_000, rows=2, tokens=1_000)
     assert bound(observed(decode=FULL), 0) == 1
     assert bound(observed(decode=FULL, costs=slow), 0) == 0.25
     assert place(observed(decode=FULL, executor=quarter), REQUEST).placement is Placement.OFFLOADED
@@ -132,7 +140,7 @@ def test_a_larger_batch_never_costs_less(a: int, b: int) -> None:
 
 def test_an_executor_that_is_slower_gives_a_request_back_but_not_for_little() -> None:
     slow = msgspec.structs.replace(COSTS, remote=[10e-6])
-    executor = Site(capacity=10_000, room=5_000, rows=2, tokens=2_000)
+    executor = site(capacity=10_000, room=5_000, rows=2, tokens=2_000)
     offloaded = [REQUEST, msgspec.structs.replace(REQUEST, tokens=1_500)]
     state = observed(decode=msgspec.structs.replace(ROOMY, rows=4, tokens=2_000), executor=executor, costs=slow)
     assert move(state, offloaded) == (1, Reason.EXECUTOR_SLOW)
@@ -144,6 +152,21 @@ def test_memory_asked_back_is_given_back_where_there_is_room() -> None:
     executor = msgspec.structs.replace(FULL, recalls=True)
     assert move(observed(executor=executor), [REQUEST]) == (0, Reason.RECALLED)
     assert move(observed(decode=FULL, executor=executor), [REQUEST]) is None
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 200)), max_size=12))
+def test_the_peak_is_what_growing_in_step_needs(rows: list[tuple[int, int]]) -> None:
+    needs = [
+        sum(-(-(tokens + step) // BLOCK) for tokens, growth in rows if growth >= step)
+        for step in range(max((growth for _, growth in rows), default=0) + 1)
+    ]
+    assert peak(rows, BLOCK) == max(needs)
+
+
+def test_the_peak_of_many_requests_is_found_nearly() -> None:
+    rows = [(100 + 7 * i % 50, i) for i in range(400)]
+    exact = max(sum(-(-(t + step) // BLOCK) for t, growth in rows if growth >= step) for step in range(400))
+    assert 0.95 * exact <= peak(rows, BLOCK) <= exact
 
 
 BLOCK = 16
@@ -163,10 +186,10 @@ class Cluster(RuleBasedStateMachine):
         self.admitted = 0
 
     def site(self, where: int | None) -> Site:
-        here = [(tokens, final) for place_, tokens, final in self.live if place_ == where]
-        free = self.capacity[where] - sum(-(-final // BLOCK) for _, final in here)
+        here = [(tokens, final - tokens) for place_, tokens, final in self.live if place_ == where]
         ready = True if where is None else self.ready[where]
-        return Site(self.capacity[where] * BLOCK, free * BLOCK, len(here), sum(t for t, _ in here), ready)
+        memory = Memory(self.capacity[where], BLOCK, here)
+        return Site(self.capacity[where] * BLOCK, memory, len(here), sum(t for t, _ in here), ready)
 
     def state(self) -> Observed:
         return Observed(self.site(None), [self.site(0), self.site(1)], self.costs)
@@ -175,7 +198,7 @@ class Cluster(RuleBasedStateMachine):
     def arrive(self, executor: int, tokens: int, output: int) -> None:
         blocks = -(-(tokens + output) // BLOCK)
         if blocks <= self.capacity[None]:
-            self.waiting.append(Candidate(executor, tokens, blocks * BLOCK - tokens, tokens + output))
+            self.waiting.append(Candidate(executor, tokens, output, tokens + output))
 
     @precondition(lambda self: self.waiting)
     @rule()
@@ -196,27 +219,28 @@ class Cluster(RuleBasedStateMachine):
         if where is not None and decision.reason is Reason.LOCAL_FULL:
             assert self.ready[where]
             assert site.tokens + request.tokens <= limit * state.decode.tokens + 1e-9, "over its bound"
-        needed = -(-request.final // BLOCK)
-        free = (state.decode if where is None else site).room // BLOCK
-        if where is None and decision.reason is Reason.EXECUTOR_AWAY and free < needed:
+        memory = (state.decode if where is None else site).memory
+        # A prompt is with its executor already, in blocks of its own.
+        own = 0 if where is None else -(-request.tokens // BLOCK)
+        if (
+            where is None
+            and decision.reason is Reason.EXECUTOR_AWAY
+            and not memory.fits(request.tokens, request.growth)
+        ):
             return  # as in vLLM: it queues until local memory is free
-        # A prompt is with its executor already: only its growth takes room there.
-        assert free >= (needed if where is None else -(-request.growth // BLOCK))
+        if state.decode.rows or where is not None:
+            assert memory.fits(request.tokens, request.growth, own)
         if where is not None:
             self.capacity[where] += -(-request.tokens // BLOCK)
         self.live.append((where, request.tokens, request.final))
         self.waiting.pop(0)
         self.admitted += 1
 
-    @precondition(lambda self: self.live)
-    @rule(index=st.integers(0, 1000))
-    def grow_or_finish(self, index: int) -> None:
-        index %= len(self.live)
-        where, tokens, final = self.live[index]
-        if tokens < final:
-            self.live[index] = (where, tokens + 1, final)
-        else:
-            self.live.pop(index)
+    @rule(steps=st.integers(1, 40))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.live = [(where, tokens + 1, final) for where, tokens, final in self.live if tokens < final]
+            self.memory_suffices()
 
     @precondition(lambda self: self.live)
     @rule(index=st.integers(0, 1000))
@@ -236,9 +260,10 @@ class Cluster(RuleBasedStateMachine):
         self.costs = msgspec.structs.replace(self.costs, remote=remote)
 
     @invariant()
-    def local_memory_is_never_promised_twice(self) -> None:
-        promised = sum(-(-final // BLOCK) for where, _, final in self.live if where is None)
-        assert promised <= self.capacity[None]
+    def memory_suffices(self) -> None:
+        for where in (None, 0, 1):
+            needed = sum(-(-tokens // BLOCK) for place_, tokens, _ in self.live if place_ == where)
+            assert needed <= self.capacity[where]
 
     def teardown(self) -> None:
         """Whatever happened: when the others end, every request gets its turn."""

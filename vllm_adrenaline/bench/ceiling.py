@@ -42,7 +42,7 @@ def _attention(shape: dict[str, int], rows: int, context: int, core: int) -> tup
     from vllm_adrenaline.attention.kernels import CpuAttention
 
     layers, heads, kv_heads = shape["layers"], shape["heads"], shape["kv_heads"]
-    head = shape["hidden"] // heads
+    head = shape["head_dim"]
     width = context // BLOCK + 1
     isa = _get_attn_isa(torch.bfloat16, BLOCK, head, "auto")
     caches = [torch.randn(rows * width, kv_heads, 2 * BLOCK, head).bfloat16() for _ in range(layers)]
@@ -85,8 +85,8 @@ def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
     ready.wait(120)
     torch, attend = _attention(shape, rows, context, cores[0])
     hidden, inner = shape["hidden"], shape["inner"]
-    qkv = (shape["heads"] + 2 * shape["kv_heads"]) * (hidden // shape["heads"])
-    sizes = ((qkv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner))
+    qkv = (shape["heads"] + 2 * shape["kv_heads"]) * shape["head_dim"]
+    sizes = ((qkv, hidden), (hidden, shape["heads"] * shape["head_dim"]), (2 * inner, hidden), (hidden, inner))
     weights = [[torch.randn(*size).bfloat16() * 0.02 for size in sizes] for _ in range(shape["layers"])]
     linear = torch.nn.functional.linear
 
@@ -94,7 +94,7 @@ def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
         x = torch.randn(batch, hidden).bfloat16()
         attention, began = 0.0, time.perf_counter()
         for layer, (into, out, up, down) in enumerate(weights):
-            linear(x, into)
+            q = linear(x, into)[:, : out.shape[1]]
             at = time.perf_counter()
             if offload:
                 flags[SENT] += 1
@@ -102,7 +102,7 @@ def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
             while offload and flags[DONE] != flags[SENT]:
                 pass
             attention += time.perf_counter() - at
-            x = linear(linear(linear(x, out), up)[:, :inner].contiguous(), down)
+            x = linear(linear(linear(q, out), up)[:, :inner].contiguous(), down)
             x = x / x.float().std().bfloat16()
         return time.perf_counter() - began, attention
 

@@ -40,6 +40,14 @@ def of(answers: Sequence[Answer], prompt_tokens: int = 0) -> dict[str, float]:
     return result
 
 
+def attended_tokens(answers: Sequence[Answer], prompts: Sequence[int]) -> int:
+    """Return how many tokens of context all decode steps read together; what was computed twice counts once."""
+    return sum(
+        len(answer.tokens[1:]) * prompt + len(answer.tokens) * (len(answer.tokens) - 1) // 2
+        for answer, prompt in zip(answers, prompts, strict=True)
+    )
+
+
 def goodput_share(answers: Sequence[Answer], ttft_slo_ms: float, tpot_slo_ms: float) -> float:
     """Return the share of requests that met both objectives."""
     return statistics.mean(ttft_ms(a) <= ttft_slo_ms and tpot_ms(a) <= tpot_slo_ms for a in answers)

@@ -13,15 +13,27 @@ from vllm_adrenaline.bench import client, figures
 from vllm_adrenaline.bench.load import Load
 from vllm_adrenaline.bench.sampler import Sampler, cpu_seconds
 from vllm_adrenaline.bench.systems import BASELINE, Budget, System, Systems
-from vllm_adrenaline.bench.workloads import LOADS, MODELS, TPOT_SLO_MS, TTFT_SLO_MS, VOCABULARY, folder_of
+from vllm_adrenaline.bench.workloads import BLOCK, LOADS, MODELS, TPOT_SLO_MS, TTFT_SLO_MS, VOCABULARY, folder_of
+from vllm_adrenaline.engine_metrics import Snapshot
 from vllm_adrenaline.launch.system import physical_cores, split_cores
 
 MODEL_NAME = "m"
 WARM_UP = LOADS["chat"]
+COUNTED = {
+    "preemptions": "vllm:num_preemptions_total",
+    "offloaded": "vllm:adrenaline_offloaded_requests_total",
+    "exposed_wait_s": "vllm:adrenaline_exposed_wait_seconds_total",
+    "local_attention_s": "vllm:adrenaline_local_attention_seconds_total",
+    "remote_attention_s": "vllm:adrenaline_remote_attention_seconds_total",
+    "remote_attention_tokens": "vllm:adrenaline_remote_attention_tokens_total",
+}
+PLACEMENTS = "vllm:adrenaline_placements_total"
 
 
 class Run(msgspec.Struct, frozen=True):
-    """One workload once on one system. `figures`: by name; `tokens`: what came, for comparing systems."""
+    """One workload once on one system. `figures`: by name; `tokens`: what came, for comparing systems; `usage`: used
+    share of the KV blocks of both sides, one value a second; `placements`: what the plugin decided, and why, how often.
+    """
 
     model: str
     load: str
@@ -30,6 +42,8 @@ class Run(msgspec.Struct, frozen=True):
     count: int
     figures: dict[str, float]
     tokens: list[list[int]]
+    usage: dict[str, list[float]] = {}
+    placements: dict[str, float] = {}
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -71,7 +85,7 @@ def run(plan: Plan, folder: Path, say: Callable[[str], None], logs: Path | None 
         results += [msgspec.json.decode(_file(folder, model, *each).read_bytes(), type=Run) for each in known]
         if not missing:
             continue
-        args = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "2048", "--served-model-name", MODEL_NAME]
+        args = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "1536", "--served-model-name", MODEL_NAME]
         with ExitStack() as stack:
             systems = Systems(stack, plan.systems, folder_of(MODELS[model]), budget(model), args, logs)
             for system in systems.running.values():
@@ -96,25 +110,44 @@ def _file(folder: Path, model: str, repeat: int, load: Load, system: str) -> Pat
 
 def _once(system: System, model: str, load: Load, repeat: int, count: int) -> Run:
     requests = load.requests(VOCABULARY, repeat, count)
-    before = {name: system.metrics(name).all() for name in system.engines}
+    first, last = next(iter(system.engines)), list(system.engines)[-1]
+    before = {name: system.metrics(name).read() for name in system.engines}
     cpu = {name: cpu_seconds(pid) for name, pid in system.pids.items()}
-    with Sampler(system.engines) as sampler:
+    with Sampler(system.metrics(first), system.metrics(last)) as sampler:
         answers = client.send(system.url, MODEL_NAME, requests)
     found = figures.of(answers, sum(len(request.prompt) for request in requests))
     found["goodput_share"] = figures.goodput_share(answers, TTFT_SLO_MS, TPOT_SLO_MS)
-    first, last = next(iter(system.engines)), list(system.engines)[-1]
-    found["kv_prefill_used_share"], found["kv_decode_used_share"] = sampler.mean(first), sampler.mean(last)
-    sides = {"prefill": first, "decode": last}
-    for side, name in sides.items():
+    for side, name in {"prefill": first, "decode": last}.items():
+        found[f"kv_{side}_used_share"] = sampler.mean(side)
         found[f"busy_{side}_share"] = (cpu_seconds(system.pids[name]) - cpu[name]) / found["seconds"]
-    after = system.metrics(last).all()
-    for name, metric in {
-        "preemptions": "vllm:num_preemptions_total",
-        "offloaded": "vllm:adrenaline_offloaded_requests_total",
-        "exposed_wait_s": "vllm:adrenaline_exposed_wait_seconds_total",
-    }.items():
-        found[name] = after.get(metric, 0.0) - before[last].get(metric, 0.0)
-    return Run(model, load.name, system.name, repeat, count, found, [answer.tokens for answer in answers])
+    after = {name: system.metrics(name).read() for name in system.engines}
+    for name, metric in COUNTED.items():
+        found[name] = sum(after[engine].value(metric) - before[engine].value(metric) for engine in system.engines)
+    attended = figures.attended_tokens(answers, [len(request.prompt) for request in requests])
+    remote = found["remote_attention_tokens"]
+    for side, tokens in {"prefill": remote, "decode": attended - remote}.items():
+        found[f"attention_gb_s_{side}"] = tokens * MODELS[model].block_bytes / BLOCK / found["seconds"] / 1e9
+    return Run(
+        model,
+        load.name,
+        system.name,
+        repeat,
+        count,
+        found,
+        [answer.tokens for answer in answers],
+        sampler.usage,
+        _grown(before[last], after[last]),
+    )
+
+
+def _grown(before: Snapshot, after: Snapshot) -> dict[str, float]:
+    """Return how often was decided what in between, as "placement: reason"."""
+    counts = [
+        {f"{labels['placement']}: {labels['reason']}": count for labels, count in snapshot.labelled(PLACEMENTS)}
+        for snapshot in (before, after)
+    ]
+    grown = {name: count - counts[0].get(name, 0.0) for name, count in counts[1].items()}
+    return {name: count for name, count in grown.items() if count}
 
 
 def references(results: Sequence[Run]) -> dict[tuple[str, str, int], Run]:

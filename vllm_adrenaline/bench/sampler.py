@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_adrenaline.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.process import group_members
 
 EVERY_S = 1.0
+USED = "vllm:kv_cache_usage_perc"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -27,18 +27,23 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Sampler:
-    """A context manager around a run; `usage` is the KV blocks' used share by engine, one value a second."""
+    """A context manager around a run; `usage` is the used share of the KV blocks of the prefill and of the decode side,
+    one value a second."""
 
-    def __init__(self, urls: Mapping[str, str]) -> None:
-        self.usage: dict[str, list[float]] = {name: [] for name in urls}
-        self._engines = {name: EngineMetrics(url) for name, url in urls.items()}
+    def __init__(self, prefill: EngineMetrics, decode: EngineMetrics) -> None:
+        self.usage: dict[str, list[float]] = {"prefill": [], "decode": []}
+        self._prefill, self._decode = prefill, decode
+        self._blocks = prefill.blocks()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def _sample(self) -> None:
         while not self._stop.wait(EVERY_S):
-            for name, engine in self._engines.items():
-                self.usage[name].append(engine.usage())
+            decode, prefill = self._decode.read(), self._prefill.value(USED)
+            # A prefill engine's own gauge stands still while it has no step: the decode engine knows what is in use.
+            elsewhere = sum(decode.value(f"vllm:adrenaline_{what}_blocks") for what in ("borrowed", "waiting"))
+            self.usage["prefill"].append(elsewhere / self._blocks if elsewhere else prefill)
+            self.usage["decode"].append(decode.value(USED))
 
     def __enter__(self) -> Sampler:
         self._thread.start()
@@ -48,8 +53,8 @@ class Sampler:
         self._stop.set()
         self._thread.join()
 
-    def mean(self, name: str) -> float:
-        """Return the mean use of an engine in the middle half of the run: after filling, before draining."""
-        values = self.usage[name]
+    def mean(self, side: str) -> float:
+        """Return the mean use of a side in the middle half of the run: after filling, before draining."""
+        values = self.usage[side]
         middle = values[len(values) // 4 : -(len(values) // 4) or None]
         return sum(middle) / len(middle) if middle else 0.0

@@ -15,14 +15,14 @@ LOADS = {
         Load(
             "reasoning",
             "decode-heavy: short prompts, long answers, all at once",
-            count=48,
-            arrivals=evenly(8.0, (64, 192), (250, 350)),
+            count=40,
+            arrivals=evenly(6.0, (64, 120), (200, 800)),
         ),
         Load(
             "conversation",
-            "the real conversation trace, eight a second; prompt lengths x 0.15, 32 to 384 tokens; answers 32 to 384",
-            count=48,
-            arrivals=from_trace(8.0, 0.15, (32, 384), 1.0, (32, 384)),
+            "the real conversation trace, twelve a second; prompt lengths x 0.3, 32 to 512 tokens; answers 32 to 384",
+            count=64,
+            arrivals=from_trace(12.0, 0.3, (32, 512), 1.0, (32, 384)),
         ),
         Load(
             "prefill",
@@ -62,19 +62,19 @@ class ModelSize:
     def block_bytes(self) -> int:
         """KV bytes of a block: keys and values of all layers, bfloat16."""
         s = self.shape
-        return 2 * s["layers"] * s["kv_heads"] * (s["hidden"] // s["heads"]) * BLOCK * 2
+        return 2 * s["layers"] * s["kv_heads"] * s["head_dim"] * BLOCK * 2
 
 
 MODELS = {
     "mha": ModelSize(
         "multi-head attention, as in the paper's models",
-        {"layers": 12, "hidden": 512, "inner": 512, "heads": 8, "kv_heads": 8},
+        {"layers": 12, "hidden": 512, "inner": 512, "heads": 8, "kv_heads": 8, "head_dim": 64},
         decode_blocks=24,
         prefill_blocks=72,
     ),
     "gqa": ModelSize(
         "grouped-query attention: a quarter of the KV",
-        {"layers": 12, "hidden": 512, "inner": 512, "heads": 8, "kv_heads": 2},
+        {"layers": 12, "hidden": 512, "inner": 512, "heads": 8, "kv_heads": 2, "head_dim": 64},
         decode_blocks=24,
         prefill_blocks=72,
     ),
@@ -85,4 +85,4 @@ def folder_of(size: ModelSize) -> Path:
     """Make the model if it is not there; return its folder."""
     from vllm_adrenaline.demo.model import make_model
 
-    return make_model(None, **size.shape, vocab=VOCABULARY, max_position=2048)
+    return make_model(None, **size.shape, vocab=VOCABULARY, max_position=1536)

@@ -48,6 +48,11 @@ class RemotePool:
         load = self.borrower.load
         return len(self.free) + max(0, load.free - load.reserve)
 
+    @property
+    def borrowed(self) -> int:
+        """How many blocks of the prefill engine we hold."""
+        return self.leased + self._claimed.total()
+
     def adopt(self, claim: str, indices: Sequence[int]) -> list[RemoteBlock]:
         """Return the blocks of a granted claim; the claim is released when the last of them is freed."""
         self._claimed[claim] = len(indices)

@@ -294,8 +294,10 @@ class Offload:
         return {**counts, **self.placer.take_counts()}
 
     def gauges(self) -> dict[str, float]:
-        """Return what placement believes at present."""
-        return self.placer.gauges
+        """Return what placement believes at present, and what is held of the prefill engines' memory."""
+        borrowed = sum(pool.borrowed for pool in self.pools)
+        waiting = sum(pool.borrower.waiting for pool in self.pools)
+        return self.placer.gauges | {"borrowed_blocks": borrowed, "waiting_blocks": waiting}
 
     # Details
 

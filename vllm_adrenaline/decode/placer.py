@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adrenaline.percentiles import percentile
 from vllm_adrenaline.placement.feedback import Feedback, OutputLengths, Step
+from vllm_adrenaline.placement.memory import Memory
 from vllm_adrenaline.placement.policy import Candidate, Decision, Observed, Placement, Reason, Site, bound, move, place
 
 if TYPE_CHECKING:
@@ -31,11 +32,17 @@ TPOT_STEPS = 64
 
 @dataclass
 class Share:
-    """The part of a batch that one place attends: `growth` is what its requests are expected to need, in blocks."""
+    """The part of a batch that one place attends. `lengths`: tokens and expected growth of each request; `blocks`: what
+    they have."""
 
-    rows: int = 0
     tokens: int = 0
-    growth: int = 0
+    blocks: int = 0
+    lengths: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """How many requests there are."""
+        return len(self.lengths)
 
 
 @dataclass
@@ -68,40 +75,36 @@ class Placer:
         self._since_move = 0
         self._steps: deque[float] = deque(maxlen=TPOT_STEPS)
         self._batch, self._bound = Batch(), 0.0
+        self._remote_tokens = 0
 
     def candidate(self, request: Request, executor: int) -> Candidate:
-        """Describe a request to the policy; growth is rounded up to whole blocks."""
-        tokens = request.num_tokens
+        """Describe a request to the policy."""
         growth = self.lengths.expected_growth(request.num_output_tokens, request.max_tokens)
-        blocks = -(-(tokens + growth) // self._block_size)
-        final = request.num_prompt_tokens + request.max_tokens
-        return Candidate(executor, tokens, blocks * self._block_size - tokens, final)
+        return Candidate(executor, request.num_tokens, growth, request.num_prompt_tokens + request.max_tokens)
 
     def add(self, batch: Batch, request: Request, executor: int | None) -> None:
         """Count a request in a batch."""
-        share, size = batch.of(executor), self._block_size
-        tokens = request.num_tokens
-        growth = self.lengths.expected_growth(request.num_output_tokens, request.max_tokens)
-        share.rows += 1
+        share, tokens = batch.of(executor), request.num_tokens
         share.tokens += tokens
-        share.growth += -(-(tokens + growth) // size) - -(-tokens // size)
+        share.blocks += -(-tokens // self._block_size)
+        share.lengths.append((tokens, self.lengths.expected_growth(request.num_output_tokens, request.max_tokens)))
 
     def observed(self, batch: Batch, free: int, pools: Sequence[RemotePool], down: frozenset[int]) -> Observed:
         """Return the present state as the policy sees it; `free`: local blocks."""
         size, local = self._block_size, batch.local
         capacity = self._local_blocks * size
-        decode = Site(capacity, (free - local.growth) * size, local.rows, local.tokens)
+        decode = Site(capacity, Memory(free + local.blocks, size, local.lengths), local.rows, local.tokens)
         executors = [
             Site(
                 capacity=(pool.borrower.load.total - pool.borrower.load.reserve) * size,
-                room=(pool.spare - batch.remote[pool.executor].growth) * size,
-                rows=batch.remote[pool.executor].rows,
-                tokens=batch.remote[pool.executor].tokens,
+                memory=Memory(pool.spare + share.blocks, size, share.lengths),
+                rows=share.rows,
+                tokens=share.tokens,
                 ready=pool.executor not in down and pool.borrower.welcome is not None,
                 busy=pool.borrower.load.busy,
                 recalls=pool.borrower.load.recalls,
             )
-            for pool in pools
+            for pool, share in ((pool, batch.remote[pool.executor]) for pool in pools)
         ]
         return Observed(
             decode=decode,
@@ -177,6 +180,7 @@ class Placer:
         """Take a step that decoded `batch`; `seconds` is 0 when it computed prompts as well."""
         self._batch = batch
         remote = [batch.remote[e].tokens if e in batch.remote else 0 for e in range(executors)]
+        self._remote_tokens += sum(remote)
         times: Mapping[int, float] = report.remote if report is not None else {}
         self.feedback.observe(
             Step(
@@ -191,6 +195,8 @@ class Placer:
         )
 
     def take_counts(self) -> dict[str, float]:
-        """Return what was decided since the last call, as counters with labels (vllm_adrenaline/metrics.py)."""
+        """Return what was decided and attended since the last call, as counters (vllm_adrenaline/metrics.py)."""
         counts, self.counts = self.counts, Counter()
-        return {f"placements/{placement}/{reason}": count for (placement, reason), count in counts.items()}
+        tokens, self._remote_tokens = self._remote_tokens, 0
+        decided = {f"placements/{placement}/{reason}": float(count) for (placement, reason), count in counts.items()}
+        return decided | {"remote_attention_tokens": float(tokens)}

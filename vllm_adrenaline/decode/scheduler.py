@@ -16,7 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adrenaline import identity, measure
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.cores import wait_without_spinning
+from vllm_adrenaline.cores import come_first, wait_without_spinning
 from vllm_adrenaline.decode.blocks import KVSpaceManager
 from vllm_adrenaline.decode.borrower import Borrower
 from vllm_adrenaline.decode.offload import Offload
@@ -31,6 +31,7 @@ class DecodeScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         wait_without_spinning()
+        come_first()
         super().__init__(*args, **kwargs)
         options = Options.of(self.vllm_config)
         us = identity.of(self.vllm_config)

@@ -81,14 +81,17 @@ class Waiting:
 
         `observe`: the present state, given the free local blocks. `batch` grows with what is decided. What may go on
         locally may do so in this step; if vLLM does not get to it, it is decided anew in the next (not with a fixed
-        ratio: that decides once). Behind a request that waits nobody else gets local memory.
+        ratio: that decides once). Behind a request that waits nobody else gets local memory, nor its executor's.
         """
         blocked, by_load = False, self._placer.ratio is None
+        full: set[int] = set()
         for name, undecided in list(self._undecided.items())[:SEEN]:
             request, pool = undecided.request, undecided.pool
             if by_load:
                 undecided.local = None
             if undecided.local is not None or (by_load and batch.rows >= max_rows):
+                continue
+            if pool.executor in full:
                 continue
             decision = self._placer.place(observe(free), request, pool.executor)
             if decision.placement is Placement.OFFLOADED:
@@ -98,9 +101,11 @@ class Waiting:
                 yield undecided
             elif decision.placement is Placement.WAIT or blocked:
                 blocked = True
-                if not undecided.waited and decision.placement is Placement.WAIT:
-                    undecided.waited = True
-                    self._placer.waited(decision)
+                if decision.placement is Placement.WAIT:
+                    full.add(pool.executor)
+                    if not undecided.waited:
+                        undecided.waited = True
+                        self._placer.waited(decision)
             else:
                 undecided.local = decision
                 if not by_load:

@@ -13,7 +13,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adrenaline import identity, measure
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.cores import settle_worker
+from vllm_adrenaline.cores import come_first, settle_worker
 from vllm_adrenaline.data.shm import Shape, ShmSteps
 from vllm_adrenaline.decode import backend, remote
 from vllm_adrenaline.decode.link import Link
@@ -33,6 +33,7 @@ class DecodeWorker(CPUWorker):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
         settle_worker()
+        come_first()
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise AdrenalineError(f"the model has {len(groups)} KV cache groups; one is supported")

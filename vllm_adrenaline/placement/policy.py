@@ -16,11 +16,13 @@ import msgspec
 
 from vllm_adrenaline.placement import bounds
 from vllm_adrenaline.placement.costs import Costs
+from vllm_adrenaline.placement.memory import Memory
 
 GAIN = 0.1
 """By how much of a step offloading must shorten it before a request that fits locally is offloaded: less is noise."""
-MOVE_GAIN = 0.1
-"""By how much moving a request back must shorten the step: a move costs a transfer."""
+MOVE_GAIN = 0.02
+"""By how much moving a request back must shorten the step: less is noise. Until its end it must also gain a whole step,
+for it costs a transfer."""
 WORTH = 0.75
 """What a row that does not hide may cost at most, of what a row of the batch costs on average: below 1 it raises
 throughput, and ends a wait; the price is TPOT, which an objective bounds."""
@@ -61,12 +63,12 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class Site(msgspec.Struct, frozen=True):
-    """One place where attention runs. In tokens: `capacity`, the KV memory there is; `room`, what is free beyond the
-    growth that is expected of the `rows` requests there, which hold `tokens`. `ready`: it answers. `busy`: share of
-    its time that its prefill engine computes. `recalls`: its prefill engine asks for memory back."""
+    """One place where attention runs. `capacity`: the KV memory there is, in tokens; `memory`: what its requests have
+    and could get of it. There are `rows` of them, which hold `tokens`. `ready`: it answers. `busy`: share of its time
+    that its prefill engine computes. `recalls`: its prefill engine asks for memory back."""
 
     capacity: int
-    room: int
+    memory: Memory
     rows: int
     tokens: int
     ready: bool = True
@@ -114,9 +116,9 @@ def place(o: Observed, request: Candidate) -> Decision:
     if o.ratio is not None:
         quota = o.ratio * (o.decided + 1)
         return Decision(Placement.OFFLOADED if o.offloaded + 1 <= quota + 1e-9 else Placement.LOCAL, Reason.RATIO)
-    has_room = request.growth <= site.room
+    has_room = site.memory.fits(request.tokens, request.growth, own=-(-request.tokens // site.memory.block_size))
     # An empty decode engine takes any request: vLLM has checked that it fits, and waiting would be for ever.
-    if request.tokens + request.growth <= o.decode.room or o.decode.rows == 0:
+    if o.decode.rows == 0 or o.decode.memory.fits(request.tokens, request.growth):
         if has_room and _shortens(o, request):
             return Decision(Placement.OFFLOADED, Reason.SHORTER_STEP)
         return Decision(Placement.LOCAL, Reason.FITS)
@@ -137,12 +139,12 @@ def move(o: Observed, offloaded: Sequence[Candidate]) -> tuple[int, Reason] | No
     A prefill engine that asks for memory comes first: it gets the request that holds most. Else an executor that is
     slower than local attention gives up the request whose move shortens the step most.
     """
-    fits = [(i, r) for i, r in enumerate(offloaded) if r.tokens + r.growth <= o.decode.room]
+    fits = [(i, r) for i, r in enumerate(offloaded) if o.decode.memory.fits(r.tokens, r.growth)]
     recalled = [(r.tokens, i) for i, r in fits if o.executors[r.executor].recalls]
     if recalled:
         return max(recalled)[1], Reason.RECALLED
     now = _seconds(o)
-    gains = [(now - _seconds(o, moved=r), i) for i, r in fits]
+    gains = [(gain, i) for i, r in fits if (gain := now - _seconds(o, moved=r)) * r.growth > now]
     gain, index = max(gains, default=(0.0, -1))
     return (index, Reason.EXECUTOR_SLOW) if gain > MOVE_GAIN * now else None
 

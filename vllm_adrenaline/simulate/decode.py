@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from vllm_adrenaline.placement.feedback import Feedback, OutputLengths, Step
+from vllm_adrenaline.placement.memory import Memory
 from vllm_adrenaline.placement.policy import Candidate, Decision, Observed, Placement, Reason, Site, move, place
 from vllm_adrenaline.simulate.engines import Prefill, Row
 
@@ -156,17 +157,16 @@ class Decode:
         return self.lengths.expected_growth(row.made, row.output)
 
     def _candidate(self, row: Row) -> Candidate:
-        growth = self._blocks(row.tokens + self._growth(row)) * self.setup.block_size - row.tokens
-        return Candidate(row.prefill, row.tokens, growth, row.prompt + row.output)
+        return Candidate(row.prefill, row.tokens, self._growth(row), row.prompt + row.output)
 
     def _observed(self, now: float) -> Observed:
         size, setup = self.setup.block_size, self.setup
-        growth: Counter[int | None] = Counter()
-        rows: Counter[int | None] = Counter()
+        lengths: defaultdict[int | None, list[tuple[int, int]]] = defaultdict(list)
+        blocks: Counter[int | None] = Counter()
         tokens: Counter[int | None] = Counter()
         for row in (*self.running, *self.pulling):
-            growth[row.where] += self._blocks(row.tokens + self._growth(row)) - self._blocks(row.tokens)
-            rows[row.where] += 1
+            lengths[row.where].append((row.tokens, self._growth(row)))
+            blocks[row.where] += self._blocks(row.tokens)
             tokens[row.where] += row.tokens
         executors = []
         for number, engine in enumerate(self.prefills):
@@ -174,14 +174,15 @@ class Decode:
             executors.append(
                 Site(
                     capacity=(engine.total - reserve) * size,
-                    room=(engine.free - reserve - growth[number]) * size,
-                    rows=rows[number],
+                    memory=Memory(max(0, engine.free - reserve) + blocks[number], size, lengths[number]),
+                    rows=len(lengths[number]),
                     tokens=tokens[number],
                     busy=engine.busy_share(now),
                     recalls=engine.recalls,
                 )
             )
-        decode = Site(setup.decode_blocks * size, (self.free - growth[None]) * size, rows[None], tokens[None])
+        memory = Memory(self.free + blocks[None], size, lengths[None])
+        decode = Site(setup.decode_blocks * size, memory, len(lengths[None]), tokens[None])
         return Observed(
             decode,
             executors,
@@ -196,6 +197,7 @@ class Decode:
 
     def _place(self, now: float) -> None:
         blocked, by_load = False, self.setup.ratio is None
+        full: set[int] = set()
         for row in list(self.waiting)[:SEEN]:
             if len(self.running) + len(self.pulling) >= self.setup.max_rows:
                 return
@@ -204,6 +206,8 @@ class Decode:
                     blocked = True
                     if not by_load:
                         return  # first come first served, as in vLLM
+                continue
+            if row.prefill in full:
                 continue
             decision = place(self._observed(now), self._candidate(row))
             if decision.placement is Placement.OFFLOADED:
@@ -214,9 +218,11 @@ class Decode:
                 self._count(decision)
             elif decision.placement is Placement.WAIT or blocked:
                 blocked = True
-                if decision.placement is Placement.WAIT and not row.waited:
-                    row.waited = True
-                    self.placements[f"wait/{decision.reason.value}"] += 1
+                if decision.placement is Placement.WAIT:
+                    full.add(row.prefill)
+                    if not row.waited:
+                        row.waited = True
+                        self.placements[f"wait/{decision.reason.value}"] += 1
             else:
                 if not by_load:
                     row.placed = True
