@@ -21,10 +21,39 @@ ANSWERS = [
 ]
 
 
-def made(system: str, repeat: int, speed: float, tokens: list[list[int]] | None = None) -> Run:
-    found = dict.fromkeys(report.SHOWN, 1.0) | {"output_tok_s": speed, "tpot_ms_p50": 20.0}
+CEILING = {"rows": 7, "context": 340, "local_ms": 20.0, "local_attention_ms": 10.0, "twice_ms": 22.0, "ratio": 1.8}
+
+
+def made(
+    system: str, repeat: int, speed: float, tokens: list[list[int]] | None = None, load: str = "light", met: float = 1.0
+) -> Run:
+    found = dict.fromkeys(report.SHOWN, 1.0) | {"output_tok_s": speed, "tpot_ms_p50": 20.0, "goodput_share": met}
     del found["same_tokens"]
-    return Run("mha", "light", system, repeat, 2, found, tokens or [[1, 2, 3], [4]])
+    usage = {"prefill": [0.0, 0.5, 0.2], "decode": [0.1, 0.9, 0.3]}
+    placements = {"offloaded: local_full": 3.0} if system.startswith("adrenaline") else {}
+    return Run("mha", load, system, repeat, 2, found, tokens or [[1, 2, 3], [4]], usage, placements)
+
+
+def test_the_ceiling_and_how_near_a_system_comes_are_told() -> None:
+    runs = [made(systems.BASELINE, 0, 100, load="reasoning"), made("adrenaline_auto", 0, 171, load="reasoning")]
+    found = report.summary(runs, {}, {"mha": CEILING})
+    assert found["models"]["mha"]["attention_share"] == 0.5
+    assert found["models"]["mha"]["reached_of_ceiling"] == {"adrenaline_auto": 0.95}
+    text = report.markdown(found)
+    assert "50 % of it attention" in text
+    assert "| output throughput | 1.68 x | 1.71 x |" in text
+    assert "adrenaline_auto decided: offloaded: local_full 3" in text
+
+
+def test_goodput_is_the_highest_rate_that_still_has_it() -> None:
+    runs = [
+        made("adrenaline_auto", 0, 100, load=f"ramp@{rate}", met=met) for rate, met in ((2, 1.0), (3, 0.9), (4, 0.8))
+    ]
+    runs.append(made(systems.BASELINE, 0, 100, load="ramp@2", met=0.5))
+    found = report.summary(runs, {})
+    assert found["goodput_req_s"] == {"mha": {"adrenaline_auto": 3.0, systems.BASELINE: 0.0}}
+    assert found["cells"] == []
+    assert "adrenaline_auto 3, vllm_pd 0" in report.markdown(found)
 
 
 @pytest.mark.parametrize("name", LOADS)
@@ -86,6 +115,7 @@ def test_systems_take_turns_and_the_order_is_reversed_every_second_time() -> Non
     plan = Plan(["mha"], ["light"], ["a", "b"], 2)
     assert [(repeat, system) for repeat, _, system in plan.wanted("mha")] == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
     assert plan.runs == 4
+    assert Plan(["mha"], ["light", "ramp"], ["a", "b"], 2).runs == 4 + 2 * 3, "a search among seven rates takes three"
 
 
 def test_a_name_that_is_no_system_is_refused() -> None:
@@ -106,6 +136,7 @@ def test_what_is_known_already_is_not_run_again(tmp_path: Path, capsys: pytest.C
         file = tmp_path / "runs" / f"mha-light-0-{system}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(msgspec.json.encode(made(system, 0, 100 if system == systems.BASELINE else 168)))
+    (tmp_path / "runs" / "mha-ceiling.json").write_text(json.dumps(CEILING))
     assert cli.main(["bench", "--quick", "--workloads", "light", "--out", str(tmp_path), "--json"]) == 0
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last["cells"][0]["ratios"]["adrenaline_auto_over_vllm_pd"]["output_tok_s"]["ratio"] == 1.68

@@ -114,7 +114,14 @@ def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
     peer.join(5)
     local, both = (1e3 * statistics.median(run[i][0] for run in runs) for i in (0, 1))
     attended = 1e3 * statistics.median(run[0][1] for run in runs)
-    return {"local_ms": local, "local_attention_ms": attended, "twice_ms": both, "ratio": 2 * local / both}
+    return {
+        "rows": rows,
+        "context": context,
+        "local_ms": local,
+        "local_attention_ms": attended,
+        "twice_ms": both,
+        "ratio": 2 * local / both,
+    }
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ downloaded. Results are kept as they come, so that a run that was stopped goes o
 and report.html are written to the folder.
 """
 QUICK_LOADS, QUICK_SYSTEMS, QUICK_COUNTS = "reasoning,light", "vllm_pd,adrenaline_auto", {"reasoning": 20, "light": 5}
-FULL_LOADS = "reasoning,conversation,prefill,chat,light"
 FULL_SYSTEMS = "vllm_pd,vllm_one,vllm_two,adrenaline_0.5,adrenaline_auto"
 
 
@@ -24,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="two systems, two workloads, one model, one repeat: under 6 minutes")
     add("--systems", default="", metavar="A,B", help=f"default: {FULL_SYSTEMS}; also adrenaline_RATIO")
-    add("--workloads", default="", metavar="A,B", help=f"default: {FULL_LOADS}")
+    add("--workloads", default="", metavar="A,B", help="default: all, of gqa some; ramp is the search for goodput")
     add("--models", default="", metavar="A,B", help="mha (multi-head) and gqa (grouped-query); default: mha,gqa")
-    add("--repeats", type=int, default=0, metavar="N", help="default: 3, or 1 with --quick")
+    add("--repeats", type=int, default=0, metavar="N", help="default: 2, or 1 with --quick")
     add("--out", type=Path, default=Path("adrenaline-bench"), metavar="FOLDER", help="default: %(default)s")
     add("--json", action="store_true", help="print the report as one JSON object, as the last line")
 
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the grid, or what is missing of it, and write the report."""
     from vllm_adrenaline.bench import report, systems, workloads
-    from vllm_adrenaline.bench.run import Plan, budget
+    from vllm_adrenaline.bench.run import Plan, budget, ceiling_file
     from vllm_adrenaline.bench.run import run as run_plan
     from vllm_adrenaline.launch.supervisor import say
     from vllm_adrenaline.launch.system import machine
@@ -42,14 +41,14 @@ def run(options: argparse.Namespace) -> int:
     quick = options.quick
     plan = Plan(
         models=(options.models or ("mha" if quick else "mha,gqa")).split(","),
-        loads=(options.workloads or (QUICK_LOADS if quick else FULL_LOADS)).split(","),
+        loads=[each for each in (options.workloads or (QUICK_LOADS if quick else "")).split(",") if each],
         systems=(options.systems or (QUICK_SYSTEMS if quick else FULL_SYSTEMS)).split(","),
-        repeats=options.repeats or (1 if quick else 3),
+        repeats=options.repeats or (1 if quick else 2),
         counts=QUICK_COUNTS if quick else {},
     )
     for kind, names, known in (("workload", plan.loads, workloads.LOADS), ("model", plan.models, workloads.MODELS)):
         for name in names:
-            if name not in known:
+            if name not in known and (kind, name) != ("workload", workloads.RAMP):
                 raise AdrenalineError(f"{name} is no {kind}; there are {', '.join(known)}")
     for name in plan.systems:
         say(f"{name}: {systems.about(name)}")
@@ -59,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
         shares = [f"{kv / 2**20:.0f} MiB of KV on cores {cores} for {side}" for side, (kv, cores) in sides.items()]
         say(f"model {name}: {about}; {', '.join(shares)}; aggregated engines have the sum of both")
     results = run_plan(plan, options.out, say)
-    found = report.summary(results, machine())
+    ceilings = {name: json.loads(ceiling_file(options.out, name).read_text()) for name in plan.models}
+    found = report.summary(results, machine(), ceilings)
     for name, text in {
         "report.json": json.dumps(found, indent=1) + "\n",
         "report.md": report.markdown(found),

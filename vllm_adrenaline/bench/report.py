@@ -11,7 +11,15 @@ from typing import Any
 from vllm_adrenaline.bench import systems
 from vllm_adrenaline.bench.figures import same_tokens
 from vllm_adrenaline.bench.run import Run
-from vllm_adrenaline.bench.workloads import LOADS, MODELS
+from vllm_adrenaline.bench.workloads import (
+    GOODPUT,
+    LOADS,
+    MODELS,
+    RAMP,
+    RATES,
+    TPOT_SLO_MS,
+    TTFT_SLO_MS,
+)
 
 SHOWN = {
     "output_tok_s": "output tok/s",
@@ -26,25 +34,42 @@ SHOWN = {
     "busy_decode_share": "cores busy, decode",
     "preemptions": "preempted",
     "offloaded": "offloaded",
+    "attention_gb_s_prefill": "decode attention, prefill side, GB/s",
+    "attention_gb_s_decode": "decode side, GB/s",
     "exposed_wait_s": "exposed wait, s",
     "same_tokens": "tokens as vllm_pd's",
 }
 
 
-def summary(results: Sequence[Run], machine: dict[str, Any]) -> dict[str, Any]:
-    """Return the report as plain data: per model and workload, `systems` and `ratios`.
+PAPER = (
+    ("output throughput", 1.68, "output_tok_s"),
+    ("KV memory used on the prefill side", 2.28, "kv_prefill_used_share"),
+)
+"""The paper's figures (arXiv 2503.20552, evaluation) that are ratios of what is measured here too."""
+NOT_ALIKE = """\
+The paper has A100 GPUs, Llama-2 7B and 13B and its own engine; here are CPU cores, a model of 12 layers with random
+weights and vLLM with this plugin. Its prefill-side bandwidth (2.07 x) counts what prompts read too, which is not
+measured here: the table above has what decode attention reads. Its decode-side compute (1.67 x) is that of the GEMMs, which is
+proportional to output tokens per second: the same ratio as throughput here, by definition."""
+
+
+def summary(
+    results: Sequence[Run], machine: dict[str, Any], ceilings: dict[str, dict[str, float]] | None = None
+) -> dict[str, Any]:
+    """Return the report as plain data: per model and workload, `systems` and `ratios`; `ceilings` by model.
 
     A ratio is the median over repeats of the ratio within a repeat; `spread` is half the range of those. Where the
     spread is larger than the effect, `ratio` is None: the runs do not tell.
     """
     by_place: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
     for run in results:
-        by_place.setdefault((run.model, run.load), {}).setdefault(run.system, {})[run.repeat] = run
+        if not run.load.startswith(RAMP):
+            by_place.setdefault((run.model, run.load), {}).setdefault(run.system, {})[run.repeat] = run
     cells = []
     for (model, load), found in by_place.items():
         baseline = found.get(systems.BASELINE, {})
         cell: dict[str, Any] = {"model": model, "workload": load, "about": LOADS[load].about}
-        cell |= {"systems": {}, "ratios": {}}
+        cell |= {"systems": {}, "ratios": {}, "usage": {}, "placements": {}}
         for name, runs in found.items():
             figures = {
                 key: statistics.median(run.figures[key] for run in runs.values())
@@ -55,7 +80,10 @@ def summary(results: Sequence[Run], machine: dict[str, Any]) -> dict[str, Any]:
             ]
             if same:
                 figures["same_tokens"] = min(same)
-            figures["requests"] = next(iter(runs.values())).count
+            shown = next(iter(runs.values()))
+            figures["requests"] = shown.count
+            cell["usage"][name] = {side: [round(each, 3) for each in values] for side, values in shown.usage.items()}
+            cell["placements"][name] = shown.placements
             cell["systems"][name] = {key: round(value, 4) for key, value in figures.items()}
             if name != systems.BASELINE and baseline:
                 cell["ratios"][f"{name}_over_{systems.BASELINE}"] = {
@@ -63,7 +91,40 @@ def summary(results: Sequence[Run], machine: dict[str, Any]) -> dict[str, Any]:
                     for key in ("output_tok_s", "tpot_ms_p50", "ttft_ms_p50", "kv_prefill_used_share")
                 }
         cells.append(cell)
-    return {"cells": cells, "models": {m: MODELS[m].about for m in {c["model"] for c in cells}}, "machine": machine}
+    models = {model: {"about": MODELS[model].about} | _ceiling(ceilings, model, cells) for model in _models(results)}
+    return {"cells": cells, "models": models, "goodput_req_s": _goodput(results), "machine": machine}
+
+
+def _models(results: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(run.model for run in results))
+
+
+def _ceiling(ceilings: dict[str, dict[str, float]] | None, model: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the ceiling of a model, the part of attention in its step, and how near each system comes to it."""
+    if not ceilings or model not in ceilings:
+        return {}
+    found, reached = ceilings[model], {}
+    for cell in cells:
+        if (cell["model"], cell["workload"]) == (model, "reasoning"):
+            ratios = {name: each["output_tok_s"]["ratio"] for name, each in cell["ratios"].items()}
+            reached = {
+                name.removesuffix(f"_over_{systems.BASELINE}"): round(ratio / found["ratio"], 3)
+                for name, ratio in ratios.items()
+                if ratio is not None
+            }
+    share = round(found["local_attention_ms"] / found["local_ms"], 3)
+    return {"ceiling": found, "attention_share": share, "reached_of_ceiling": reached}
+
+
+def _goodput(results: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Return the highest rate of the ramp with its goodput, by model and system; 0 if there is none."""
+    found: dict[str, dict[str, float]] = {}
+    for run in results:
+        if run.load.startswith(RAMP):
+            rate = float(run.load.removeprefix(f"{RAMP}@")) if run.figures["goodput_share"] >= GOODPUT else 0.0
+            by_system = found.setdefault(run.model, {})
+            by_system[run.system] = max(by_system.get(run.system, 0.0), rate)
+    return found
 
 
 def _ratio(runs: dict[int, Run], baseline: dict[int, Run], key: str) -> dict[str, float | None]:
@@ -90,11 +151,21 @@ def _shown(value: float | None, key: str) -> str:
 def markdown(report: dict[str, Any]) -> str:
     """Return the report as Markdown."""
     lines = ["# adrenaline bench", "", f"Machine: {json.dumps(report['machine'])}", ""]
+    for model, about in report["models"].items():
+        lines += [f"## Model {model}", "", f"{about['about']}.", *_about_ceiling(about), ""]
+        if goodput := report["goodput_req_s"].get(model):
+            rates = ", ".join(f"{name} {rate:g}" for name, rate in goodput.items())
+            lines += [
+                f"Highest rate of the ramp ({', '.join(f'{rate:g}' for rate in RATES)} requests a second) at which "
+                f"{100 * GOODPUT:.0f} % have their first token in {TTFT_SLO_MS:.0f} ms and a TPOT of at most "
+                f"{TPOT_SLO_MS:.0f} ms: {rates}.",
+                "",
+            ]
     for cell in report["cells"]:
         lines += [
             f"## {cell['workload']}, {cell['model']}",
             "",
-            f"{cell['about']}; {report['models'][cell['model']]}.",
+            f"{cell['about']}; {report['models'][cell['model']]['about']}.",
             "",
         ]
         lines += ["| system | " + " | ".join(SHOWN.values()) + " |", "|---" * (len(SHOWN) + 1) + "|"]
@@ -109,10 +180,42 @@ def markdown(report: dict[str, Any]) -> str:
                 for key, r in ratios.items()
             )
             lines.append(f"* {name}: {told}")
-        lines.append("")
+        for name, placements in cell["placements"].items():
+            if placements:
+                decided = ", ".join(f"{what} {count:.0f}" for what, count in sorted(placements.items()))
+                lines.append(f"* {name} decided: {decided}")
+        lines += ["", *_beside_the_paper(cell)]
     names = sorted({name for cell in report["cells"] for name in cell["systems"]})
     lines += [f"* `{name}`: {systems.about(name)}" for name in names]
     return "\n".join(lines) + "\n"
+
+
+def _about_ceiling(about: dict[str, Any]) -> list[str]:
+    if "ceiling" not in about:
+        return []
+    found = about["ceiling"]
+    lines = [
+        "",
+        f"Bare operators, no engine: a step of {found['rows']:.0f} rows of {found['context']:.0f} tokens takes "
+        f"{found['local_ms']:.1f} ms, {100 * about['attention_share']:.0f} % of it attention; twice the rows, half of "
+        f"them attended on the other side, {found['twice_ms']:.1f} ms: {found['ratio']:.2f} x the rows a second, the "
+        "ceiling where KV memory doubles.",
+    ]
+    if about["reached_of_ceiling"]:
+        reached = ", ".join(f"{name} {100 * part:.0f} %" for name, part in about["reached_of_ceiling"].items())
+        lines += ["", f"Ratio on the workload `reasoning` over that ceiling: {reached}."]
+    return lines
+
+
+def _beside_the_paper(cell: dict[str, Any]) -> list[str]:
+    ours = cell["ratios"].get(f"adrenaline_auto_over_{systems.BASELINE}")
+    if ours is None or (cell["model"], cell["workload"]) != ("mha", "reasoning"):
+        return []
+    lines = ["| over disaggregated vLLM | the paper, at most | here |", "|---|---|---|"]
+    for what, theirs, key in PAPER:
+        ratio = ours[key]["ratio"]
+        lines.append(f"| {what} | {theirs:.2f} x | {'not told' if ratio is None else f'{ratio:.2f} x'} |")
+    return [*lines, "", NOT_ALIKE, ""]
 
 
 BAR, ROW, LABEL, WIDTH = 14, 20, 150, 640
@@ -133,6 +236,34 @@ def _bars(title: str, values: dict[str, float]) -> str:
     return "".join(parts) + "</svg>"
 
 
+def _lines(title: str, usage: dict[str, dict[str, list[float]]], side: str) -> str:
+    """Return a plot of the KV blocks' use of one side over the seconds of a run, all systems."""
+    series = {name: values[side] for name, values in usage.items() if values.get(side)}
+    if not series:
+        return ""
+    height, longest = 120, max(map(len, series.values()))
+    parts = [
+        f'<svg width="{WIDTH}" height="{height + 50 + 16 * len(series)}" role="img">'
+        f'<text x="0" y="15">{html.escape(title)}</text>'
+        f'<rect x="30" y="24" width="{WIDTH - 40}" height="{height}" fill="none" stroke="#dadce0"/>'
+        f'<text x="0" y="34" class="s">100 %</text><text x="8" y="{height + 24}" class="s">0</text>'
+        f'<text x="{WIDTH - 60}" y="{height + 38}" class="s">{longest} s</text>'
+    ]
+    for i, (name, values) in enumerate(series.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        points = " ".join(
+            f"{30 + (WIDTH - 40) * at / max(longest - 1, 1):.0f},{24 + height * (1 - min(value, 1)):.0f}"
+            for at, value in enumerate(values)
+        )
+        y = height + 50 + 16 * i
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            f'<rect x="30" y="{y}" width="10" height="10" fill="{colour}"/>'
+            f'<text x="46" y="{y + 10}" class="s">{html.escape(name)}</text>'
+        )
+    return "".join(parts) + "</svg>"
+
+
 def page(report: dict[str, Any]) -> str:
     """Return the report as one self-contained HTML page with plots."""
     body = []
@@ -141,6 +272,7 @@ def page(report: dict[str, Any]) -> str:
         body.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(cell['about'])}</p>")
         for key in ("output_tok_s", "ttft_ms_p50", "tpot_ms_p50", "kv_prefill_used_share", "kv_decode_used_share"):
             body.append(_bars(SHOWN[key], {name: figures[key] for name, figures in cell["systems"].items()}))
+        body += [_lines(f"KV blocks in use, {side} side", cell["usage"], side) for side in ("prefill", "decode")]
     style = "body{font:14px sans-serif;margin:2em;max-width:60em}svg{display:block;margin:1em 0}.s{font-size:12px}"
     table = f"<pre>{html.escape(markdown(report))}</pre>"
     return (

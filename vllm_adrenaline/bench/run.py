@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -12,9 +14,22 @@ import msgspec
 from vllm_adrenaline.bench import client, figures
 from vllm_adrenaline.bench.load import Load
 from vllm_adrenaline.bench.sampler import Sampler, cpu_seconds
-from vllm_adrenaline.bench.systems import BASELINE, Budget, System, Systems
-from vllm_adrenaline.bench.workloads import BLOCK, LOADS, MODELS, TPOT_SLO_MS, TTFT_SLO_MS, VOCABULARY, folder_of
+from vllm_adrenaline.bench.systems import Budget, System, Systems
+from vllm_adrenaline.bench.workloads import (
+    BLOCK,
+    GOODPUT,
+    LOADS,
+    MODELS,
+    RAMP,
+    RATES,
+    TPOT_SLO_MS,
+    TTFT_SLO_MS,
+    VOCABULARY,
+    at_rate,
+    folder_of,
+)
 from vllm_adrenaline.engine_metrics import Snapshot
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.system import physical_cores, split_cores
 
 MODEL_NAME = "m"
@@ -47,7 +62,8 @@ class Run(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What is to be run. `counts`: requests by workload, where fewer than all are wanted."""
+    """What is to be run. `loads`: empty for each model's own. `counts`: requests by workload, where fewer than all are
+    wanted."""
 
     models: list[str]
     loads: list[str]
@@ -58,14 +74,19 @@ class Plan(msgspec.Struct, frozen=True):
     def wanted(self, model: str) -> Iterator[tuple[int, Load, str]]:
         """Yield (repeat, workload, system), systems in turns and every second time backwards."""
         for repeat in range(self.repeats):
-            for name in self.loads:
+            for name in (each for each in self.loads_of(model) if each != RAMP):
                 for system in self.systems if repeat % 2 == 0 else self.systems[::-1]:
                     yield repeat, LOADS[name], system
 
     @property
     def runs(self) -> int:
-        """How many runs there are."""
-        return len(self.models) * len(self.loads) * len(self.systems) * self.repeats
+        """How many runs there are, of a ramp at most."""
+        searched = sum(RAMP in self.loads_of(model) for model in self.models) * len(RATES).bit_length()
+        return sum(len(list(self.wanted(model))) for model in self.models) + searched * len(self.systems)
+
+    def loads_of(self, model: str) -> Sequence[str]:
+        """Return the workloads of a model."""
+        return self.loads or MODELS[model].loads
 
 
 def budget(model: str) -> Budget:
@@ -76,36 +97,100 @@ def budget(model: str) -> Budget:
 
 
 def run(plan: Plan, folder: Path, say: Callable[[str], None], logs: Path | None = None) -> list[Run]:
-    """Run what `folder` does not hold yet; return all results of the plan."""
+    """Run what `folder` does not hold yet; return all results of the plan. Engines start when something is missing."""
+    progress = Progress(plan.runs, say)
     results: list[Run] = []
-    began, done = time.monotonic(), 0
     for model in plan.models:
-        missing = [each for each in plan.wanted(model) if not _file(folder, model, *each).exists()]
-        known = [each for each in plan.wanted(model) if each not in missing]
-        results += [msgspec.json.decode(_file(folder, model, *each).read_bytes(), type=Run) for each in known]
-        if not missing:
-            continue
-        args = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "1536", "--served-model-name", MODEL_NAME]
         with ExitStack() as stack:
-            systems = Systems(stack, plan.systems, folder_of(MODELS[model]), budget(model), args, logs)
-            for system in systems.running.values():
-                client.send(system.url, MODEL_NAME, WARM_UP.requests(VOCABULARY, 99, count=4))
-            for repeat, load, name in missing:
-                count = plan.counts.get(load.name, load.count)
-                result = _once(systems.running[name], model, load, repeat, count)
-                results.append(result)
-                file = _file(folder, model, repeat, load, name)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(msgspec.json.encode(result))
-                done += 1
-                left = (time.monotonic() - began) / done * (plan.runs - len(known) - done)
-                shown = f"{result.figures['output_tok_s']:.0f} tok/s, TPOT p50 {result.figures['tpot_ms_p50']:.1f} ms"
-                say(f"{model}, {load.name}, repeat {repeat}, {name}: {shown}; some {left:.0f} s left")
+            bench = _Bench(stack, plan, model, folder, progress, logs)
+            bench.ceiling()
+            results += [bench.once(repeat, load, name) for repeat, load, name in plan.wanted(model)]
+            if RAMP in plan.loads_of(model):
+                results += [each for name in plan.systems for each in bench.ramp(name)]
     return results
 
 
+class Progress:
+    """Says what was measured, and how long the rest will take."""
+
+    def __init__(self, runs: int, say: Callable[[str], None]) -> None:
+        self._left, self._say = runs, say
+        self._began, self._done = time.monotonic(), 0
+
+    def known(self) -> None:
+        """A run is known from before."""
+        self._left -= 1
+
+    def measured(self, run: Run) -> None:
+        """A run is done."""
+        self._done, self._left = self._done + 1, self._left - 1
+        seconds = (time.monotonic() - self._began) / self._done * max(self._left, 0)
+        shown = f"{run.figures['output_tok_s']:.0f} tok/s, TPOT p50 {run.figures['tpot_ms_p50']:.1f} ms"
+        self._say(f"{run.model}, {run.load}, repeat {run.repeat}, {run.system}: {shown}; some {seconds:.0f} s left")
+
+
+class _Bench:
+    """One model: measures what is not in `folder`, on engines that start with the first such run."""
+
+    def __init__(
+        self, stack: ExitStack, plan: Plan, model: str, folder: Path, progress: Progress, logs: Path | None
+    ) -> None:
+        self._stack, self._plan, self._model, self._folder = stack, plan, model, folder / "runs"
+        self._progress, self._logs = progress, logs
+        self._systems: Systems | None = None
+
+    def ceiling(self) -> None:
+        """Measure the ceiling of bare operators in this model's shape, in its own process, before engines run."""
+        file = ceiling_file(self._folder.parent, self._model)
+        if file.exists():
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows, context = MODELS[self._model].saturated()
+        command = [sys.executable, "-m", "vllm_adrenaline.bench.ceiling", self._model, str(rows), str(context)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode:
+            raise AdrenalineError(f"the ceiling cannot be measured: {done.stderr[-2000:]}")
+        file.write_text(done.stdout.strip().splitlines()[-1])
+
+    def once(self, repeat: int, load: Load, name: str) -> Run:
+        """Return a run, from before if it is known."""
+        file = _file(self._folder, self._model, repeat, load, name)
+        if file.exists():
+            self._progress.known()
+            return msgspec.json.decode(file.read_bytes(), type=Run)
+        if self._systems is None:
+            self._systems = self._start()
+        count = self._plan.counts.get(load.name, load.count)
+        result = _once(self._systems.running[name], self._model, load, repeat, count)
+        file.write_bytes(msgspec.json.encode(result))
+        self._progress.measured(result)
+        return result
+
+    def ramp(self, name: str) -> Iterator[Run]:
+        """Search the highest rate at which enough requests meet their objectives; yield the runs that it took."""
+        low, high = 0, len(RATES)
+        while low < high:
+            middle = (low + high) // 2
+            found = self.once(0, at_rate(RATES[middle]), name)
+            yield found
+            low, high = (middle + 1, high) if found.figures["goodput_share"] >= GOODPUT else (low, middle)
+
+    def _start(self) -> Systems:
+        args = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "1536", "--served-model-name", MODEL_NAME]
+        path, kv = folder_of(MODELS[self._model]), budget(self._model)
+        systems = Systems(self._stack, self._plan.systems, path, kv, args, self._logs)
+        for system in systems.running.values():
+            client.send(system.url, MODEL_NAME, WARM_UP.requests(VOCABULARY, 99, count=4))
+        return systems
+
+
+def ceiling_file(folder: Path, model: str) -> Path:
+    """Return where the ceiling of a model is kept."""
+    return folder / "runs" / f"{model}-ceiling.json"
+
+
 def _file(folder: Path, model: str, repeat: int, load: Load, system: str) -> Path:
-    return folder / "runs" / f"{model}-{load.name}-{repeat}-{system}.json"
+    return folder / f"{model}-{load.name}-{repeat}-{system}.json"
 
 
 def _once(system: System, model: str, load: Load, repeat: int, count: int) -> Run:
@@ -148,8 +233,3 @@ def _grown(before: Snapshot, after: Snapshot) -> dict[str, float]:
     ]
     grown = {name: count - counts[0].get(name, 0.0) for name, count in counts[1].items()}
     return {name: count for name, count in grown.items() if count}
-
-
-def references(results: Sequence[Run]) -> dict[tuple[str, str, int], Run]:
-    """Return the baseline's runs by (model, workload, repeat)."""
-    return {(r.model, r.load, r.repeat): r for r in results if r.system == BASELINE}

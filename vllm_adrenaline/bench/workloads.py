@@ -40,29 +40,50 @@ LOADS = {
         Load(
             "light",
             "so few requests that nothing is short of anything: the honest result is no gain",
-            count=12,
-            arrivals=from_trace(0.5, 0.3, (64, 512), 0.3, (16, 64), first=100),
+            count=10,
+            arrivals=from_trace(0.8, 0.3, (64, 512), 0.3, (16, 64), first=100),
         ),
     )
 }
-TTFT_SLO_MS, TPOT_SLO_MS = 3000.0, 60.0
-"""Objectives for goodput."""
+TTFT_SLO_MS, TPOT_SLO_MS, GOODPUT = 2000.0, 40.0, 0.9
+"""Objectives for goodput, and the share of requests that must meet both."""
+RAMP, RATES = "ramp", (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+"""The ramp: requests of the trace at these rates a second, until the highest is found that still has its goodput."""
+
+
+def at_rate(rate: float) -> Load:
+    """Return one step of the ramp."""
+    arrivals = from_trace(rate, 0.3, (32, 512), 1.0, (32, 384), first=200)
+    return Load(f"{RAMP}@{rate:g}", f"the trace at {rate:g} requests a second", count=24, arrivals=arrivals)
+
+
+def about(name: str) -> str:
+    """Say in words what a workload is."""
+    return LOADS[name].about if name in LOADS else at_rate(float(name.removeprefix(f"{RAMP}@"))).about
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A small Llama with random weights, and the KV blocks of the decode and of the prefill side."""
+    """A small Llama with random weights, the KV blocks of the decode and of the prefill side, and the workloads that it
+    is for unless others are asked for."""
 
     about: str
     shape: dict[str, int]
     decode_blocks: int
     prefill_blocks: int
+    loads: tuple[str, ...]
 
     @property
     def block_bytes(self) -> int:
         """KV bytes of a block: keys and values of all layers, bfloat16."""
         s = self.shape
         return 2 * s["layers"] * s["kv_heads"] * s["head_dim"] * BLOCK * 2
+
+    def saturated(self) -> tuple[int, int]:
+        """Return how many rows of the decode-heavy workload fill the decode side, and their mean context."""
+        requests = LOADS["reasoning"].requests(VOCABULARY, 0)
+        context = sum(len(request.prompt) + request.tokens // 2 for request in requests) // len(requests)
+        return max(1, round(self.decode_blocks / (context / BLOCK + 0.5))), context
 
 
 MODELS = {
@@ -71,12 +92,14 @@ MODELS = {
         {"layers": 12, "hidden": 512, "inner": 512, "heads": 8, "kv_heads": 8, "head_dim": 64},
         decode_blocks=24,
         prefill_blocks=72,
+        loads=(*LOADS, RAMP),
     ),
     "gqa": ModelSize(
         "grouped-query attention: a quarter of the KV",
         {"layers": 12, "hidden": 512, "inner": 512, "heads": 8, "kv_heads": 2, "head_dim": 64},
         decode_blocks=24,
         prefill_blocks=72,
+        loads=("reasoning", "conversation", "light"),
     ),
 }
 
