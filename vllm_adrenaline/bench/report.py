@@ -49,8 +49,8 @@ PAPER = (
 NOT_ALIKE = """\
 The paper has A100 GPUs, Llama-2 7B and 13B and its own engine; here are CPU cores, a model of 12 layers with random
 weights and vLLM with this plugin. Its prefill-side bandwidth (2.07 x) counts what prompts read too, which is not
-measured here: the table above has what decode attention reads. Its decode-side compute (1.67 x) is that of the GEMMs, which is
-proportional to output tokens per second: the same ratio as throughput here, by definition."""
+measured here: the table above has what decode attention reads. Its decode-side compute (1.67 x) is that of the GEMMs,
+which is proportional to output tokens per second: the same ratio as throughput here, by definition."""
 
 
 def summary(

@@ -21,7 +21,7 @@ LOADS = {
         Load(
             "conversation",
             "the real conversation trace, twelve a second; prompt lengths x 0.3, 32 to 512 tokens; answers 32 to 384",
-            count=64,
+            count=80,
             arrivals=from_trace(12.0, 0.3, (32, 512), 1.0, (32, 384)),
         ),
         Load(

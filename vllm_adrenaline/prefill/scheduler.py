@@ -20,13 +20,10 @@ from vllm_adrenaline.control import messages
 from vllm_adrenaline.cores import wait_without_spinning
 from vllm_adrenaline.placement import profile
 from vllm_adrenaline.prefill import executor
+from vllm_adrenaline.prefill.ahead import Blocks, lets_wait
 from vllm_adrenaline.prefill.busy import BusyShare
 from vllm_adrenaline.prefill.control import ControlServer
 from vllm_adrenaline.prefill.lender import Lender
-
-AHEAD = 0.125
-"""Share of the KV blocks that finished prompts may hold until decode engines have placed them, while anything is lent.
-Enough for a decode engine to find its next requests ready, and not much of what it could offload into."""
 
 
 class PrefillScheduler(Scheduler):
@@ -44,7 +41,6 @@ class PrefillScheduler(Scheduler):
             expiry_s=options.lease_seconds,
             clock=time.monotonic,
         )
-        self._ahead = int(pool.num_gpu_blocks * AHEAD)
         self._growth_reserve = int(pool.num_gpu_blocks * options.growth_reserve)
         self.connector.lender = self.lender
         self.control = ControlServer(
@@ -95,18 +91,21 @@ class PrefillScheduler(Scheduler):
         return -(-self.waiting.peek_request().num_tokens // self.block_size) if self.waiting else 0
 
     def _pause_for_growth(self, asked: PauseState) -> PauseState:
-        """Let no new prompt in that would take what offloaded requests need: prompts that pile up here until there is
-        room for them take the memory that would be that room. So some blocks are left to growth, and while anything is
-        lent prompts are computed only so far ahead. vLLM's own pause, for one step."""
+        """Let new prompts wait if they are to (prefill/ahead.py): vLLM's own pause, for one step."""
         needed = self._needed_by_next()
         if asked != PauseState.UNPAUSED or not needed:
             return asked
-        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        lent = any(self.lender.lent)
-        waiting = sum(beat.waiting for beat in self.control.beats.copy().values())
-        is_ahead = lent and waiting > 0 and waiting + needed > self._ahead
-        is_short = (lent or bool(self.lender.offers)) and free - needed < self._growth_reserve
-        return PauseState.PAUSED_NEW if is_ahead or is_short else asked
+        pool = self.kv_cache_manager.block_pool
+        waiting = [beat.waiting for beat in self.control.beats.copy().values()]
+        blocks = Blocks(
+            total=pool.num_gpu_blocks,
+            free=pool.get_num_free_blocks(),
+            growth_reserve=self._growth_reserve,
+            waiting=sum(waiting) if all(waiting) else 0,  # a decode engine without any may want the next
+            lent=any(self.lender.lent),
+            offers=bool(self.lender.offers),
+        )
+        return PauseState.PAUSED_NEW if lets_wait(blocks, needed) else asked
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         with self.kv_lock:

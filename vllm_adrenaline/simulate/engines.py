@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from vllm_adrenaline.placement.costs import Costs, Seconds
+from vllm_adrenaline.prefill.ahead import Blocks, lets_wait
 
 
 @dataclass(eq=False)
@@ -74,7 +75,6 @@ class Prefill:
     block_size: int
     reserve: float = 0.05
     growth_reserve: float = 0.2
-    ahead: float = 0.125
     free: int = 0
     held: int = 0
     waiting: int = 0
@@ -97,10 +97,11 @@ class Prefill:
         while self.queue:
             row = self.queue[0]
             needed = -(-row.prompt // self.block_size)
-            keep = int(self.total * self.growth_reserve) if self.held else 0
-            if self.held > self.waiting > 0 and self.waiting + needed > int(self.total * self.ahead):
-                break
-            if self.free - needed < keep or (self.batch and tokens + row.prompt > self.model.batch_tokens):
+            reserve = int(self.total * self.growth_reserve)
+            lent, offers = self.held > self.waiting, self.held > 0
+            blocks = Blocks(self.total, self.free, reserve, self.waiting, lent, offers)
+            is_full = bool(self.batch) and tokens + row.prompt > self.model.batch_tokens
+            if is_full or needed > self.free or lets_wait(blocks, needed):
                 break
             self.free -= needed
             self.held += needed
