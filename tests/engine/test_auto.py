@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,12 @@ def test_memory_the_prefill_engine_asks_back_is_given_back_by_moving_requests(en
     work = workload(8, seed=53, prompts=[250], outputs=[600])  # 7 blocks each at their end; 20 are there
     sampling = {"temperature": 0.8, "seed": 5}
     wanted = [answer.tokens for answer in engines["plain"].complete(work, **sampling)]
-    assert [answer.tokens for answer in engines.door("dear").complete(work, **sampling)] == wanted
-    decode = engines["dear"]
+    decode, own = engines["dear"], workload(2, seed=54, prompts=[900], outputs=[1])  # 8 blocks each
+    with ThreadPoolExecutor() as pool:
+        answers = pool.submit(engines.door("dear").complete, work, **sampling)
+        while not answers.done() and not decode.counter("moved_requests"):
+            engines["prefill"].complete(own)
+        assert [answer.tokens for answer in answers.result()] == wanted
     assert decode.counter("moved_requests") > 0, "nothing moved: the test says nothing"
     moved = {reason for (kind, reason), count in decisions(engines, "dear").items() if kind == "moved" and count}
     assert moved <= {"recalled", "starved", "executor_slow"}

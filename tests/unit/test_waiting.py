@@ -38,7 +38,9 @@ class Engine:
 
     def __init__(self, ratio: float | None, free: int, remote_free: int = 1000) -> None:
         options: Any = SimpleNamespace(ratio=ratio, offload_rule="or", tpot_slo_ms=0.0)
-        borrower: Any = SimpleNamespace(load=Load(total=2000, free=remote_free), welcome=object(), waiting=0)
+        borrower: Any = SimpleNamespace(
+            load=Load(total=2000, free=remote_free), welcome=object(), waiting=0, beat=lambda: None
+        )
         self.placer = Placer(options, COSTS, 100, BLOCK, max_rows=8)
         self.waiting = Waiting(self.placer, BLOCK)
         self.pool = RemotePool(0, borrower)
@@ -150,3 +152,15 @@ def test_how_busy_a_prefill_engine_was_in_the_last_second(spans: list[tuple[floa
     busy.begin()
     now[0] = 10.5
     assert busy.share() >= 0.5, "the step that is running counts as well"
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(None, 40), (0.5, 0)])
+def test_a_prefill_engine_knows_what_waits_unless_a_fixed_ratio_decides(ratio: float | None, told: int) -> None:
+    engine = Engine(ratio, free=0, remote_free=0)
+    engine.running = 2
+    engine.arrive(320, 320)
+    assert engine.pool.borrower.waiting == told
+    engine.waiting.drop("r0")
+    engine.waiting.drop("r1")
+    engine.waiting.drop("r1")
+    assert engine.pool.borrower.waiting == 0

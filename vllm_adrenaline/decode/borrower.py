@@ -51,6 +51,10 @@ class Borrower(threading.Thread):
 
     # Scheduler thread
 
+    def beat(self) -> None:
+        """Say at once what the next beat would say."""
+        self._post(messages.Beat(self.tpot, self.waiting))
+
     def claim(self, request: str) -> None:
         """Ask to keep a finished prompt."""
         self._post(messages.Claim(request))

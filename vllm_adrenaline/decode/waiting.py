@@ -49,7 +49,7 @@ class Waiting:
     def add(self, request: Request, pool: RemotePool, claim: str) -> None:
         """A request arrived."""
         self._undecided[request.request_id] = Undecided(request, pool, claim)
-        pool.borrower.waiting += self._blocks(request)
+        self._tell(pool, self._blocks(request))
 
     def drop(self, request_id: str) -> None:
         """It ended, if it was here."""
@@ -119,5 +119,13 @@ class Waiting:
     def _pop(self, request_id: str) -> Undecided | None:
         undecided = self._undecided.pop(request_id, None)
         if undecided is not None:
-            undecided.pool.borrower.waiting -= self._blocks(undecided.request)
+            self._tell(undecided.pool, -self._blocks(undecided.request))
         return undecided
+
+    def _tell(self, pool: RemotePool, blocks: int) -> None:
+        """Let the prefill engine know how many blocks of its prompts wait. With a fixed ratio it need not: who is to
+        be local waits, but who is to be offloaded would not, and must not be kept from being computed."""
+        if self._placer.ratio is None:
+            pool.borrower.waiting += blocks
+            if pool.borrower.waiting == 0:
+                pool.borrower.beat()
