@@ -58,7 +58,7 @@ def summary(
 ) -> dict[str, Any]:
     """Return the report as plain data: per model and workload, `systems` and `ratios`; `ceilings` by model.
 
-    A ratio is the median over repeats of the ratio within a repeat; `spread` is half the range of those. Where the
+    A ratio is the median over repeats of the ratio within a repeat; `spread` is half the range of those, None for one. Where the
     spread is larger than the effect, `ratio` is None: the runs do not tell.
     """
     by_place: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
@@ -137,7 +137,7 @@ def _ratio(runs: dict[int, Run], baseline: dict[int, Run], key: str) -> dict[str
         return {"ratio": None, "spread": None}
     ratio, spread = statistics.median(pairs), (max(pairs) - min(pairs)) / 2
     told = len(pairs) == 1 or spread <= abs(ratio - 1) or spread < 0.02
-    return {"ratio": round(ratio, 4) if told else None, "spread": round(spread, 4)}
+    return {"ratio": round(ratio, 4) if told else None, "spread": round(spread, 4) if len(pairs) > 1 else None}
 
 
 def _shown(value: float | None, key: str) -> str:
@@ -146,6 +146,13 @@ def _shown(value: float | None, key: str) -> str:
     if key.endswith("_share") or key == "same_tokens":
         return f"{100 * value:.0f} %"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _told(found: dict[str, float | None]) -> str:
+    ratio, spread = found["ratio"], found["spread"]
+    if ratio is None:
+        return "not told" if spread is None else f"not told (spread {spread})"
+    return f"x {ratio:.2f} (one run)" if spread is None else f"x {ratio:.2f} ± {spread:.2f}"
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -173,12 +180,7 @@ def markdown(report: dict[str, Any]) -> str:
             lines.append(f"| {name} | " + " | ".join(_shown(figures.get(key), key) for key in SHOWN) + " |")
         lines.append("")
         for name, ratios in cell["ratios"].items():
-            told = ", ".join(
-                f"{SHOWN[key]} x {r['ratio']:.2f} ± {r['spread']:.2f}"
-                if r["ratio"] is not None
-                else f"{SHOWN[key]}: not told (spread {r['spread']})"
-                for key, r in ratios.items()
-            )
+            told = ", ".join(f"{SHOWN[key]} {_told(ratio)}" for key, ratio in ratios.items())
             lines.append(f"* {name}: {told}")
         for name, placements in cell["placements"].items():
             if placements:

@@ -117,6 +117,11 @@ class Progress:
         self._left, self._say = runs, say
         self._began, self._done = time.monotonic(), 0
 
+    def engines_run(self) -> None:
+        """Engines are there: what they took to start says nothing of how long runs take."""
+        if not self._done:
+            self._began = time.monotonic()
+
     def known(self) -> None:
         """A run is known from before."""
         self._left -= 1
@@ -160,6 +165,7 @@ class _Bench:
             return msgspec.json.decode(file.read_bytes(), type=Run)
         if self._systems is None:
             self._systems = self._start()
+            self._progress.engines_run()
         count = self._plan.counts.get(load.name, load.count)
         result = _once(self._systems.running[name], self._model, load, repeat, count)
         file.write_bytes(msgspec.json.encode(result))

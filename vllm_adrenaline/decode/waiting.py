@@ -127,5 +127,5 @@ class Waiting:
         be local waits, but who is to be offloaded would not, and must not be kept from being computed."""
         if self._placer.ratio is None:
             pool.borrower.waiting += blocks
-            if pool.borrower.waiting == 0:
-                pool.borrower.beat()
+            if blocks < 0:
+                pool.borrower.beat()  # not a quarter of a second later: prompts may wait for this
