@@ -58,8 +58,8 @@ def summary(
 ) -> dict[str, Any]:
     """Return the report as plain data: per model and workload, `systems` and `ratios`; `ceilings` by model.
 
-    A ratio is the median over repeats of the ratio within a repeat; `spread` is half the range of those, None for one. Where the
-    spread is larger than the effect, `ratio` is None: the runs do not tell.
+    A ratio is the median over repeats of the ratio within a repeat; `spread` is half the range of those, None for one.
+    Where the spread is larger than the effect, `ratio` is None: the runs do not tell.
     """
     by_place: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
     for run in results:
