@@ -13,11 +13,11 @@ import re
 import time
 from typing import Any
 
+from vllm_adrenaline.colocation import cpu
 from vllm_adrenaline.errors import AdrenalineError
 
 SHORTEST_S, LONGEST_S, OF_THE_WAIT = 50e-6, 400e-6, 1 / 16
 """Sleeps between polls of a message queue: this part of the wait so far, within limits."""
-NICENESS = -10
 MAX_CORES = 4096
 AFFINITY_VARIABLES = ("KMP_AFFINITY", "GOMP_CPU_AFFINITY", "OMP_PLACES")
 
@@ -91,9 +91,8 @@ def come_first() -> None:
     For those a decode step waits for, the engine core and its workers: what they share cores with (API servers, front
     doors) delays one client by a moment, but through them every request of the batch.
     """
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.setpriority(os.PRIO_PROCESS, int(thread), NICENESS)
+    with contextlib.suppress(PermissionError):
+        cpu.set_niceness(os.getpid(), cpu.PROMPT_NICENESS)
 
 
 def settle_worker() -> None:
@@ -103,7 +102,4 @@ def settle_worker() -> None:
     core of each NUMA node (vllm/distributed/kv_transfer/kv_connector/v1/nixl/base_worker.py; 0.32, run).
     """
     wait_without_spinning()
-    cores = bound_cores()
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(int(thread), cores)
+    cpu.keep_to(os.getpid(), bound_cores())

@@ -9,6 +9,8 @@ from functools import cached_property
 from vllm_adrenaline.errors import AdrenalineError
 
 SAMPLE = re.compile(r"^([a-zA-Z_:]+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+KV_USED = "vllm:kv_cache_usage_perc"
+PLACEMENTS = "vllm:adrenaline_placements_total"
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
@@ -34,6 +36,10 @@ class Snapshot:
         """Return every sample of a metric with its labels."""
         found = SAMPLE.findall(self._text)
         return [(dict(LABEL.findall(labels)), float(value)) for name, labels, value in found if name == metric]
+
+    def placements(self) -> dict[tuple[str, str], float]:
+        """Return how often the plugin decided what, by placement and reason."""
+        return {(each["placement"], each["reason"]): count for each, count in self.labelled(PLACEMENTS)}
 
 
 class EngineMetrics:
@@ -71,7 +77,7 @@ class EngineMetrics:
 
     def usage(self) -> float:
         """Return the share of KV blocks in use, 0 to 1."""
-        return self.value("vllm:kv_cache_usage_perc")
+        return self.value(KV_USED)
 
     def offloaded(self) -> int:
         """Return how many requests had their attention run elsewhere so far."""

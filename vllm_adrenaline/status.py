@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_adrenaline.engine_metrics import EngineMetrics, Snapshot
+from vllm_adrenaline.engine_metrics import KV_USED, EngineMetrics, Snapshot
 
 OURS = "vllm:adrenaline_"
 ENGINE = {
     "running": "vllm:num_requests_running",
     "waiting": "vllm:num_requests_waiting",
-    "kv_used": "vllm:kv_cache_usage_perc",
+    "kv_used": KV_USED,
 }
 DECODE = {
     "local_rows": f"{OURS}local_rows",
@@ -29,14 +29,13 @@ DECODE = {
 def of_engine(url: str, metrics: Snapshot) -> dict[str, Any]:
     """Return the status of one engine as plain data."""
     status: dict[str, Any] = {"url": url} | {name: metrics.value(metric) for name, metric in ENGINE.items()}
-    placements = metrics.labelled(f"{OURS}placements_total")
     if f"{OURS}local_rows" in metrics.values:
         status |= {name: metrics.value(metric) for name, metric in DECODE.items()}
         for name in ("local_us_per_token", "remote_us_per_token"):
             status[name] *= 1e6
     status["placements"] = [
-        {"placement": labels["placement"], "reason": labels["reason"], "count": int(count)}
-        for labels, count in sorted(placements, key=lambda sample: -sample[1])
+        {"placement": placement, "reason": reason, "count": int(count)}
+        for (placement, reason), count in sorted(metrics.placements().items(), key=lambda sample: -sample[1])
     ]
     return status
 

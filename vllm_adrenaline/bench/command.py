@@ -60,13 +60,14 @@ def run(options: argparse.Namespace) -> int:
     results = run_plan(plan, options.out, say)
     ceilings = {name: json.loads(ceiling_file(options.out, name).read_text()) for name in plan.models}
     found = report.summary(results, machine(), ceilings)
+    markdown = report.markdown(found)
     for name, text in {
         "report.json": json.dumps(found, indent=1) + "\n",
-        "report.md": report.markdown(found),
+        "report.md": markdown,
         "report.html": report.page(found),
     }.items():
         (options.out / name).write_text(text)
-    print(report.markdown(found))
+    print(markdown)
     say(f"written: {options.out / 'report.html'}, report.md and report.json")
     if options.json:
         print(json.dumps(found))

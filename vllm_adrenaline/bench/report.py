@@ -11,15 +11,7 @@ from typing import Any
 from vllm_adrenaline.bench import systems
 from vllm_adrenaline.bench.figures import same_tokens
 from vllm_adrenaline.bench.run import Run
-from vllm_adrenaline.bench.workloads import (
-    GOODPUT,
-    LOADS,
-    MODELS,
-    RAMP,
-    RATES,
-    TPOT_SLO_MS,
-    TTFT_SLO_MS,
-)
+from vllm_adrenaline.bench.workloads import ABOUT_RAMP, LOADS, MODELS, rate_of
 
 SHOWN = {
     "output_tok_s": "output tok/s",
@@ -63,7 +55,7 @@ def summary(
     """
     by_place: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
     for run in results:
-        if not run.load.startswith(RAMP):
+        if rate_of(run.load) is None:
             by_place.setdefault((run.model, run.load), {}).setdefault(run.system, {})[run.repeat] = run
     cells = []
     for (model, load), found in by_place.items():
@@ -71,16 +63,13 @@ def summary(
         cell: dict[str, Any] = {"model": model, "workload": load, "about": LOADS[load].about}
         cell |= {"systems": {}, "ratios": {}, "usage": {}, "placements": {}}
         for name, runs in found.items():
-            figures = {
-                key: statistics.median(run.figures[key] for run in runs.values())
-                for key in next(iter(runs.values())).figures
-            }
+            shown = next(iter(runs.values()))
+            figures = {key: statistics.median(run.figures[key] for run in runs.values()) for key in shown.figures}
             same = [
                 same_tokens(run.tokens, baseline[repeat].tokens) for repeat, run in runs.items() if repeat in baseline
             ]
             if same:
                 figures["same_tokens"] = min(same)
-            shown = next(iter(runs.values()))
             figures["requests"] = shown.count
             cell["usage"][name] = {side: [round(each, 3) for each in values] for side, values in shown.usage.items()}
             cell["placements"][name] = shown.placements
@@ -120,10 +109,9 @@ def _goodput(results: Sequence[Run]) -> dict[str, dict[str, float]]:
     """Return the highest rate of the ramp with its goodput, by model and system; 0 if there is none."""
     found: dict[str, dict[str, float]] = {}
     for run in results:
-        if run.load.startswith(RAMP):
-            rate = float(run.load.removeprefix(f"{RAMP}@")) if run.figures["goodput_share"] >= GOODPUT else 0.0
+        if (rate := rate_of(run.load)) is not None:
             by_system = found.setdefault(run.model, {})
-            by_system[run.system] = max(by_system.get(run.system, 0.0), rate)
+            by_system[run.system] = max(by_system.get(run.system, 0.0), rate if run.has_goodput else 0.0)
     return found
 
 
@@ -162,12 +150,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [f"## Model {model}", "", f"{about['about']}.", *_about_ceiling(about), ""]
         if goodput := report["goodput_req_s"].get(model):
             rates = ", ".join(f"{name} {rate:g}" for name, rate in goodput.items())
-            lines += [
-                f"Highest rate of the ramp ({', '.join(f'{rate:g}' for rate in RATES)} requests a second) at which "
-                f"{100 * GOODPUT:.0f} % have their first token in {TTFT_SLO_MS:.0f} ms and a TPOT of at most "
-                f"{TPOT_SLO_MS:.0f} ms: {rates}.",
-                "",
-            ]
+            lines += [f"{ABOUT_RAMP}: {rates}.", ""]
     for cell in report["cells"]:
         lines += [
             f"## {cell['workload']}, {cell['model']}",

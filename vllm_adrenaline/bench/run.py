@@ -19,6 +19,7 @@ from vllm_adrenaline.bench.workloads import (
     BLOCK,
     GOODPUT,
     LOADS,
+    MAX_LENGTH,
     MODELS,
     RAMP,
     RATES,
@@ -42,7 +43,6 @@ COUNTED = {
     "remote_attention_s": "vllm:adrenaline_remote_attention_seconds_total",
     "remote_attention_tokens": "vllm:adrenaline_remote_attention_tokens_total",
 }
-PLACEMENTS = "vllm:adrenaline_placements_total"
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -59,6 +59,11 @@ class Run(msgspec.Struct, frozen=True):
     tokens: list[list[int]]
     usage: dict[str, list[float]] = {}
     placements: dict[str, float] = {}
+
+    @property
+    def has_goodput(self) -> bool:
+        """Whether enough requests met their objectives."""
+        return self.figures["goodput_share"] >= GOODPUT
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -140,13 +145,13 @@ class _Bench:
     def __init__(
         self, stack: ExitStack, plan: Plan, model: str, folder: Path, progress: Progress, logs: Path | None
     ) -> None:
-        self._stack, self._plan, self._model, self._folder = stack, plan, model, folder / "runs"
+        self._stack, self._plan, self._model, self._folder = stack, plan, model, folder
         self._progress, self._logs = progress, logs
         self._systems: Systems | None = None
 
     def ceiling(self) -> None:
         """Measure the ceiling of bare operators in this model's shape, in its own process, before engines run."""
-        file = ceiling_file(self._folder.parent, self._model)
+        file = ceiling_file(self._folder, self._model)
         if file.exists():
             return
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -179,10 +184,18 @@ class _Bench:
             middle = (low + high) // 2
             found = self.once(0, at_rate(RATES[middle]), name)
             yield found
-            low, high = (middle + 1, high) if found.figures["goodput_share"] >= GOODPUT else (low, middle)
+            low, high = (middle + 1, high) if found.has_goodput else (low, middle)
 
     def _start(self) -> Systems:
-        args = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "1536", "--served-model-name", MODEL_NAME]
+        args = [
+            "--dtype",
+            "bfloat16",
+            "--enforce-eager",
+            "--max-model-len",
+            str(MAX_LENGTH),
+            "--served-model-name",
+            MODEL_NAME,
+        ]
         path, kv = folder_of(MODELS[self._model]), budget(self._model)
         systems = Systems(self._stack, self._plan.systems, path, kv, args, self._logs)
         for system in systems.running.values():
@@ -196,17 +209,18 @@ def ceiling_file(folder: Path, model: str) -> Path:
 
 
 def _file(folder: Path, model: str, repeat: int, load: Load, system: str) -> Path:
-    return folder / f"{model}-{load.name}-{repeat}-{system}.json"
+    return folder / "runs" / f"{model}-{load.name}-{repeat}-{system}.json"
 
 
 def _once(system: System, model: str, load: Load, repeat: int, count: int) -> Run:
     requests = load.requests(VOCABULARY, repeat, count)
+    prompts = [len(request.prompt) for request in requests]
     first, last = next(iter(system.engines)), list(system.engines)[-1]
     before = {name: system.metrics(name).read() for name in system.engines}
     cpu = {name: cpu_seconds(pid) for name, pid in system.pids.items()}
     with Sampler(system.metrics(first), system.metrics(last)) as sampler:
         answers = client.send(system.url, MODEL_NAME, requests)
-    found = figures.of(answers, sum(len(request.prompt) for request in requests))
+    found = figures.of(answers, sum(prompts))
     found["goodput_share"] = figures.goodput_share(answers, TTFT_SLO_MS, TPOT_SLO_MS)
     for side, name in {"prefill": first, "decode": last}.items():
         found[f"kv_{side}_used_share"] = sampler.mean(side)
@@ -214,7 +228,7 @@ def _once(system: System, model: str, load: Load, repeat: int, count: int) -> Ru
     after = {name: system.metrics(name).read() for name in system.engines}
     for name, metric in COUNTED.items():
         found[name] = sum(after[engine].value(metric) - before[engine].value(metric) for engine in system.engines)
-    attended = figures.attended_tokens(answers, [len(request.prompt) for request in requests])
+    attended = figures.attended_tokens(answers, prompts)
     remote = found["remote_attention_tokens"]
     for side, tokens in {"prefill": remote, "decode": attended - remote}.items():
         found[f"attention_gb_s_{side}"] = tokens * MODELS[model].block_bytes / BLOCK / found["seconds"] / 1e9
@@ -233,9 +247,6 @@ def _once(system: System, model: str, load: Load, repeat: int, count: int) -> Ru
 
 def _grown(before: Snapshot, after: Snapshot) -> dict[str, float]:
     """Return how often was decided what in between, as "placement: reason"."""
-    counts = [
-        {f"{labels['placement']}: {labels['reason']}": count for labels, count in snapshot.labelled(PLACEMENTS)}
-        for snapshot in (before, after)
-    ]
-    grown = {name: count - counts[0].get(name, 0.0) for name, count in counts[1].items()}
-    return {name: count for name, count in grown.items() if count}
+    known = before.placements()
+    grown = {each: count - known.get(each, 0.0) for each, count in after.placements().items()}
+    return {f"{placement}: {reason}": count for (placement, reason), count in grown.items() if count}

@@ -6,11 +6,10 @@ import os
 import threading
 from pathlib import Path
 
-from vllm_adrenaline.engine_metrics import EngineMetrics
+from vllm_adrenaline.engine_metrics import KV_USED, EngineMetrics
 from vllm_adrenaline.launch.process import group_members
 
 EVERY_S = 1.0
-USED = "vllm:kv_cache_usage_perc"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -39,11 +38,11 @@ class Sampler:
 
     def _sample(self) -> None:
         while not self._stop.wait(EVERY_S):
-            decode, prefill = self._decode.read(), self._prefill.value(USED)
+            decode = self._decode.read()
             # A prefill engine's own gauge stands still while it has no step: the decode engine knows what is in use.
             elsewhere = sum(decode.value(f"vllm:adrenaline_{what}_blocks") for what in ("borrowed", "waiting"))
-            self.usage["prefill"].append(elsewhere / self._blocks if elsewhere else prefill)
-            self.usage["decode"].append(decode.value(USED))
+            self.usage["prefill"].append(elsewhere / self._blocks if elsewhere else self._prefill.usage())
+            self.usage["decode"].append(decode.value(KV_USED))
 
     def __enter__(self) -> Sampler:
         self._thread.start()

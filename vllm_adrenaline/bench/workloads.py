@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm_adrenaline.bench.load import Load, evenly, from_trace
 
-VOCABULARY = 2048
+VOCABULARY, MAX_LENGTH = 2048, 1536
 BLOCK = 128
 LOADS = {
     load.name: load
@@ -49,6 +49,10 @@ TTFT_SLO_MS, TPOT_SLO_MS, GOODPUT = 2000.0, 40.0, 0.9
 """Objectives for goodput, and the share of requests that must meet both."""
 RAMP, RATES = "ramp", (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 """The ramp: requests of the trace at these rates a second, until the highest is found that still has its goodput."""
+ABOUT_RAMP = (
+    f"Highest rate of the ramp ({', '.join(f'{rate:g}' for rate in RATES)} requests a second) at which "
+    f"{100 * GOODPUT:.0f} % have their first token in {TTFT_SLO_MS:.0f} ms and a TPOT of at most {TPOT_SLO_MS:.0f} ms"
+)
 
 
 def at_rate(rate: float) -> Load:
@@ -57,9 +61,9 @@ def at_rate(rate: float) -> Load:
     return Load(f"{RAMP}@{rate:g}", f"the trace at {rate:g} requests a second", count=24, arrivals=arrivals)
 
 
-def about(name: str) -> str:
-    """Say in words what a workload is."""
-    return LOADS[name].about if name in LOADS else at_rate(float(name.removeprefix(f"{RAMP}@"))).about
+def rate_of(name: str) -> float | None:
+    """Return the rate of a step of the ramp, None for a workload that is none."""
+    return float(name.removeprefix(f"{RAMP}@")) if name.startswith(f"{RAMP}@") else None
 
 
 @dataclass(frozen=True)
@@ -108,4 +112,4 @@ def folder_of(size: ModelSize) -> Path:
     """Make the model if it is not there; return its folder."""
     from vllm_adrenaline.demo.model import make_model
 
-    return make_model(None, **size.shape, vocab=VOCABULARY, max_position=1536)
+    return make_model(None, **size.shape, vocab=VOCABULARY, max_position=MAX_LENGTH)

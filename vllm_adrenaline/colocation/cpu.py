@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 
 ORDINARY = "ordinary priority"
 PROMPT_NICENESS = -10
@@ -39,11 +39,16 @@ def take_share(pid: int, share: float) -> str:
     attempts = [niceness] if niceness is not None else [None, PROMPT_NICENESS]
     for attempt in attempts:
         with contextlib.suppress(PermissionError):
-            for thread in _threads(pid):
-                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-                    _take(thread, attempt)
+            set_niceness(pid, attempt)
             return "real-time priority" if attempt is None else f"niceness {attempt}"
     return ORDINARY
+
+
+def set_niceness(pid: int, niceness: int | None) -> None:
+    """Give all threads of a process a niceness, None: real-time priority. Raises PermissionError."""
+    for thread in _threads(pid):
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            _take(thread, niceness)
 
 
 def _take(thread: int, niceness: int | None) -> None:
@@ -55,7 +60,7 @@ def _take(thread: int, niceness: int | None) -> None:
     os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
-def keep_to(pid: int, cores: Sequence[int]) -> None:
+def keep_to(pid: int, cores: Collection[int]) -> None:
     """Keep all threads of a process on `cores`."""
     for thread in _threads(pid):
         with contextlib.suppress(ProcessLookupError):

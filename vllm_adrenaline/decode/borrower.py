@@ -33,6 +33,7 @@ class Borrower(threading.Thread):
         self.welcome: messages.Welcome | None = None
         self.load = messages.Load()
         self.tpot, self.waiting = 0.0, 0
+        self._beat_is_due = False
         self.answers: deque[messages.AnyMessage] = deque()
         self.answered = threading.Event()
         self._hello = messages.Hello(identity, borrows=True)
@@ -52,8 +53,9 @@ class Borrower(threading.Thread):
     # Scheduler thread
 
     def beat(self) -> None:
-        """Say at once what the next beat would say."""
-        self._post(messages.Beat(self.tpot, self.waiting))
+        """Send the next beat at once; several calls before it goes are one beat."""
+        self._beat_is_due = True
+        self._ring()
 
     def claim(self, request: str) -> None:
         """Ask to keep a finished prompt."""
@@ -123,7 +125,8 @@ class Borrower(threading.Thread):
                 while self._outbox:
                     socket.send(messages.encode(self._outbox.popleft()))
                     said = now
-            if now - said >= BEAT_S:
+            if now - said >= BEAT_S or (self._beat_is_due and self.welcome is not None):
+                self._beat_is_due = False
                 beat = messages.Beat(self.tpot, self.waiting)
                 socket.send(messages.encode(beat if self.welcome is not None else self._hello))
                 said = now

@@ -91,6 +91,21 @@ class Observed(msgspec.Struct, frozen=True):
     decided: int = 0
     offloaded: int = 0
 
+    @property
+    def rows(self) -> int:
+        """How many requests the batch has."""
+        return self.decode.rows + sum(site.rows for site in self.executors)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of context they have."""
+        return self.decode.tokens + sum(site.tokens for site in self.executors)
+
+    @property
+    def remote(self) -> list[tuple[int, int]]:
+        """Rows and tokens of each executor."""
+        return [(site.rows, site.tokens) for site in self.executors]
+
 
 class Candidate(msgspec.Struct, frozen=True):
     """A request to place. In tokens: `tokens` it has, `growth` expected of it, `final` at the very most."""
@@ -154,9 +169,7 @@ def _comp(o: Observed) -> float:
     B_max the largest whose GEMMs meet it beside the present local attention."""
     if o.tpot_slo is None:
         return math.inf
-    rows = o.decode.rows + sum(site.rows for site in o.executors)
-    tokens = o.decode.tokens + sum(site.tokens for site in o.executors)
-    per_row = o.costs.local * tokens / max(rows, 1)
+    per_row = o.costs.local * o.tokens / max(o.rows, 1)
     b_tpot = o.costs.most_rows(o.tpot_slo, 0.0, per_row, o.max_rows)
     b_max = o.costs.most_rows(o.tpot_slo, o.costs.local * o.decode.tokens, 0.0, o.max_rows)
     return bounds.ob_comp(b_max, max(b_tpot, 1))
@@ -164,39 +177,39 @@ def _comp(o: Observed) -> float:
 
 def _seconds(o: Observed, moved: Candidate | None = None) -> float:
     """Seconds of a step now, or with `moved` local instead of offloaded."""
-    remote = [(site.rows, site.tokens) for site in o.executors]
-    local = o.decode.tokens
+    remote, local = o.remote, o.decode.tokens
     if moved is not None:
         rows, tokens = remote[moved.executor]
         remote[moved.executor] = (rows - 1, tokens - moved.tokens)
         local += moved.tokens
-    return o.costs.seconds(o.decode.rows + sum(site.rows for site in o.executors), local, remote)
+    return o.costs.seconds(o.rows, local, remote)
+
+
+def _with(o: Observed, executor: int, tokens: int) -> list[tuple[int, int]]:
+    """Rows and tokens of each executor, with one more request of `tokens` on `executor`."""
+    remote = o.remote
+    rows, held = remote[executor]
+    remote[executor] = (rows + 1, held + tokens)
+    return remote
 
 
 def _is_worth(o: Observed, request: Candidate) -> bool:
     """Whether a request beyond the bound still raises throughput clearly: where a step is mostly weights, a larger
     batch pays even if its attention does not hide. It counts as long as the batch's mean, for it will be: compared at
     its greatest length with others at their present one, it would wait while all are young."""
-    rows = o.decode.rows + sum(site.rows for site in o.executors)
-    mean = (o.decode.tokens + sum(site.tokens for site in o.executors)) // max(rows, 1)
-    remote = [(site.rows, site.tokens) for site in o.executors]
-    now = o.costs.seconds(rows, o.decode.tokens, remote)
-    site = o.executors[request.executor]
-    remote[request.executor] = (site.rows + 1, site.tokens + max(request.tokens, mean))
-    then = o.costs.seconds(rows + 1, o.decode.tokens, remote)
+    rows, now = o.rows, _seconds(o)
+    tokens = max(request.tokens, o.tokens // max(rows, 1))
+    then = o.costs.seconds(rows + 1, o.decode.tokens, _with(o, request.executor, tokens))
     if o.tpot_slo is not None and then > o.tpot_slo:
         return False
     return (then - now) * rows <= WORTH * now
 
 
 def _shortens(o: Observed, request: Candidate) -> bool:
-    remote = [(site.rows, site.tokens) for site in o.executors]
-    rows = 1 + o.decode.rows + sum(site.rows for site in o.executors)
-    here = o.costs.seconds(rows, o.decode.tokens + request.tokens, remote)
-    site = o.executors[request.executor]
-    remote[request.executor] = (site.rows + 1, site.tokens + request.tokens)
+    rows, remote = o.rows + 1, _with(o, request.executor, request.tokens)
+    here = o.costs.seconds(rows, o.decode.tokens + request.tokens, o.remote)
     there = o.costs.seconds(rows, o.decode.tokens, remote)
     if o.tpot_slo is not None and here > o.tpot_slo >= there:
         return True
     taken = o.costs.remote_seconds(request.executor, *remote[request.executor]) / there
-    return there <= (1 - GAIN) * here and site.busy + taken <= BUSY
+    return there <= (1 - GAIN) * here and o.executors[request.executor].busy + taken <= BUSY

@@ -72,7 +72,8 @@ class PrefillScheduler(Scheduler):
         )
 
     def _tick(self) -> None:
-        self.connector.keeper.update(beat.tpot for beat in self.control.beats.copy().values())
+        """Called by the control thread, which alone changes `beats`."""
+        self.connector.keeper.update(beat.tpot for beat in self.control.beats.values())
 
     def _load(self) -> messages.Load:
         """Called by the control thread, which holds the lock."""

@@ -241,11 +241,10 @@ class Decode:
         self.waiting.remove(row)
         self.free -= needed
         remote, row.blocks = row.blocks, needed
-        if not row.recompute:
-            self.prefills[row.prefill].waiting -= remote
         if row.recompute:
             self.running.append(row)
         else:
+            self.prefills[row.prefill].waiting -= remote
             self.pulling.append(row)
             self._pull(now, row, remote)
         return True
