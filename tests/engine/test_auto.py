@@ -24,7 +24,11 @@ def engines(model: Path, short_tmp: Path, tmp_path_factory: pytest.TempPathFacto
     profile.write_text(json.dumps(DEAR))
     wanted = {
         "plain": ("plain", ["--kv-cache-memory-bytes", kv_bytes(100)]),
-        "prefill": ("prefill", ["--kv-cache-memory-bytes", kv_bytes(PREFILL_BLOCKS)]),
+        # Prompts take several steps, seeded ones as well.
+        "prefill": (
+            "prefill",
+            ["--kv-cache-memory-bytes", kv_bytes(PREFILL_BLOCKS), "--max-num-batched-tokens", "128"],
+        ),
         "auto": ("decode", ["--kv-cache-memory-bytes", kv_bytes(LOCAL_BLOCKS)]),
         "dear": ("decode", ["--kv-cache-memory-bytes", kv_bytes(100), "--adrenaline-profile", str(profile)]),
     }
@@ -50,8 +54,8 @@ def test_what_local_memory_does_not_hold_is_offloaded_and_nothing_is_preempted(e
     wanted = [answer.tokens for answer in engines["plain"].complete(work)]
     assert [answer.tokens for answer in engines.door("auto").complete(work)] == wanted
     decode = engines["auto"]
-    assert decode.metrics()["vllm:num_preemptions_total"] == 0
     made = decisions(engines, "auto")
+    assert decode.metrics()["vllm:num_preemptions_total"] == 0, made
     assert made["offloaded", "local_full"] > 0
     assert sum(count for (kind, _), count in made.items() if kind != "wait") == 3 + len(work)
     assert engines["prefill"].settle() == decode.settle() == 0

@@ -135,6 +135,8 @@ class DecodeScheduler(Scheduler):
             offload.placer.moved(reason)
         self.running.remove(request)
         super()._preempt_request(request, time.monotonic(), drop_stale_output=True)
+        if self.log_stats:
+            request.events.pop()  # nothing is lost or recomputed: it is counted as a move, not as a preemption
         return True
 
     def _move_to_local(self, request: Request) -> None:

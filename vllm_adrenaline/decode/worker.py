@@ -18,6 +18,7 @@ from vllm_adrenaline.data.shm import Shape, ShmSteps
 from vllm_adrenaline.decode import backend, remote
 from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.sampling import without_generators
 
 
 class DecodeWorker(CPUWorker):
@@ -71,14 +72,9 @@ class DecodeWorker(CPUWorker):
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Sample; a row whose attention failed leaves its random generator as it was, for its token is dropped."""
-        failed = self.remote.failed_rows if self.remote is not None else []
-        generators = self.model_runner.input_batch.generators
-        before = [(generators[row], generators[row].get_state()) for row in failed if row in generators]
-        output = super().sample_tokens(grammar_output)
-        for generator, state in before:
-            generator.set_state(state)
-        return output
+        failed = self.remote.failed_rows if self.remote is not None else ()
+        with without_generators(self.model_runner, failed):
+            return super().sample_tokens(grammar_output)
 
     def shutdown(self) -> None:
         if self.remote is not None:

@@ -19,10 +19,11 @@ from vllm_adrenaline.attention.spec import KVExport, LayerSpec
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.cores import settle_worker
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.sampling import without_generators
 
 
 class PrefillWorker(CPUWorker):
-    """Adds one remote call, `export_kv`."""
+    """Adds one remote call, `export_kv`; see vllm_adrenaline/sampling.py for what else differs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settle_worker()
@@ -32,6 +33,10 @@ class PrefillWorker(CPUWorker):
         """Measure before: vLLM ends its warm-up with a fresh random seed."""
         measure.profile_prefill(self.vllm_config, Options.of(self.vllm_config), self.model_runner)
         return super().compile_or_warm_up_model()
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        with without_generators(self.model_runner):
+            return super().sample_tokens(grammar_output)
 
     def export_kv(self) -> dict[str, Any]:
         """Return a KVExport (as plain data: it crosses vLLM's own worker RPC) of this worker's KV cache."""
