@@ -34,7 +34,7 @@ Runs = dict[str, dict[str, list[dict[str, Any]]]]
 """Figures of every run, by load and policy."""
 POLICIES = ("0", "0.3", "0.5", "0.7", "0.9", "1", "auto")
 LOADS = {
-    "saturated": Load("saturated", "", 40, from_trace(6.0, 0.45, (96, 768), 0.8, (32, 192))),
+    "saturated": Load("saturated", "", 48, from_trace(12.0, 0.3, (96, 512), 1.2, (64, 384))),
     "prefill": Load("prefill", "", 32, from_trace(2.4, 0.8, (128, 1024), 0.15, (4, 32), first=50)),
     "light": Load("light", "", 12, from_trace(0.5, 0.3, (64, 512), 0.3, (16, 64), first=100)),
 }
@@ -101,8 +101,8 @@ def main() -> None:
     parser.add_argument("--policies", default="", help="comma separated; default: all")
     parser.add_argument("--loads", default=",".join(LOADS), help="comma separated")
     parser.add_argument("--repeats", type=int, default=0, help="interleaved repeats; 0: 3, or 1 with --quick")
-    parser.add_argument("--decode-blocks", type=int, default=32, help="KV blocks of 128 tokens of the decode engine")
-    parser.add_argument("--prefill-blocks", type=int, default=128, help="the same of the prefill engine")
+    parser.add_argument("--decode-blocks", type=int, default=24, help="KV blocks of 128 tokens of the decode engine")
+    parser.add_argument("--prefill-blocks", type=int, default=72, help="the same of the prefill engine")
     parser.add_argument("--svg", type=Path, default=None, help="draw throughput over the ratio under `saturated` there")
     parser.add_argument("--logs", type=Path, default=None, help="folder for the engines' logs")
     args = parser.parse_args()

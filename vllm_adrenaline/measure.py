@@ -50,7 +50,7 @@ def key(config: VllmConfig, options: Options, executors: Sequence[str]) -> profi
         "batch": f"{config.scheduler_config.max_num_seqs}, {config.scheduler_config.max_num_batched_tokens} tokens",
         "eager": str(config.model_config.enforce_eager),
         "executors": "; ".join(executors),
-        "figures": ",".join((*Costs.__struct_fields__, "greedy")),
+        "figures": ",".join((*Costs.__struct_fields__, "greedy", "native attention")),
     }
     return found | {name: str(getattr(us, name)) for name in us.__struct_fields__}
 

@@ -21,7 +21,8 @@ ANSWERS = [
 ]
 
 
-CEILING = {"rows": 7, "context": 340, "local_ms": 20.0, "local_attention_ms": 10.0, "twice_ms": 22.0, "ratio": 1.8}
+CEILING = {"rows": 7, "context": 340, "local_ms": 20.0, "local_attention_ms": 10.0, "twice_ms": 22.0}
+CEILING |= {"ratio": 1.7, "native_ratio": 1.8}
 
 
 def made(

@@ -1,4 +1,5 @@
-"""vLLM's own CPU attention operators over a mapped KV cache: the same kernel as in the engine, so tokens can be equal.
+"""Attention over a KV cache with the bits of vLLM's own CPU operators, so that tokens can be equal: by those operators,
+or where all rows have one token by the native library (native_decode.py).
 
 Checked against vllm/_custom_ops.py and vllm/v1/attention/backends/cpu_attn.py of 0.32 (run) and 0.33 (read).
 """
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from vllm import _custom_ops as ops
 
+from vllm_adrenaline.attention import native_decode
 from vllm_adrenaline.attention.spec import KVExport
 from vllm_adrenaline.kv_memory import map_kv
 
@@ -24,8 +26,10 @@ class CpuAttention:
         num_heads: int,
         isa: str,
         split_kv: bool,
+        native: bool = True,
     ) -> None:
-        """`caches`: one [blocks, KV heads, 2 * block size, head size] a layer; `scales`: of the softmax."""
+        """`caches`: one [blocks, KV heads, 2 * block size, head size] a layer; `scales`: of the softmax; `native`:
+        whether the native library may be used."""
         if isa == "amx":
             # Without this the first AMX instruction is a SIGILL: an engine asks for the tiles through oneDNN.
             torch.cpu._init_amx()
@@ -36,6 +40,12 @@ class CpuAttention:
         self.block_size = double // 2
         self._scales = list(scales)
         self._key_caches, self._value_caches = zip(*(cache.chunk(2, dim=2) for cache in caches), strict=True)
+        self._longest = native_decode.longest_row(num_heads, self._key_caches[0], isa) if native else 0
+        self._native = [
+            native_decode.open_cache(keys, values, num_heads, scale)
+            for keys, values, scale in zip(self._key_caches, self._value_caches, scales, strict=True)
+            if self._longest
+        ]
 
     @classmethod
     def mapped(cls, kv: KVExport, fd: int, split_kv: bool) -> CpuAttention:
@@ -52,8 +62,10 @@ class CpuAttention:
         """How many layers there are."""
         return len(self._scales)
 
-    def schedule(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
-        """Return the kernel's schedule for a step; all its layers share it."""
+    def schedule(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor | None:
+        """Return the operators' schedule for a step, which all its layers share; None for the native library."""
+        if int(seq_lens.max()) <= self._longest and int(query_start_loc.diff().max()) <= 1:
+            return None
         return ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(seq_lens),
             num_heads=self.num_heads,
@@ -68,10 +80,20 @@ class CpuAttention:
             enable_kv_split=self._split_kv,
         )
 
-    def layer(self, index: int, step: dict[str, torch.Tensor], schedule: torch.Tensor) -> None:
+    def layer(self, index: int, step: dict[str, torch.Tensor], schedule: torch.Tensor | None) -> None:
         """Append k, v of `step` to layer `index` and attend q; the result goes to step["out"]."""
         keys, values = self._key_caches[index], self._value_caches[index]
         ops.cpu_attn_reshape_and_cache(step["k"], step["v"], keys, values, step["slot_mapping"], self._isa)
+        if schedule is None:
+            native_decode.attend(
+                self._native[index],
+                step["q"],
+                step["out"],
+                step["block_table"],
+                step["seq_lens"],
+                step["query_start_loc"],
+            )
+            return
         ops.cpu_attention_with_kv_cache(
             query=step["q"],
             key_cache=keys,

@@ -4,8 +4,8 @@
 
 The decode side runs the four GEMMs of every layer, cold, and vLLM's attention operators on its KV;
 the other side the same operators on its own KV when a flag is raised. In turns: ROWS rows, all attended here; and twice
-as many, half of them attended there. The ratio of rows per second is what engines with free scheduling, transport and
-Python could reach when their KV memory doubles.
+as many, half of them attended there, with vLLM's attention operator and with this plugin's native one. The ratio of
+rows per second is what engines with free scheduling, transport and Python could reach when their KV memory doubles.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import Any
 from vllm_adrenaline.bench.workloads import BLOCK, MODELS
 from vllm_adrenaline.launch.system import physical_cores
 
-SENT, DONE, STOP = 0, 1, 2
+SENT, DONE, STOP, NATIVE = 0, 1, 2, 3
 REPEATS = 15
 
 
 def _attention(shape: dict[str, int], rows: int, context: int, core: int) -> tuple[Any, Any]:
-    """Return torch on one core, and a function that attends layer by layer over a KV cache of its own."""
+    """Return torch on one core, and a function that attends a layer of a KV cache of its own, natively or not."""
     os.sched_setaffinity(0, {core})
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
@@ -46,7 +46,7 @@ def _attention(shape: dict[str, int], rows: int, context: int, core: int) -> tup
     width = context // BLOCK + 1
     isa = _get_attn_isa(torch.bfloat16, BLOCK, head, "auto")
     caches = [torch.randn(rows * width, kv_heads, 2 * BLOCK, head).bfloat16() for _ in range(layers)]
-    attention = CpuAttention(caches, [head**-0.5] * layers, heads, isa, split_kv=True)
+    kinds = [CpuAttention(caches, [head**-0.5] * layers, heads, isa, split_kv=True, native=n) for n in (False, True)]
     step = {name: torch.randn(rows, n, head).bfloat16() for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
     step |= {
         "out": torch.empty_like(step["q"]),
@@ -55,8 +55,8 @@ def _attention(shape: dict[str, int], rows: int, context: int, core: int) -> tup
         "block_table": torch.arange(rows * width, dtype=torch.int32).view(rows, width),
         "slot_mapping": torch.arange(rows, dtype=torch.int64) * width * BLOCK + context - 1,
     }
-    schedule = attention.schedule(step["query_start_loc"], step["seq_lens"])
-    return torch, lambda layer: attention.layer(layer, step, schedule)
+    schedules = [kind.schedule(step["query_start_loc"], step["seq_lens"]) for kind in kinds]
+    return torch, lambda layer, native: kinds[native].layer(layer, step, schedules[native])
 
 
 def _executor(page: mmap.mmap, shape: dict[str, int], rows: int, context: int, core: int, ready: Event) -> None:
@@ -69,12 +69,12 @@ def _executor(page: mmap.mmap, shape: dict[str, int], rows: int, context: int, c
             if flags[STOP]:
                 return
         seen = flags[SENT]
-        attend((seen - 1) % shape["layers"])
+        attend((seen - 1) % shape["layers"], flags[NATIVE])
         flags[DONE] = seen
 
 
 def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
-    """Return milliseconds of both steps, their attention, and the ratio of rows per second."""
+    """Return milliseconds of the steps, of the first one's attention, and the ratios of rows per second."""
     cores = physical_cores()
     page = mmap.mmap(-1, mmap.PAGESIZE)
     flags = memoryview(page).cast("q")
@@ -90,7 +90,8 @@ def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
     weights = [[torch.randn(*size).bfloat16() * 0.02 for size in sizes] for _ in range(shape["layers"])]
     linear = torch.nn.functional.linear
 
-    def step(batch: int, offload: bool) -> tuple[float, float]:
+    def step(batch: int, offload: bool, native: bool = False) -> tuple[float, float]:
+        flags[NATIVE] = native
         x = torch.randn(batch, hidden).bfloat16()
         attention, began = 0.0, time.perf_counter()
         for layer, (into, out, up, down) in enumerate(weights):
@@ -98,7 +99,7 @@ def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
             at = time.perf_counter()
             if offload:
                 flags[SENT] += 1
-            attend(layer)
+            attend(layer, native)
             while offload and flags[DONE] != flags[SENT]:
                 pass
             attention += time.perf_counter() - at
@@ -108,11 +109,11 @@ def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
 
     with torch.inference_mode():
         for _ in range(3):
-            step(rows, False), step(2 * rows, True)
-        runs = [(step(rows, False), step(2 * rows, True)) for _ in range(REPEATS)]
+            step(rows, False), step(2 * rows, True), step(2 * rows, True, native=True)
+        runs = [(step(rows, False), step(2 * rows, True), step(2 * rows, True, native=True)) for _ in range(REPEATS)]
     flags[STOP] = 1
     peer.join(5)
-    local, both = (1e3 * statistics.median(run[i][0] for run in runs) for i in (0, 1))
+    local, both, native = (1e3 * statistics.median(run[i][0] for run in runs) for i in (0, 1, 2))
     attended = 1e3 * statistics.median(run[0][1] for run in runs)
     return {
         "rows": rows,
@@ -121,6 +122,7 @@ def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
         "local_attention_ms": attended,
         "twice_ms": both,
         "ratio": 2 * local / both,
+        "native_ratio": 2 * local / native,
     }
 
 

@@ -26,9 +26,9 @@ LOADS = {
         ),
         Load(
             "prefill",
-            "the same trace, prompt lengths x 0.8, at most 1024 tokens; answers x 0.15, at most 32",
-            count=32,
-            arrivals=from_trace(2.4, 0.8, (128, 1024), 0.15, (4, 32), first=50),
+            "the same trace, six a second; prompt lengths x 0.8, at most 1024 tokens; answers x 0.15, at most 32",
+            count=40,
+            arrivals=from_trace(6.0, 0.8, (128, 1024), 0.15, (4, 32), first=50),
         ),
         Load(
             "chat",

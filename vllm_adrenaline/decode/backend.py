@@ -1,6 +1,7 @@
 """The decode engine's attention backend: vLLM's CPU backend, with the offloaded rows attended elsewhere meanwhile.
 
-Per layer: send the offloaded rows, run the stock kernel on the local rows, take the executors' output. Checked against
+Per layer: send the offloaded rows, attend the local ones, take the executors' output. Local rows are attended by vLLM's
+operator, or with the same bits by the native library (attention/native_decode.py). Checked against
 vllm/v1/attention/backends/cpu_attn.py of 0.32 (run) and 0.33 (read).
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -16,6 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from vllm_adrenaline.attention import native_decode
 from vllm_adrenaline.decode import remote
 
 QUALNAME = "vllm_adrenaline.decode.backend.AdrenalineCPUBackend"
@@ -45,11 +48,17 @@ class AdrenalineBuilder(CPUAttentionMetadataBuilder):
             common_attn_metadata, plan = site.split(common_attn_metadata)
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata.remote_plan = plan
+        # How long the rows are of a step without prompts; 0 when there are any.
+        metadata.decode_length = common_attn_metadata.max_seq_len if common_attn_metadata.max_query_len == 1 else 0
         return metadata
 
 
 class AdrenalineImpl(CPUAttentionBackendImpl):
     """One attention layer."""
+
+    _kv_cache: torch.Tensor | None = None
+    _native: Any = None
+    _longest = 0
 
     def forward(
         self,
@@ -63,12 +72,45 @@ class AdrenalineImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        plan = attn_metadata.remote_plan if attn_metadata is not None else None
-        if plan is None:
+        if attn_metadata is None:  # vLLM warms up
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
+        plan = attn_metadata.remote_plan
+        if plan is None:
+            self._attend_here(layer, query, key, value, kv_cache, attn_metadata, output)
+            return output
         index = plan.layer_index[layer.layer_name]
         plan.send(index, query, key, value)
         if plan.has_local:
-            super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
+            self._attend_here(layer, query, key, value, kv_cache, attn_metadata, output)
         plan.receive(index, output)
         return output
+
+    def _attend_here(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        output: torch.Tensor,
+    ) -> None:
+        if kv_cache is not self._kv_cache:
+            self._open(layer, kv_cache)
+        if 0 < metadata.decode_length <= self._longest:
+            native_decode.attend(
+                self._native, query, output, metadata.block_table, metadata.seq_lens, metadata.query_start_loc
+            )
+        else:
+            super().forward(layer, query, key, value, kv_cache, metadata, output)
+
+    def _open(self, layer: Any, kv_cache: torch.Tensor) -> None:
+        """See whether this layer's cache can be attended natively."""
+        self._kv_cache, self._longest = kv_cache, 0
+        blocks, heads, block_size, double = kv_cache.shape
+        keys, values = kv_cache.view(blocks, heads, 2 * block_size, double // 2).chunk(2, dim=2)
+        is_plain = self.alibi_slopes is None and self.sinks is None and not self.logits_soft_cap
+        if is_plain and self.sliding_window == -1 and self.attn_type == AttentionType.DECODER:
+            self._longest = native_decode.longest_row(self.num_heads, keys, layer.isa)
+        if self._longest:
+            self._native = native_decode.open_cache(keys, values, self.num_heads, self.scale)
