@@ -34,7 +34,7 @@ Runs = dict[str, dict[str, list[dict[str, Any]]]]
 """Figures of every run, by load and policy."""
 POLICIES = ("0", "0.3", "0.5", "0.7", "0.9", "1", "auto")
 LOADS = {
-    "saturated": Load("saturated", "", 48, from_trace(12.0, 0.3, (96, 512), 1.2, (64, 384))),
+    "saturated": Load("saturated", "", 80, from_trace(12.0, 0.3, (96, 512), 1.0, (64, 192))),
     "prefill": Load("prefill", "", 32, from_trace(2.4, 0.8, (128, 1024), 0.15, (4, 32), first=50)),
     "light": Load("light", "", 12, from_trace(0.5, 0.3, (64, 512), 0.3, (16, 64), first=100)),
 }

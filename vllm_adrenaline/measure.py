@@ -7,6 +7,7 @@ vllm/v1/worker/gpu_model_runner.py of 0.32 (run).
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import platform
@@ -25,7 +26,7 @@ from vllm_adrenaline.config import Options
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.system import CORES_ENV, cpu_model
 from vllm_adrenaline.placement import profile
-from vllm_adrenaline.placement.costs import Costs
+from vllm_adrenaline.placement.costs import Costs, undisturbed
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,7 +51,7 @@ def key(config: VllmConfig, options: Options, executors: Sequence[str]) -> profi
         "batch": f"{config.scheduler_config.max_num_seqs}, {config.scheduler_config.max_num_batched_tokens} tokens",
         "eager": str(config.model_config.enforce_eager),
         "executors": "; ".join(executors),
-        "figures": ",".join((*Costs.__struct_fields__, "greedy", "native attention")),
+        "figures": ",".join((*Costs.__struct_fields__, "greedy", "native attention", "undisturbed")),
     }
     return found | {name: str(getattr(us, name)) for name in us.__struct_fields__}
 
@@ -77,7 +78,7 @@ def profile_decode(config: VllmConfig, options: Options, runner: Any, remote: Re
     began = time.monotonic()
     logger.info("measuring what a decode step costs here, once (some seconds)")
     sizes = list(_powers(min(config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens)))
-    step = [(rows, _step_seconds(runner, rows, sample=True)) for rows in sizes]
+    step = undisturbed(_step_seconds(runner, sizes, sample=True))
     logger.info("step without attention: %s", ", ".join(f"{rows} rows {1e3 * s:.1f} ms" for rows, s in step))
     attention = _attention_of(config)
     rows, context = min(ROWS, sizes[-1]), min(CONTEXT, config.model_config.max_model_len)
@@ -106,10 +107,10 @@ def profile_prefill(config: VllmConfig, options: Options, runner: Any) -> None:
     attention = _attention_of(config)
     most = min(config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len)
     sizes = sorted({min(tokens, most) for tokens in PROMPTS})
-    times = []
-    for tokens in sizes:
-        seconds = _step_seconds(runner, tokens, sample=False) + _attention_seconds(attention, 1, tokens, tokens)
-        times.append((tokens, seconds))
+    times = [
+        (tokens, seconds + _attention_seconds(attention, 1, tokens, tokens))
+        for tokens, seconds in _step_seconds(runner, sizes, sample=False)
+    ]
     logger.info("prompts: %s", ", ".join(f"{tokens} tokens {1e3 * seconds:.0f} ms" for tokens, seconds in times))
     _keep(profile.Profile(wanted, prefill=times))
 
@@ -136,22 +137,30 @@ def _powers(most: int) -> Iterator[int]:
 def _seconds(measure: Callable[[], None]) -> float:
     """Return the shortest of some runs: what makes the others longer is engines that start beside this one."""
     measure()
-    times = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        measure()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return min(_timed(measure) for _ in range(REPEATS))
 
 
-def _step_seconds(runner: Any, tokens: int, sample: bool) -> float:
-    def step() -> None:
+def _timed(measure: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    measure()
+    return time.perf_counter() - began
+
+
+def _step_seconds(runner: Any, sizes: Sequence[int], sample: bool) -> list[tuple[int, float]]:
+    """Return the shortest step without attention for each of `sizes` tokens; in turns, for a disturbance lasts longer
+    than a few steps of one size."""
+
+    def step(tokens: int) -> None:
         hidden, _ = runner._dummy_run(tokens)
         if sample:
             # Greedy; vLLM's _dummy_sampler_run sorts the vocabulary for top-k and top-p, twice.
             runner.model.compute_logits(hidden).argmax(dim=-1)
 
-    return _seconds(step)
+    steps = [functools.partial(step, tokens) for tokens in sizes]
+    for each in steps:
+        each()
+    rounds = [[_timed(each) for each in steps] for _ in range(REPEATS)]
+    return list(zip(sizes, (min(times) for times in zip(*rounds, strict=True)), strict=True))
 
 
 def _attention_of(config: VllmConfig) -> CpuAttention:

@@ -30,6 +30,14 @@ def test_the_channel_works_from_cpp_and_is_clean(sanitizer: str, tmp_path: Path)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
+@pytest.mark.parametrize("sanitizer", ["plain", "address and undefined behaviour"])
+def test_attention_reads_nothing_it_should_not_and_is_right(sanitizer: str, tmp_path: Path) -> None:
+    program, source = tmp_path / "test_attention", ROOT / "csrc" / "tests" / "test_attention.cpp"
+    subprocess.run(["g++", *FLAGS, *SANITIZERS[sanitizer], str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
 def test_the_cpp_benchmark_measures_what_it_says(tmp_path: Path) -> None:
     program, source = tmp_path / "bench_channel", ROOT / "csrc" / "tests" / "bench_channel.cpp"
     subprocess.run(["g++", *FLAGS, "-O2", str(source), "-o", str(program)], check=True)

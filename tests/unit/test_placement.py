@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import msgspec
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from vllm_adrenaline.placement import bounds
-from vllm_adrenaline.placement.costs import Costs
+from vllm_adrenaline.placement.costs import Costs, undisturbed
 from vllm_adrenaline.placement.memory import Memory, peak
 from vllm_adrenaline.placement.policy import Candidate, Decision, Observed, Placement, Reason, Site, bound, move, place
 
@@ -136,6 +137,25 @@ def test_ob_comp_is_the_papers() -> None:
 @given(st.integers(1, 500), st.integers(1, 500))
 def test_a_larger_batch_never_costs_less(a: int, b: int) -> None:
     assert COSTS.other(min(a, b)) <= COSTS.other(max(a, b)) + 1e-12
+
+
+def test_a_hump_in_a_profile_is_not_believed() -> None:
+    true = [(1, 8.0), (8, 9.0), (16, 12.0), (32, 18.0), (64, 30.0)]
+    assert undisturbed(true) == true
+    disturbed = [(1, 8.0), (8, 9.0), (16, 26.0), (32, 34.0), (64, 30.0)]
+    assert undisturbed(disturbed) == [(1, 8.0), (8, 9.0), (64, 30.0)]
+
+
+@given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=9))
+def test_an_undisturbed_profile_never_falls_and_grows_no_slower_for_larger_batches(seconds: list[float]) -> None:
+    times = [(2**i, each) for i, each in enumerate(seconds)]
+    found = undisturbed(times)
+    costs = Costs(found, 0.0, [])
+    assert all(costs.other(rows) <= each * (1 + 1e-9) for rows, each in times)
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(found)]
+    assert slopes == sorted(slopes)
+    assert all(slope >= 0 for slope in slopes)
+    assert {found[0][0], found[-1]} == {times[0][0], times[-1]}
 
 
 def test_an_executor_that_is_slower_gives_a_request_back_but_not_for_little() -> None:

@@ -184,7 +184,7 @@ def _about_ceiling(about: dict[str, Any]) -> list[str]:
         f"Bare operators, no engine: a step of {found['rows']:.0f} rows of {found['context']:.0f} tokens takes "
         f"{found['local_ms']:.1f} ms, {100 * about['attention_share']:.0f} % of it attention; twice the rows, half of "
         f"them attended on the other side, {found['twice_ms']:.1f} ms: {found['ratio']:.2f} x the rows a second. With "
-        f"this plugin's native attention in the latter, {found['native_ratio']:.2f} x: the ceiling where KV memory doubles.",
+        f"native attention in the latter, {found['native_ratio']:.2f} x: the ceiling where KV memory doubles.",
     ]
     if about["reached_of_ceiling"]:
         reached = ", ".join(f"{name} {100 * part:.0f} %" for name, part in about["reached_of_ceiling"].items())

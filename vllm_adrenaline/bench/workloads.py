@@ -47,7 +47,7 @@ LOADS = {
 }
 TTFT_SLO_MS, TPOT_SLO_MS, GOODPUT = 2000.0, 40.0, 0.9
 """Objectives for goodput, and the share of requests that must meet both."""
-RAMP, RATES = "ramp", (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+RAMP, RATES = "ramp", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """The ramp: requests of the trace at these rates a second, until the highest is found that still has its goodput."""
 ABOUT_RAMP = (
     f"Highest rate of the ramp ({', '.join(f'{rate:g}' for rate in RATES)} requests a second) at which "
@@ -103,7 +103,7 @@ MODELS = {
         {"layers": 12, "hidden": 512, "inner": 512, "heads": 8, "kv_heads": 2, "head_dim": 64},
         decode_blocks=24,
         prefill_blocks=72,
-        loads=("reasoning", "conversation", "light"),
+        loads=("reasoning", "conversation"),
     ),
 }
 

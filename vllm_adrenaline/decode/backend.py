@@ -96,7 +96,7 @@ class AdrenalineImpl(CPUAttentionBackendImpl):
         output: torch.Tensor,
     ) -> None:
         if kv_cache is not self._kv_cache:
-            self._open(layer, kv_cache)
+            self.open(layer, kv_cache)
         if 0 < metadata.decode_length <= self._longest:
             native_decode.attend(
                 self._native, query, output, metadata.block_table, metadata.seq_lens, metadata.query_start_loc
@@ -104,8 +104,8 @@ class AdrenalineImpl(CPUAttentionBackendImpl):
         else:
             super().forward(layer, query, key, value, kv_cache, metadata, output)
 
-    def _open(self, layer: Any, kv_cache: torch.Tensor) -> None:
-        """See whether this layer's cache can be attended natively."""
+    def open(self, layer: Any, kv_cache: torch.Tensor) -> None:
+        """See whether this layer's cache can be attended natively; the first time in a process that takes a moment."""
         self._kv_cache, self._longest = kv_cache, 0
         blocks, heads, block_size, double = kv_cache.shape
         keys, values = kv_cache.view(blocks, heads, 2 * block_size, double // 2).chunk(2, dim=2)

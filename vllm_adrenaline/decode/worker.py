@@ -57,7 +57,11 @@ class DecodeWorker(CPUWorker):
             links, ShmSteps(shape), layers, config.cache_config.block_size, counts_rows=self.rank == 0
         )
         remote.activate(self.remote)
-        get_kv_transfer_group().remote = self.remote
+        connector = get_kv_transfer_group()
+        connector.remote = self.remote
+        for name, cache in connector.kv_caches.items():
+            layer = config.compilation_config.static_forward_context[name]
+            layer.impl.open(layer, cache)  # now, not in the first request's first step
 
     def compile_or_warm_up_model(self) -> Any:
         """Measure before: vLLM ends its warm-up with a fresh random seed."""

@@ -11,6 +11,23 @@ import msgspec
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
+def undisturbed(times: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return times by rows of a batch, ascending, without what only a disturbance explains: the highest curve below
+    them that never falls and grows no slower as batches grow. Whatever ran meanwhile made some of them longer, none
+    shorter; a hump that is believed keeps batches small for ever."""
+    hull: list[tuple[int, float]] = []
+    for i, (rows, _) in enumerate(times):
+        point = (rows, min(seconds for _, seconds in times[i:]))
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) > _slope(hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
 class Costs(msgspec.Struct, frozen=True):
     """Seconds. `step`: everything but attention, by rows of the batch, ascending. `local`: attention of the decode
     engine, all layers, by token of context. `remote`: the same of each executor. `exchange`: what the data plane takes
