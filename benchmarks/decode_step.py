@@ -191,7 +191,7 @@ def measure(model: Model, repeats: int) -> None:
             raise SystemExit("the executor did not answer")
         if repeat >= 3:  # the first steps touch the memory
             note(step_local=local, attention=attention, step_offloaded=offloaded, local_attention=model.attention_s)
-            note(remote_attention=times.remote, exposed_wait=times.exposed, plan=model.plan_s, report=note_s)
+            note(remote_attention=times.remote[0], exposed_wait=times.exposed, plan=model.plan_s, report=note_s)
     ms = {name: report.median(values) for name, values in figures.items()}
     bound = ms["step_local"] - ms["attention"] + ms["attention"] / 2
     result = {

@@ -23,7 +23,7 @@ GAIN = 0.1
 MOVE_GAIN = 0.02
 """By how much moving a request back must shorten the step: less is noise. Until its end it must also gain a whole step,
 for it costs a transfer."""
-WORTH = 0.9
+WORTH = 0.85
 """What a row that does not hide may cost at most, of what a row of the batch costs on average: below 1 it raises
 throughput, and ends a wait; the price is TPOT, which an objective bounds."""
 BUSY = 0.7
