@@ -38,7 +38,7 @@ LOADS = {
     "prefill": Load("prefill", "", 32, from_trace(2.4, 0.8, (128, 1024), 0.15, (4, 32), first=50)),
     "light": Load("light", "", 12, from_trace(0.5, 0.3, (64, 512), 0.3, (16, 64), first=100)),
 }
-QUICK = {"saturated": 24, "prefill": 16, "light": 6}
+QUICK = {"saturated": 48, "prefill": 16, "light": 6}
 
 
 def calibrated(found: Runs, loads: dict[str, Load], args: Any) -> Model:

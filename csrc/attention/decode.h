@@ -5,7 +5,7 @@
 // - a logit is a chain of fused multiply-adds over the head's dimensions, in fp32;
 // - maximum and exponential are taken over all tokens of a row, rounded up to 32, as one tile;
 // - an output is a chain of fused multiply-adds over tokens, scaled by the inverse of the sum at the end.
-// tests/unit/test_decode_attention.py holds it to that.
+// tests/unit/test_native_decode.py holds it to that.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,7 @@ struct Bf16 {
 constexpr int kLanes = 16;
 constexpr int kGroup = 32;  // vLLM computes tokens, and dimensions of values, in groups of this size
 
-// Whether this is how heads are grouped: those that share keys are computed together.
+// Whether the query heads that share a KV head, which are computed together, are a number that is compiled here.
 constexpr bool has_group(int heads, int kv_heads) {
   const int group = kv_heads > 0 && heads % kv_heads == 0 ? heads / kv_heads : 0;
   return group == 1 || group == 2 || group == 4 || group == 8;
