@@ -134,21 +134,23 @@ def _powers(most: int) -> Iterator[int]:
     yield most
 
 
-def _seconds(measure: Callable[[], None]) -> float:
-    """Return the shortest of some runs: what makes the others longer is engines that start beside this one."""
-    measure()
-    return min(_timed(measure) for _ in range(REPEATS))
+def _seconds(*measures: Callable[[], object]) -> list[float]:
+    """Return the shortest of some runs of each: what makes the others longer is engines that start beside this one. In
+    turns, for such a disturbance lasts longer than a few runs."""
 
+    def timed(measure: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        measure()
+        return time.perf_counter() - began
 
-def _timed(measure: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    measure()
-    return time.perf_counter() - began
+    for each in measures:
+        each()
+    rounds = [[timed(each) for each in measures] for _ in range(REPEATS)]
+    return [min(times) for times in zip(*rounds, strict=True)]
 
 
 def _step_seconds(runner: Any, sizes: Sequence[int], sample: bool) -> list[tuple[int, float]]:
-    """Return the shortest step without attention for each of `sizes` tokens; in turns, for a disturbance lasts longer
-    than a few steps of one size."""
+    """Return the seconds of a step without attention for each of `sizes` tokens."""
 
     def step(tokens: int) -> None:
         hidden, _ = runner._dummy_run(tokens)
@@ -156,11 +158,7 @@ def _step_seconds(runner: Any, sizes: Sequence[int], sample: bool) -> list[tuple
             # Greedy; vLLM's _dummy_sampler_run sorts the vocabulary for top-k and top-p, twice.
             runner.model.compute_logits(hidden).argmax(dim=-1)
 
-    steps = [functools.partial(step, tokens) for tokens in sizes]
-    for each in steps:
-        each()
-    rounds = [[_timed(each) for each in steps] for _ in range(REPEATS)]
-    return list(zip(sizes, (min(times) for times in zip(*rounds, strict=True)), strict=True))
+    return list(zip(sizes, _seconds(*(functools.partial(step, tokens) for tokens in sizes)), strict=True))
 
 
 def _attention_of(config: VllmConfig) -> CpuAttention:
@@ -202,7 +200,7 @@ def _attention_seconds(attention: CpuAttention, rows: int, queries: int, context
         for layer in range(attention.num_layers):
             attention.layer(layer, step, schedule)
 
-    return _seconds(attend)
+    return _seconds(attend)[0]
 
 
 def _remote_seconds(remote: RemoteAttention, executor: int, rows: int, context: int, like: CpuAttention) -> float:
@@ -230,4 +228,4 @@ def _remote_seconds(remote: RemoteAttention, executor: int, rows: int, context: 
             plan.send(layer, qkv["q"], qkv["k"], qkv["v"])
             plan.receive(layer, qkv["out"])
 
-    return _seconds(attend)
+    return _seconds(attend)[0]

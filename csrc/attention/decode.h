@@ -148,40 +148,43 @@ struct Ahead {
   }
 };
 
-// Logits of G heads and 32 P tokens of a block: [G, D] x [D, 32 P].
-template <typename T, int G, int P>
-ADRENALINE_INLINE void logits_of(const float* q, const T* keys, int head_size, int block_size, float* logits,
-                                 int64_t stride, Ahead& ahead) {
+// A product of matrices; strides in elements. It is `out` [G, columns] = or, with kAdd, += a [G, depth] x b [depth, columns].
+template <typename T>
+struct Product {
+  const float* a;
+  int64_t a_stride;
+  const T* b;
+  int64_t b_stride;
+  int depth;
+  float* out;
+  int64_t out_stride;
+};
+
+// 32 P columns of it, from `column` on: a chain of multiply-adds over the depth for each of them.
+template <typename T, int G, int P, bool kAdd>
+ADRENALINE_INLINE void columns_of(const Product<T>& m, int column, Ahead& ahead) {
+  const T* b = m.b + column;
+  float* out = m.out + column;
   Pair sums[G][P];
   for (int g = 0; g < G; ++g)
-    for (int p = 0; p < P; ++p) sums[g][p] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int d = 0; d < head_size; ++d, keys += block_size) {
+    for (int p = 0; p < P; ++p)
+      sums[g][p] = kAdd ? get<T>(out + g * m.out_stride + p * kGroup) : Pair{_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int d = 0; d < m.depth; ++d, b += m.b_stride) {
     ahead.lines(P * kGroup * sizeof(T));
     for (int p = 0; p < P; ++p) {
-      const Pair k = load_pair(keys + p * kGroup);
-      for (int g = 0; g < G; ++g) add(sums[g][p], _mm512_set1_ps(q[g * head_size + d]), k);
+      const Pair x = load_pair(b + p * kGroup);
+      for (int g = 0; g < G; ++g) add(sums[g][p], _mm512_set1_ps(m.a[g * m.a_stride + d]), x);
     }
   }
   for (int g = 0; g < G; ++g)
-    for (int p = 0; p < P; ++p) put<T>(logits + g * stride + p * kGroup, sums[g][p]);
+    for (int p = 0; p < P; ++p) put<T>(out + g * m.out_stride + p * kGroup, sums[g][p]);
 }
 
-// outputs [G, 32 P of D] += weights [G, tokens] x values [tokens, 32 P of D]
-template <typename T, int G, int P>
-ADRENALINE_INLINE void add_values(const float* weights, int64_t stride, const T* values, int tokens, int head_size,
-                                  float* outputs, Ahead& ahead) {
-  Pair sums[G][P];
-  for (int g = 0; g < G; ++g)
-    for (int p = 0; p < P; ++p) sums[g][p] = get<T>(outputs + g * head_size + p * kGroup);
-  for (int t = 0; t < tokens; ++t, values += head_size) {
-    ahead.lines(P * kGroup * sizeof(T));
-    for (int p = 0; p < P; ++p) {
-      const Pair x = load_pair(values + p * kGroup);
-      for (int g = 0; g < G; ++g) add(sums[g][p], _mm512_set1_ps(weights[g * stride + t]), x);
-    }
-  }
-  for (int g = 0; g < G; ++g)
-    for (int p = 0; p < P; ++p) put<T>(outputs + g * head_size + p * kGroup, sums[g][p]);
+template <typename T, int G, int P, bool kAdd>
+ADRENALINE_INLINE void multiply(const Product<T>& m, int columns, Ahead ahead) {
+  int column = 0;
+  for (; column + P * kGroup <= columns; column += P * kGroup) columns_of<T, G, P, kAdd>(m, column, ahead);
+  for (; column < columns; column += kGroup) columns_of<T, G, 1, kAdd>(m, column, ahead);
 }
 
 // Turn logits of `length` tokens (padded to kGroup) into weights; return their sum.
@@ -210,7 +213,6 @@ ADRENALINE_AVX512 void attend_head(const Call<T>& c, int64_t row, int kv_head, c
   float* q = scratch;
   float* outputs = q + G * size;
   float* logits = outputs + G * size;
-  const int64_t stride = padded;
   const auto at = [&](const T* base, int i) { return base + table[i] * c.block_stride + kv_head * c.head_stride; };
 
   const T* query = c.query + token * c.query_stride + kv_head * G * size;
@@ -218,28 +220,19 @@ ADRENALINE_AVX512 void attend_head(const Call<T>& c, int64_t row, int kv_head, c
     _mm512_storeu_ps(q + i, _mm512_mul_ps(load(query + i), _mm512_set1_ps(c.scale)));
   std::memset(outputs, 0, sizeof(float) * G * size);
 
+  const auto tokens_in = [&](int i) { return padded - i * block < block ? padded - i * block : block; };
   for (int i = 0; i < blocks; ++i) {
-    const T* keys = at(c.keys, i);
-    Ahead ahead{reinterpret_cast<const char*>(i + 1 < blocks ? at(c.keys, i + 1) : at(c.values, 0))};
-    const int tokens = padded - i * block < block ? padded - i * block : block;
-    int t = 0;
-    for (; t + kKeys * kGroup <= tokens; t += kKeys * kGroup)
-      logits_of<T, G, kKeys>(q, keys + t, size, block, logits + i * block + t, stride, ahead);
-    for (; t < tokens; t += kGroup)
-      logits_of<T, G, 1>(q, keys + t, size, block, logits + i * block + t, stride, ahead);
+    const T* next = i + 1 < blocks ? at(c.keys, i + 1) : at(c.values, 0);
+    multiply<T, G, kKeys, false>({q, size, at(c.keys, i), block, size, logits + i * block, padded}, tokens_in(i),
+                                 {reinterpret_cast<const char*>(next)});
   }
   float sums[G];
-  for (int g = 0; g < G; ++g) sums[g] = softmax(logits + g * stride, length, padded);
+  for (int g = 0; g < G; ++g) sums[g] = softmax(logits + g * padded, length, padded);
   for (int i = 0; i < blocks; ++i) {
     const T* values = at(c.values, i);
-    const T* next = i + 1 < blocks ? at(c.values, i + 1) : after;
-    Ahead ahead{reinterpret_cast<const char*>(next != nullptr ? next : values)};
-    const int tokens = padded - i * block < block ? padded - i * block : block;
-    int d = 0;
-    for (; d + kValues * kGroup <= size; d += kValues * kGroup)
-      add_values<T, G, kValues>(logits + i * block, stride, values + d, tokens, size, outputs + d, ahead);
-    for (; d < size; d += kGroup)
-      add_values<T, G, 1>(logits + i * block, stride, values + d, tokens, size, outputs + d, ahead);
+    const T* next = i + 1 < blocks ? at(c.values, i + 1) : after != nullptr ? after : values;
+    multiply<T, G, kValues, true>({logits + i * block, padded, values, size, tokens_in(i), outputs, size}, size,
+                                  {reinterpret_cast<const char*>(next)});
   }
   T* out = c.out + token * c.out_stride + kv_head * G * size;
   for (int g = 0; g < G; ++g) {

@@ -1,7 +1,5 @@
 """Attention over a KV cache with the bits of vLLM's own CPU operators, so that tokens can be equal: by those operators,
 or where all rows have one token by the native library (native_decode.py).
-
-Checked against vllm/_custom_ops.py and vllm/v1/attention/backends/cpu_attn.py of 0.32 (run) and 0.33 (read).
 """
 
 from __future__ import annotations
@@ -9,9 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from vllm import _custom_ops as ops
 
-from vllm_adrenaline.attention import native_decode
+from vllm_adrenaline.attention import native_decode, operators
 from vllm_adrenaline.attention.spec import KVExport
 from vllm_adrenaline.kv_memory import map_kv
 
@@ -66,24 +63,13 @@ class CpuAttention:
         """Return the operators' schedule for a step, which all its layers share; None for the native library."""
         if int(seq_lens.max()) <= self._longest and int(query_start_loc.diff().max()) <= 1:
             return None
-        return ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(seq_lens),
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_size,
-            seq_lens=seq_lens,
-            dtype=self.dtype,
-            query_start_loc=query_start_loc,
-            causal=True,
-            sliding_window_size=-1,
-            isa=self._isa,
-            enable_kv_split=self._split_kv,
-        )
+        keys = self._key_caches[0]
+        return operators.schedule(self.num_heads, keys, query_start_loc, seq_lens, self._isa, self._split_kv)
 
     def layer(self, index: int, step: dict[str, torch.Tensor], schedule: torch.Tensor | None) -> None:
         """Append k, v of `step` to layer `index` and attend q; the result goes to step["out"]."""
         keys, values = self._key_caches[index], self._value_caches[index]
-        ops.cpu_attn_reshape_and_cache(step["k"], step["v"], keys, values, step["slot_mapping"], self._isa)
+        operators.append(step["k"], step["v"], keys, values, step["slot_mapping"], self._isa)
         if schedule is None:
             native_decode.attend(
                 self._native[index],
@@ -94,19 +80,4 @@ class CpuAttention:
                 step["query_start_loc"],
             )
             return
-        ops.cpu_attention_with_kv_cache(
-            query=step["q"],
-            key_cache=keys,
-            value_cache=values,
-            output=step["out"],
-            query_start_loc=step["query_start_loc"],
-            seq_lens=step["seq_lens"],
-            scale=self._scales[index],
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=step["block_table"],
-            softcap=0,
-            scheduler_metadata=schedule,
-            s_aux=None,
-        )
+        operators.attend(step, keys, values, self._scales[index], schedule)

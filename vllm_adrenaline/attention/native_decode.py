@@ -11,8 +11,8 @@ import logging
 from typing import Any
 
 import torch
-from vllm import _custom_ops as ops
 
+from vllm_adrenaline.attention import operators
 from vllm_adrenaline.data.shm import library
 
 logger = logging.getLogger("vllm.adrenaline")
@@ -65,38 +65,16 @@ def _gives_equal_bits(group: int, head_size: int, block_size: int, dtype: torch.
         return torch.randn(*sizes, generator=random).to(dtype)
 
     keys, values = some(2 * width, 1, 2 * block_size, head_size).chunk(2, dim=2)
-    query, wanted = 3 * some(len(lengths), group, head_size), some(len(lengths), group, head_size)
-    table = torch.randint(2 * width, (len(lengths), width), generator=random, dtype=torch.int32)
     starts, lens = torch.arange(len(lengths) + 1, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
-    schedule = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=len(lengths),
-        num_heads=group,
-        num_kv_heads=1,
-        head_dim=head_size,
-        seq_lens=lens,
-        dtype=dtype,
-        query_start_loc=starts,
-        causal=True,
-        sliding_window_size=-1,
-        isa=ISA,
-        enable_kv_split=True,
-    )
-    ops.cpu_attention_with_kv_cache(
-        query=query,
-        key_cache=keys,
-        value_cache=values,
-        output=wanted,
-        query_start_loc=starts,
-        seq_lens=lens,
-        scale=head_size**-0.5,
-        causal=True,
-        alibi_slopes=None,
-        sliding_window=-1,
-        block_table=table,
-        softcap=0,
-        scheduler_metadata=schedule,
-        s_aux=None,
-    )
-    found = torch.empty_like(wanted)
-    attend(open_cache(keys, values, group, head_size**-0.5), query, found, table, lens, starts)
-    return torch.equal(found, wanted)
+    step = {
+        "q": 3 * some(len(lengths), group, head_size),
+        "out": some(len(lengths), group, head_size),
+        "query_start_loc": starts,
+        "seq_lens": lens,
+        "block_table": torch.randint(2 * width, (len(lengths), width), generator=random, dtype=torch.int32),
+    }
+    scale = head_size**-0.5
+    operators.attend(step, keys, values, scale, operators.schedule(group, keys, starts, lens, ISA, split_kv=True))
+    found = torch.empty_like(step["out"])
+    attend(open_cache(keys, values, group, scale), step["q"], found, step["block_table"], lens, starts)
+    return torch.equal(found, step["out"])

@@ -75,34 +75,20 @@ class AdrenalineImpl(CPUAttentionBackendImpl):
         if attn_metadata is None:  # vLLM warms up
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
         plan = attn_metadata.remote_plan
-        if plan is None:
-            self._attend_here(layer, query, key, value, kv_cache, attn_metadata, output)
-            return output
-        index = plan.layer_index[layer.layer_name]
-        plan.send(index, query, key, value)
-        if plan.has_local:
-            self._attend_here(layer, query, key, value, kv_cache, attn_metadata, output)
-        plan.receive(index, output)
+        if plan is not None:
+            index = plan.layer_index[layer.layer_name]
+            plan.send(index, query, key, value)
+        if plan is None or plan.has_local:
+            if kv_cache is not self._kv_cache:
+                self.open(layer, kv_cache)
+            if 0 < attn_metadata.decode_length <= self._longest:
+                table, lens = attn_metadata.block_table, attn_metadata.seq_lens
+                native_decode.attend(self._native, query, output, table, lens, attn_metadata.query_start_loc)
+            else:
+                super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
+        if plan is not None:
+            plan.receive(index, output)
         return output
-
-    def _attend_here(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: Any,
-        output: torch.Tensor,
-    ) -> None:
-        if kv_cache is not self._kv_cache:
-            self.open(layer, kv_cache)
-        if 0 < metadata.decode_length <= self._longest:
-            native_decode.attend(
-                self._native, query, output, metadata.block_table, metadata.seq_lens, metadata.query_start_loc
-            )
-        else:
-            super().forward(layer, query, key, value, kv_cache, metadata, output)
 
     def open(self, layer: Any, kv_cache: torch.Tensor) -> None:
         """See whether this layer's cache can be attended natively; the first time in a process that takes a moment."""
