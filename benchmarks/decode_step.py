@@ -160,7 +160,7 @@ def main() -> None:
         executor = ExecutorProcess(spec)
         try:
             executor.wait_ready()
-            link = LocalLink(address, identity(), 0, NAMES, shape, 60.0)
+            link = LocalLink(address, identity(), "benchmark", 0, NAMES, shape, 60.0)
             link.attach()
             remote = RemoteAttention([link], ShmSteps(shape), NAMES, BLOCK, counts_rows=True)
             model = Model(CpuAttention.mapped(ours.export, ours.export.fd, split_kv=True), remote)

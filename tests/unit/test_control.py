@@ -33,7 +33,7 @@ IDENTITY = messages.Identity(
     split_kv=True,
     tensor_parallel_size=1,
 )
-WELCOME = messages.Welcome("engine", "localhost", 5600, 100, ["ipc:///x"], "1 thread")
+WELCOME = messages.Welcome("engine", "localhost", 5600, 100, ["ipc:///x"], "1 thread", 60.0)
 LOAD = messages.Load(total=100, free=60, reserve=5, busy=0.25)
 
 
@@ -57,7 +57,7 @@ class Pool:
         messages.Claimed("r", [1, 2], 200, b"digest"),
         messages.Release(["r"], [3]),
         messages.Fault([17]),
-        messages.Attach(IDENTITY, 0, 1, 2, 3, [0], 4, 5, 6),
+        messages.Attach(IDENTITY, "d", 0, 1, 2, 3, [0], 4, 5, 6),
     ],
 )
 def test_a_message_survives_the_wire(message: messages.Message) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
 
 MAX_FRAME = 1 << 20
@@ -47,15 +47,22 @@ class Identity(msgspec.Struct, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """Decode to prefill engine: the first message of a connection. `borrows` is False for a start-up check."""
+    """Decode to prefill engine: the first message of a connection. `borrows` is False for a start-up check.
+
+    `engine` names this life of the decode engine, as its workers do in Attach. `pid` is the process whose end is the
+    end of the decode engine (its engine core); 0: the prefill engine cannot see it end.
+    """
 
     identity: Identity
     borrows: bool
+    engine: Name = ""
+    pid: Count = 0
 
 
 class Welcome(Message, frozen=True):
     """Prefill to decode engine: we fit. Says which engine life this is, where its executors listen (by rank), and in
-    words what share of its device they have."""
+    words what share of its device they have. `lease_seconds`: a decode engine that is silent for so long loses what it
+    has here."""
 
     engine_id: Name
     nixl_host: Name
@@ -63,6 +70,7 @@ class Welcome(Message, frozen=True):
     num_blocks: Count
     executors: Names
     executor_share: Name
+    lease_seconds: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 
 
 class Refused(Message, frozen=True):
@@ -90,6 +98,16 @@ class Gone(Message, frozen=True):
     """The prompt KV of this request is not held here (any more)."""
 
     request: Name
+
+
+class Drop(Message, frozen=True):
+    """Decode to prefill engine: nobody will claim or read these finished prompts. Claimed ones are not touched."""
+
+    requests: Names
+
+
+class Leave(Message, frozen=True):
+    """Decode to prefill engine: I end now. Everything I have is yours again."""
 
 
 class Release(Message, frozen=True):
@@ -120,11 +138,12 @@ class Fault(Message, frozen=True):
 
 class Beat(Message, frozen=True):
     """Decode to prefill engine: I am alive. `tpot`: what my steps took lately (seconds, the 90th percentile; 0: none).
-    `waiting`: KV blocks of your prompts that wait here to be placed. A borrower that stays silent loses its claims and
-    leases."""
+    `waiting`: KV blocks of your prompts that wait here to be placed. `offloads`: whether any of your blocks is attended
+    by your executors for me. A borrower that stays silent loses its claims and leases."""
 
     tpot: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0
     waiting: Count = 0
+    offloads: bool = False
 
 
 class Load(Message, frozen=True):
@@ -139,9 +158,11 @@ class Load(Message, frozen=True):
 
 
 class Attach(Message, frozen=True):
-    """Decode worker to attention executor: map this channel (an open memfd of process `pid`) and serve it."""
+    """Decode worker to attention executor: map this channel (an open memfd of process `pid`) and serve it. `engine`: the
+    decode engine's life, as in Hello."""
 
     identity: Identity
+    engine: Name
     rank: Count
     pid: Count
     fd: Count
@@ -161,6 +182,18 @@ class Attached(Message, frozen=True):
     cpus: Cpus
 
 
+class Revoke(Message, frozen=True):
+    """Prefill engine to attention executor: serve no channel of this decode engine any more."""
+
+    engine: Name
+
+
+class Revoked(Message, frozen=True):
+    """Attention executor to prefill engine: nothing is written for that decode engine from now on."""
+
+    engine: Name
+
+
 AnyMessage = (
     Hello
     | Welcome
@@ -168,6 +201,8 @@ AnyMessage = (
     | Claim
     | Claimed
     | Gone
+    | Drop
+    | Leave
     | Release
     | Lease
     | Leased
@@ -176,6 +211,8 @@ AnyMessage = (
     | Load
     | Attach
     | Attached
+    | Revoke
+    | Revoked
 )
 
 _encoder = msgspec.msgpack.Encoder()

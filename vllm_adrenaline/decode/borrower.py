@@ -6,6 +6,7 @@ A thread owns the socket; the scheduler talks to it through two queues. Runs in 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -27,7 +28,7 @@ class Borrower(threading.Thread):
     """`welcome` is the prefill engine's answer to our hello; None while it is not there or does not fit. `load` is what
     it last said of itself; `tpot` (seconds) and `waiting` (blocks of its prompts that wait here) are what we say."""
 
-    def __init__(self, address: str, identity: messages.Identity) -> None:
+    def __init__(self, address: str, identity: messages.Identity, engine: str) -> None:
         super().__init__(name="adrenaline-borrower", daemon=True)
         self.address = address
         self.welcome: messages.Welcome | None = None
@@ -36,7 +37,7 @@ class Borrower(threading.Thread):
         self._beat_is_due = False
         self.answers: deque[messages.AnyMessage] = deque()
         self.answered = threading.Event()
-        self._hello = messages.Hello(identity, borrows=True)
+        self._hello = messages.Hello(identity, borrows=True, engine=engine, pid=os.getpid())
         self._outbox: deque[messages.Message] = deque()
         self._bell_in, self._bell_out = self._bell()
         self._stopping = False

@@ -27,13 +27,14 @@ class Link:
         self,
         address: str,
         identity: messages.Identity,
+        engine: str,
         rank: int,
         layers: list[str],
         shape: Shape,
         timeout_s: float,
     ) -> None:
         self.address, self.layers, self.shape, self.timeout_s = address, layers, shape, timeout_s
-        self._identity, self._rank = identity, rank
+        self._identity, self._engine, self._rank = identity, engine, rank
         self.channel: ShmDecodeChannel | None = None
         self._pidfd = -1
         self.pid = self.num_blocks = 0
@@ -49,6 +50,7 @@ class Link:
                 executor,
                 messages.Attach(
                     self._identity,
+                    self._engine,
                     self._rank,
                     os.getpid(),
                     channel.fd,

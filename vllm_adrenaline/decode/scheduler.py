@@ -35,7 +35,8 @@ class DecodeScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         options = Options.of(self.vllm_config)
         us = identity.of(self.vllm_config)
-        self.borrowers = [Borrower(address, us) for address in options.peer_addresses]
+        engine = self.vllm_config.kv_transfer_config.engine_id
+        self.borrowers = [Borrower(address, us, engine) for address in options.peer_addresses]
         for borrower in self.borrowers:
             borrower.start()
         self._wait_for_peers(options.connect_timeout)

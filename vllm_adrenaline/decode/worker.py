@@ -50,7 +50,10 @@ class DecodeWorker(CPUWorker):
             dtype=model.dtype,
         )
         us = identity.of(config)
-        links = [Link(a, us, self.rank, layers, shape, options.executor_timeout) for a in options.peer_addresses]
+        engine = config.kv_transfer_config.engine_id
+        links = [
+            Link(a, us, engine, self.rank, layers, shape, options.executor_timeout) for a in options.peer_addresses
+        ]
         for link in links:
             link.attach()
         self.remote = remote.RemoteAttention(

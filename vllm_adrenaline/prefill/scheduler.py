@@ -69,6 +69,7 @@ class PrefillScheduler(Scheduler):
             num_blocks=self.kv_cache_manager.block_pool.num_gpu_blocks,
             executors=executor.addresses(),
             executor_share=executor.share(),
+            lease_seconds=self.lender.expiry_s,
         )
 
     def _tick(self) -> None:
