@@ -158,8 +158,9 @@ class Load(Message, frozen=True):
 
 
 class Attach(Message, frozen=True):
-    """Decode worker to attention executor: map this channel (an open memfd of process `pid`) and serve it. `engine`: the
-    decode engine's life, as in Hello."""
+    """Decode worker to attention executor: map this channel (an open memfd of process `pid`) and serve it.
+
+    `engine`: the decode engine's life, as in Hello."""
 
     identity: Identity
     engine: Name
