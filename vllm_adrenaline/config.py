@@ -99,12 +99,22 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lease_seconds: Annotated[
         float,
         _option(
-            "Prefill engine: take back what a decode engine was lent, or did not fetch, when it is silent for so long.",
+            "Prefill engine: take back what a decode engine has claimed and was lent when it is silent for so long.",
             "SECONDS",
             ge=6,
             le=3600,
         ),
     ] = 60.0
+    claim_seconds: Annotated[
+        float,
+        _option(
+            "Prefill engine: let a finished prompt go when no decode engine has claimed it for so long. They claim a "
+            "prompt as soon as its request reaches them.",
+            "SECONDS",
+            ge=1,
+            le=3600,
+        ),
+    ] = 20.0
     prefill_reserve: Annotated[
         float,
         _option("Prefill engine: share of its KV blocks that is never lent for growing requests.", "SHARE", ge=0, le=1),

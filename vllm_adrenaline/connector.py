@@ -16,10 +16,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPull
 from vllm.v1.request import RequestStatus
 
 from vllm_adrenaline.config import Options
+from vllm_adrenaline.control.messages import MAX_NAME
 from vllm_adrenaline.digest import token_digest
 from vllm_adrenaline.metrics import AdrenalinePromMetrics, AdrenalineStats
 from vllm_adrenaline.nixl_pause import pause_progress_thread
 from vllm_adrenaline.prefill.lender import Lender, Offer
+from vllm_adrenaline.stamp import stamped
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -67,6 +69,7 @@ class AdrenalineConnector(NixlPullConnector):
             blocks = [self._block_pool.blocks[index] for index in block_ids[0]]
             digest = token_digest(request.all_token_ids[: request.num_prompt_tokens])
             self.lender.offer(request.request_id, Offer(blocks, request.num_prompt_tokens, digest))
+            params = stamped(params, digest, request.num_prompt_tokens)
         return delay, params
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -81,8 +84,10 @@ class AdrenalineConnector(NixlPullConnector):
     def on_new_request(self, request: Request) -> None:
         params = request.kv_transfer_params
         if self.is_prefill and params:
-            # Whatever else a client asks of NIXL here (to read from some host, say) is not ours to do.
-            request.kv_transfer_params = {"do_remote_decode": True} if params.get("do_remote_decode") is True else None
+            # Whatever else a client asks of NIXL here (to read from some host, say) is not ours to do. A prompt whose
+            # name is too long for a control message could not be claimed: it is not kept.
+            keep = params.get("do_remote_decode") is True and len(request.request_id) <= MAX_NAME
+            request.kv_transfer_params = {"do_remote_decode": True} if keep else None
         elif self.offload is not None:
             self.offload.arrived(request)
         super().on_new_request(request)
@@ -103,8 +108,8 @@ class AdrenalineConnector(NixlPullConnector):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
         meta = super().build_connector_meta(scheduler_output)
         # Attributes, not a subclass: NIXL makes this object itself and checks its type.
-        meta.received = self.offload.received(scheduler_output) if self.offload is not None else frozenset()
-        meta.claimed = self.lender.take_claimed() if self.lender is not None else frozenset()
+        meta.received = self.offload.take_received(scheduler_output) if self.offload is not None else frozenset()
+        meta.let_go = self.lender.take_let_go() if self.lender is not None else frozenset()
         return meta
 
     # Worker side
@@ -122,10 +127,11 @@ class AdrenalineConnector(NixlPullConnector):
         super().register_kv_caches(kv_caches)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        """A claimed prompt is held by its claim: NIXL's own hold on it ends, with no message and no handshake."""
+        """NIXL's own hold ends on a prompt that is claimed (its claim holds it) and on one that is dropped. No message
+        and no handshake is needed."""
         results = super().get_transfer_results(finished_req_ids)
         worker = self.connector_worker
-        for request_id in self._connector_metadata.claimed:
+        for request_id in self._connector_metadata.let_go:
             if worker._reqs_to_send.pop(request_id, None) is not None:
                 worker._reqs_to_process.discard(request_id)
                 results.finished_sending.add(request_id)

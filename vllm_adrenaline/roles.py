@@ -76,7 +76,7 @@ def apply(args: EngineArgs, options: Options) -> None:
         kv_role="kv_producer" if prefill else "kv_consumer",
         kv_buffer_device="cpu",
         kv_load_failure_policy="recompute",
-        kv_connector_extra_config={"kv_lease_duration": int(options.lease_seconds)} if prefill else {},
+        kv_connector_extra_config={"kv_lease_duration": int(options.claim_seconds)} if prefill else {},
     )
     os.environ.setdefault(SIDE_CHANNEL_PORT, str(get_open_port()))
 

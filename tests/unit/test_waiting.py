@@ -11,6 +11,7 @@ import pytest
 from vllm_adrenaline.control.messages import Load
 from vllm_adrenaline.decode.blocks import RemotePool
 from vllm_adrenaline.decode.placer import Batch, Placer
+from vllm_adrenaline.decode.request import RemoteRequest
 from vllm_adrenaline.decode.waiting import Waiting
 from vllm_adrenaline.placement.costs import Costs
 from vllm_adrenaline.prefill.busy import BusyShare
@@ -49,8 +50,18 @@ class Engine:
     def arrive(self, *tokens: int) -> list[Any]:
         requests: list[Any] = [Request(f"r{i}", count) for i, count in enumerate(tokens)]
         for request in requests:
-            self.waiting.add(request, self.pool, request.request_id)
+            self.waiting.add(RemoteRequest(request, self.pool, request.request_id))
         return requests
+
+    def local(self) -> list[str]:
+        """Return who may take local memory in this step."""
+        return [name for name, waiting in self.waiting._undecided.items() if waiting.decision is not None]
+
+    def goes_local(self, name: str) -> None:
+        """vLLM gave it blocks."""
+        waiting = self.waiting._undecided[name]
+        self.waiting.drop(name)
+        self.waiting.count_local(waiting)
 
     def step(self) -> tuple[list[str], list[str]]:
         """Decide; return who is offloaded and who may go on locally."""
@@ -63,7 +74,7 @@ class Engine:
                 lambda free: self.placer.observed(batch, free, [self.pool], frozenset()), batch, self.free, 8
             )
         ]
-        return offloaded, [n for n in ("r0", "r1", "r2", "r3") if n in self.waiting and self.waiting.may_go_local(n)]
+        return offloaded, self.local()
 
 
 def test_what_fits_goes_local_in_order_and_the_rest_is_offloaded() -> None:
@@ -79,9 +90,8 @@ def test_a_decision_is_made_anew_until_vllm_gives_the_blocks() -> None:
     assert engine.step() == ([], ["r0"])
     assert engine.step() == ([], ["r0"])
     assert engine.placer.counts == {}
-    assert engine.waiting.goes_local("r0")
+    engine.goes_local("r0")
     assert engine.placer.counts == {("local", "fits"): 1}
-    assert not engine.waiting.goes_local("r0"), "it is counted once"
 
 
 def test_behind_a_request_that_waits_nobody_takes_local_memory() -> None:
@@ -117,17 +127,6 @@ def test_a_request_that_may_not_use_cached_kv_is_local_and_counts_for_no_ratio()
     request.skip_reading_prefix_cache = True
     assert engine.step() == ([], ["r0"])
     assert engine.placer.counts == {("local", "no_prefix_cache"): 1}
-
-
-def test_prompts_of_a_prefill_engine_that_is_gone_are_computed_here() -> None:
-    engine = Engine(None, free=0)
-    engine.running = 2
-    requests = engine.arrive(160, 160)
-    other: Any = RemotePool(1, engine.pool.borrower)
-    assert engine.waiting.lose(other) == 0
-    assert engine.waiting.lose(engine.pool) == 2
-    assert not engine.waiting
-    assert [request.kv_transfer_params for request in requests] == [{"do_remote_prefill": False}] * 2
 
 
 def test_an_aborted_request_is_forgotten() -> None:

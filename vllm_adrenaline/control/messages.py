@@ -14,7 +14,10 @@ PROTOCOL = 5
 MAX_FRAME = 1 << 20
 """Bytes of the largest control frame a socket accepts."""
 
-Name = Annotated[str, msgspec.Meta(max_length=512)]
+MAX_NAME = 512
+"""Characters of the longest name; prompts have the names of their requests, which clients may choose."""
+
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
 BlockIndex = Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
 Blocks = Annotated[list[BlockIndex], msgspec.Meta(max_length=1 << 16)]
 Names = Annotated[list[Name], msgspec.Meta(max_length=4096)]

@@ -1,7 +1,11 @@
-"""Everything the decode engine's scheduler knows about offloaded requests: claims, remote blocks, leases, moves.
+"""Everything the decode engine's scheduler knows about requests whose prompt is with a prefill engine.
 
-The scheduler is the only caller, from one thread. No decision is made here: the placer asks the policy, and vLLM's own
-allocation and freeing drive the blocks.
+One table of them (decode/request.py says what can become of one), their claims and their leases. The scheduler is the
+only caller, from one thread. No decision is made here: the placer asks the policy, and vLLM's own allocation and
+freeing drive the blocks.
+
+Every prompt is claimed as soon as its request arrives: from then on it is kept as long as we live, and we know what it
+holds, whatever is decided about it.
 """
 
 from __future__ import annotations
@@ -9,18 +13,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_adrenaline.control import messages
+from vllm_adrenaline.decode import peers
 from vllm_adrenaline.decode.blocks import RemoteBlock, RemotePool
 from vllm_adrenaline.decode.borrower import Borrower
 from vllm_adrenaline.decode.growth import LOOKAHEAD, growth, lease_change
-from vllm_adrenaline.decode.moves import Moves
-from vllm_adrenaline.decode.peers import find_peer
 from vllm_adrenaline.decode.placer import Batch, Placer
 from vllm_adrenaline.decode.remote import Report
+from vllm_adrenaline.decode.request import RemoteRequest, State
 from vllm_adrenaline.decode.waiting import Waiting
 from vllm_adrenaline.digest import token_digest
 
@@ -34,22 +38,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.adrenaline")
 
 CLAIM_WAIT_S = 0.002
-"""How long a step waits for claims under way: an answer takes a tenth of that, a missed step much more."""
+"""How long a step waits for claims that were just made: an answer takes a tenth of that, a missed step much more."""
 STARVE_S = 1.0
 """How long a request waits for a growth block before it moves to the decode engine."""
 
 
 @dataclass
-class Offloaded:
-    """One offloaded request. `adopted`: its prompt's blocks between the grant and vLLM's first allocation."""
+class Lost:
+    """Requests of prefill engines that are gone, or took everything back. `offloaded`: to be recomputed. `pulled`: what
+    NIXL reads, or has read, is not to be believed."""
 
-    request: Request
-    pool: RemotePool
-    claim: str
-    granted: bool = False
-    adopted: list[RemoteBlock] = field(default_factory=list)
-    held: int = 0
-    starved_since: float | None = None
+    offloaded: list[Request] = field(default_factory=list)
+    pulled: list[Request] = field(default_factory=list)
 
 
 class Offload:
@@ -59,89 +59,104 @@ class Offload:
         self.pools = [RemotePool(executor, borrower) for executor, borrower in enumerate(borrowers)]
         self.placer = placer
         self.waiting = Waiting(placer, block_size)
-        self.requests: dict[str, Offloaded] = {}
-        self.pulled: dict[str, Request] = {}
-        self.moves = Moves(block_size, tensor_parallel_size)
+        self.requests: dict[str, RemoteRequest] = {}
+        self._claims: dict[tuple[int, str], RemoteRequest] = {}  # asked for, or in use
         self._block_size, self._tp = block_size, tensor_parallel_size
-        self._cancelled: dict[str, RemotePool] = {}
         self.down: frozenset[int] = frozenset()
         self._counts: dict[str, float] = defaultdict(float)
 
     # A request's way through
 
     def arrived(self, request: Request) -> None:
-        """Note a new request; `place_waiting` decides about it once it could run."""
-        if not request.kv_transfer_params:
+        """Note a new request and claim its prompt; nothing of it is read or attended before the claim is granted."""
+        raw, request.kv_transfer_params = request.kv_transfer_params, None
+        if not raw:
             return
-        found = find_peer(request.kv_transfer_params, self.pools, self._tp, self._blocks(request.num_prompt_tokens))
-        if found is None:
-            logger.warning("request %s names no prefill engine of ours: computing its prompt here", request.request_id)
+        prompt = request.all_token_ids[: request.num_prompt_tokens]
+        found = peers.find(raw, self.pools, self._tp, prompt)
+        refusal = found.refusal
+        if found.pool is not None and (found.pool.executor, found.claim) in self._claims:
+            refusal = "its kv_transfer_params are another request's already"
+        elif found.pool is not None and refusal is not None:
+            found.pool.post(messages.Drop([found.claim]))
+        if found.pool is None or refusal is not None:
+            logger.warning("request %s: %s; its prompt is computed here", request.request_id, refusal)
             self._counts["refused_params"] += 1
-            request.kv_transfer_params = None
             return
-        self.waiting.add(request, *found)
+        made = RemoteRequest(request, found.pool, found.claim, claimed_at=time.monotonic())
+        self.requests[made.name] = self._claims[found.pool.executor, found.claim] = made
+        found.pool.post(messages.Claim(found.claim))
 
     def batch(self, running: Iterable[Request]) -> Batch:
-        """Return what is attended where; requests on their way (being claimed or pulled) count as there."""
-        batch, add = Batch(), self.placer.add
+        """Return what is attended where; requests on their way count as there."""
+        batch, add, known = Batch(), self.placer.add, self.requests
         for request in running:
-            name = request.request_id
-            if name not in self.requests and name not in self.pulled and name not in self.moves:
+            if request.request_id not in known:
                 add(batch, request, None)
-        for request in (*self.pulled.values(), *self.moves.requests):
-            add(batch, request, None)
-        for offloaded in self.requests.values():
-            add(batch, offloaded.request, offloaded.pool.executor)
+        for each in known.values():
+            if each.state is State.OFFLOADED:
+                add(batch, each.request, each.pool.executor)
+            elif each.state in (State.MIGRATING, State.PULLING, State.RECEIVED):
+                add(batch, each.request, None)
         return batch
 
     def place_waiting(self, batch: Batch, free: int, max_rows: int) -> None:
-        """Decide about requests that could run now, and claim those that are offloaded; `free`: local blocks."""
+        """Decide about requests that could run now; `free`: local blocks."""
 
         def observe(free: int) -> Observed:
             return self.placer.observed(batch, free, self.pools, self.down)
 
-        for undecided in self.waiting.place(observe, batch, free, max_rows):
-            request, pool = undecided.request, undecided.pool
-            # Not NIXL's business any more, even if the claim fails: what is gone there must not be read.
-            request.kv_transfer_params["do_remote_prefill"] = False
-            self.requests[request.request_id] = Offloaded(request, pool, undecided.claim)
-            pool.borrower.claim(undecided.claim)
+        for placed in self.waiting.place(observe, batch, free, max_rows):
+            placed.pull_nothing()
+            placed.become(State.OFFLOADED)
+            self._counts["offloaded_requests"] += 1
 
     def matched_tokens(self, request: Request, num_local: int) -> tuple[int | None, bool] | None:
         """Answer for KVConnector.get_num_new_matched_tokens; None when NIXL is to answer."""
-        name = request.request_id
-        if name in self.moves:
-            return self.moves.matched_tokens(request, num_local)
-        if name in self.waiting:
-            return None if self.waiting.may_go_local(name) else (None, False)
-        offloaded = self.requests.get(name)
-        if offloaded is None:
+        known = self.requests.get(request.request_id)
+        if known is None:
             return None
-        if not offloaded.granted:
-            return None, False
-        return max(0, request.num_tokens - 1 - num_local), False
+        if known.state is State.WAITING and known.decision is not None:
+            return None
+        if known.state is State.OFFLOADED:
+            return max(0, request.num_tokens - 1 - num_local), False
+        if known.state is State.MIGRATING:  # everything but the last token, which is not computed
+            missing = request.num_tokens - 1 - num_local
+            return (missing, True) if missing > 0 else (0, False)
+        if known.state is State.RECEIVED:  # what was pulled was of no use, down to the first block
+            return None
+        return None, False
 
     def allocated(self, request: Request, num_external_tokens: int) -> None:
         """vLLM gave a request blocks (KVConnector.update_state_after_alloc)."""
-        name = request.request_id
-        if name in self.requests:
+        known = self.requests.get(request.request_id)
+        if known is None or known.state not in (State.WAITING, State.MIGRATING):
             return
-        self._counts["local_requests"] += self.waiting.goes_local(name)
+        if known.state is State.WAITING:
+            self.waiting.drop(known.name)
+            self.waiting.count_local(known)
+            self._counts["local_requests"] += 1
         if num_external_tokens == 0:
-            self.moves.ended([name])  # all of it was in the prefix cache: there is nothing to pull
-        elif name not in self.moves:
-            self.pulled[name] = request
+            self._leave(known)  # all of it was in the prefix cache: there is nothing to pull
+        else:
+            known.become(State.PULLING)
 
     def is_offloaded(self, request_id: str) -> bool:
-        """Whether the request's KV lives with a prefill engine (or is about to)."""
-        return request_id in self.requests
+        """Whether the request's KV lives with a prefill engine."""
+        known = self.requests.get(request_id)
+        return known is not None and known.state is State.OFFLOADED
+
+    @property
+    def any_offloaded(self) -> bool:
+        """Whether there is an offloaded request."""
+        return any(each.state is State.OFFLOADED for each in self.requests.values())
 
     def blocks_for(self, request_id: str, held: int, needed: int) -> list[RemoteBlock]:
         """Return the blocks that bring a request from `held` to `needed`; `reserve_growth` made sure they are there."""
         offloaded = self.requests[request_id]
         new: list[RemoteBlock] = []
         if held == 0:
-            new, offloaded.adopted = offloaded.adopted, []
+            new, offloaded.blocks = offloaded.blocks, []
         missing = needed - held - len(new)
         if missing > 0:
             new += offloaded.pool.take(missing)
@@ -150,58 +165,63 @@ class Offload:
 
     def finished(self, request_id: str) -> None:
         """The request ends, in whatever way. vLLM frees the blocks it was given; the rest is let go here."""
-        self.pulled.pop(request_id, None)
-        self.waiting.drop(request_id)
-        self.moves.ended([request_id])
-        offloaded = self.requests.pop(request_id, None)
-        if offloaded is None:
-            return
-        if not offloaded.granted and not offloaded.pool.dead:
-            self._cancelled[offloaded.claim] = offloaded.pool
-        offloaded.pool.free_blocks(offloaded.adopted)
+        known = self.requests.get(request_id)
+        if known is not None:
+            self._leave(known)
 
     def begin_move(self, request: Request, blocks: list[RemoteBlock]) -> None:
         """The request goes on locally with its KV pulled; `blocks` are its remote ones, taken out of vLLM's books."""
-        offloaded = self.requests.pop(request.request_id)
-        self.moves.begin(request, offloaded.pool, blocks)
+        moving = self.requests[request.request_id]
+        peer = moving.pool.peer
+        assert peer is not None
+        moving.become(State.MIGRATING)
+        moving.blocks += blocks
+        moving.pull(peer, request.num_tokens - 1, self._block_size, self._tp)
         self._counts["moved_requests"] += 1
 
     def movable(self) -> list[tuple[Request, int]]:
         """Return the requests that may move: they have run, so all their KV but the last token's is there."""
         return [
-            (o.request, o.pool.executor)
-            for o in self.requests.values()
-            if o.granted and o.request.num_output_tokens and o.pool.borrower.welcome is not None
+            (each.request, each.pool.executor)
+            for each in self.requests.values()
+            if each.state is State.OFFLOADED and each.request.num_output_tokens and each.pool.peer is not None
         ]
 
     def to_local(self, request_id: str) -> None:
-        """The request goes on in the decode engine's own memory; its blocks are freed already."""
-        if request_id in self.requests:
+        """An offloaded request goes on in the decode engine's own memory; its blocks are freed already."""
+        if self.is_offloaded(request_id):
             self.finished(request_id)
             self._counts["fallback_requests"] += 1
 
     # Once a step
 
-    def poll(self) -> list[str]:
-        """Take the prefill engines' answers; return the requests that have lost their blocks."""
-        lost: list[str] = []
-        for index, pool in enumerate(list(self.pools)):
-            if any(not o.granted and o.pool is pool for o in self.requests.values()):
-                pool.borrower.answered.wait(CLAIM_WAIT_S)
-            for message in pool.borrower.take_answers():
+    def poll(self) -> Lost:
+        """Take the prefill engines' answers; return the requests that have lost what they had there."""
+        lost = Lost()
+        patience = time.monotonic() + CLAIM_WAIT_S
+        for index in range(len(self.pools)):
+            pool = self.pools[index]
+            # Only for what was just asked for: a prefill engine that does not answer must not slow every step.
+            if any(e.claimed_at + CLAIM_WAIT_S >= patience - CLAIM_WAIT_S for e in self._claiming(pool)):
+                pool.borrower.answered.wait(max(0.0, patience - time.monotonic()))
+            for life, message in pool.borrower.take_answers():
+                if life != pool.life:
+                    continue
                 if isinstance(message, messages.Leased):
-                    pool.add_leased(message.blocks)
+                    self._leased(pool, message)
                 elif isinstance(message, messages.Claimed):
                     self._granted(pool, message)
                 elif isinstance(message, messages.Gone):
                     self._gone(pool, message.request)
-                elif isinstance(message, messages.Refused) and not pool.dead:
-                    lost += [name for name, o in self.requests.items() if o.pool is pool]
-                    self._counts["fallback_requests"] += self.waiting.lose(pool)
-                    self._cancelled = {claim: of for claim, of in self._cancelled.items() if of is not pool}
-                    pool.dead = True
-                    self.pools[index] = RemotePool(index, pool.borrower)
+                elif isinstance(message, messages.Refused):
+                    self._lose(pool, lost)
+                    pool = self.pools[index] = RemotePool(index, pool.borrower, pool.life + 1)
         return lost
+
+    def settle(self) -> None:
+        """Tell the prefill engines what they may reuse. The last step's failures are reported by now."""
+        for pool in self.pools:
+            pool.settle()
 
     def reserve_growth(self, running: list[Request]) -> tuple[list[Request], list[Request]]:
         """Return the offloaded requests that must wait for a block in this step, and those that have waited enough."""
@@ -210,7 +230,7 @@ class Offload:
         spare = {id(pool): len(pool.free) for pool in self.pools}
         for request in running:
             offloaded = self.requests.get(request.request_id)
-            if offloaded is None:
+            if offloaded is None or offloaded.state is not State.OFFLOADED:
                 continue
             needed = self._blocks(request.num_tokens_with_spec) - offloaded.held
             key = id(offloaded.pool)
@@ -227,22 +247,27 @@ class Offload:
     def adjust_leases(self) -> None:
         """Ask for blocks that will be needed soon, give back what will not be."""
         for pool in self.pools:
-            mine = [o for o in self.requests.values() if o.pool is pool and o.granted]
-            near = [self._growth(o, LOOKAHEAD) for o in mine]
-            far = [self._growth(o, 2 * LOOKAHEAD) for o in mine]
+            mine = [e for e in self.requests.values() if e.pool is pool and e.state is State.OFFLOADED]
+            pool.borrower.offloads = bool(mine)
+            near = [self._growth(each, LOOKAHEAD) for each in mine]
+            far = [self._growth(each, 2 * LOOKAHEAD) for each in mine]
             change = lease_change(len(pool.free), pool.asked, near, far)
-            if change > 0 and pool.borrower.welcome is not None:
+            if change > 0 and pool.peer is not None:
                 pool.asked = change
-                pool.borrower.lease(change)
+                pool.post(messages.Lease(change))
             elif change < 0:
                 pool.give_back(-change)
 
     @property
     def unsettled(self) -> bool:
-        """Whether answers are awaited or leases must go back: the engine loop stays awake until then."""
-        return bool(self._cancelled) or any(pool.asked or (pool.leased and not self.requests) for pool in self.pools)
+        """Whether answers are awaited, or something must go back: the engine loop stays awake until then."""
+        return (
+            any(each.state is State.LEFT for each in self._claims.values())
+            or any(pool.unsettled for pool in self.pools)
+            or any(pool.leased and not self.any_offloaded for pool in self.pools)
+        )
 
-    def received(self, scheduler_output: SchedulerOutput) -> frozenset[str]:
+    def take_received(self, scheduler_output: SchedulerOutput) -> frozenset[str]:
         """Return the requests of this step that recompute the last token of a prompt whose KV was received.
 
         That token's k and v are in the cache already, perhaps in a block that other requests read: they are not
@@ -250,20 +275,41 @@ class Offload:
         """
         result = set()
         for new in scheduler_output.scheduled_new_reqs:
-            name = new.req_id
-            if name not in self.requests and name not in self.pulled:
+            known = self.requests.get(new.req_id)
+            if known is None or known.state not in (State.OFFLOADED, State.RECEIVED):
                 continue
-            self.pulled.pop(name, None)
             last = len(new.prompt_token_ids or ()) - 1
-            if new.num_computed_tokens == last and scheduler_output.num_scheduled_tokens[name] == 1:
-                result.add(name)
+            is_last = new.num_computed_tokens == last and scheduler_output.num_scheduled_tokens[new.req_id] == 1
+            if is_last and known.is_intact:
+                result.add(new.req_id)
+            if known.state is State.RECEIVED:
+                self._leave(known)
         return frozenset(result)
+
+    def doubtful(self, received: Iterable[str]) -> set[str]:
+        """Return those of the requests that NIXL says it has received whose KV may not be what was claimed: the prefill
+        engine may have taken it back before it was read."""
+        now = time.monotonic()
+        known = (self.requests.get(name) for name in received)
+        return {e.name for e in known if e is not None and e.state is State.PULLING and not e.pool.holds(now)}
 
     def observe(self, output: KVConnectorOutput) -> None:
         """Take what the workers report at the end of a step."""
-        self.moves.ended({*(output.finished_recving or ()), *(output.failed_recving or ())})
-        if output.invalid_block_ids or output.failed_recving:
-            self.pulled.clear()  # a failed pull writes what it recomputes; so may, harmlessly, the others
+        if output.invalid_block_ids:
+            # Not said whose they are: from now on all write what they recompute, which is harmless.
+            for each in self.requests.values():
+                each.is_intact = each.is_intact and each.state not in (State.PULLING, State.RECEIVED)
+        failed: Collection[str] = output.failed_recving or ()
+        for name in {*failed, *(output.finished_recving or ())}:
+            known = self.requests.get(name)
+            if known is None or known.state is not State.PULLING:
+                continue
+            if name in failed or known.request.num_output_tokens:
+                self._leave(known)
+            else:
+                known.pool.free_blocks(known.blocks)
+                known.blocks = []
+                known.become(State.RECEIVED)
         if isinstance(report := output.kv_connector_worker_meta, Report):
             self.down = report.down
             self._counts["local_attention_seconds"] += report.local
@@ -277,16 +323,23 @@ class Offload:
         for pool in self.pools:
             pool.borrower.tpot = tpot
 
-    def failed(self, report: Report, scheduled: Any) -> list[str]:
-        """Executors did not answer in this step; return the scheduled requests whose tokens are worthless.
+    def report_failures(self, report: Report) -> None:
+        """Executors did not answer in this step: tell their prefill engines, who end them before they reuse any block.
 
-        The prefill engine is told first: it kills its executors before any block that is released after this is reused.
+        What was freed since is told them later (`settle`): an executor that hangs would write into it.
         """
         for executor in report.failed:
             self._counts["executor_failures"] += 1
-            self.pools[executor].borrower.report_fault(report.pids)
+            self.pools[executor].post(messages.Fault(sorted(report.pids)))
         self.down |= report.failed
-        return [n for n in scheduled if (o := self.requests.get(n)) is not None and o.pool.executor in report.failed]
+
+    def of_executors(self, executors: Collection[int]) -> list[Request]:
+        """Return the offloaded requests that these executors attend for."""
+        return [
+            each.request
+            for each in self.requests.values()
+            if each.state is State.OFFLOADED and each.pool.executor in executors
+        ]
 
     def take_counts(self) -> dict[str, float]:
         """Return what was counted since the last call."""
@@ -301,34 +354,83 @@ class Offload:
 
     # Details
 
+    def _claiming(self, pool: RemotePool) -> Iterable[RemoteRequest]:
+        return (e for e in self._claims.values() if e.pool is pool and e.state is State.CLAIMING)
+
+    def _leave(self, known: RemoteRequest) -> None:
+        """Nothing of the request is elsewhere any more. A claim under way is released when it is granted."""
+        if known.state is not State.CLAIMING:
+            del self._claims[known.pool.executor, known.claim]
+        if known.state is not State.OFFLOADED and (known.request.kv_transfer_params or {}).get("do_remote_prefill"):
+            known.pull_nothing()
+        self.waiting.drop(known.name)
+        known.become(State.LEFT)
+        known.pool.free_blocks(known.blocks)
+        known.blocks = []
+        del self.requests[known.name]
+
     def _granted(self, pool: RemotePool, message: messages.Claimed) -> None:
-        if self._cancelled.pop(message.request, None) is not None:
-            pool.borrower.release([message.request], [])
+        claimed = self._claims.get((pool.executor, message.request))
+        if claimed is None or claimed.state not in (State.CLAIMING, State.LEFT):
+            logger.error("the prefill engine at %s granted what was not asked for", pool.borrower.address)
             return
-        for name, offloaded in self.requests.items():
-            if offloaded.pool is pool and offloaded.claim == message.request and not offloaded.granted:
-                request = offloaded.request
-                prompt = request.all_token_ids[: request.num_prompt_tokens]
-                if message.num_tokens != len(prompt) or message.digest != token_digest(prompt):
-                    logger.error("request %s was sent with the KV cache of another prompt: computing it here", name)
-                    del self.requests[name]
-                    break
-                offloaded.adopted = pool.adopt(message.request, message.blocks)
-                offloaded.granted = True
-                self._counts["offloaded_requests"] += 1
-                return
-        pool.borrower.release([message.request], [])
+        if claimed.state is State.LEFT:
+            del self._claims[pool.executor, message.request]
+            pool.release(message.request)
+            return
+        request = claimed.request
+        prompt = request.all_token_ids[: request.num_prompt_tokens]
+        try:
+            if message.num_tokens != len(prompt) or message.digest != token_digest(prompt):
+                raise ValueError("it is the KV cache of another prompt")
+            peer = pool.peer
+            if peer is None:
+                raise ValueError("the prefill engine is not there")
+            claimed.blocks = pool.adopt(message.request, message.blocks, self._blocks(len(prompt)))
+        except ValueError as error:
+            logger.error("request %s: its claim is of no use (%s); its prompt is computed here", claimed.name, error)
+            pool.release(message.request)
+            self._counts["fallback_requests"] += 1
+            claimed.become(State.WAITING)
+            self._leave(claimed)
+            return
+        claimed.become(State.WAITING)
+        claimed.pull(peer, len(prompt), self._block_size, self._tp)
+        self.waiting.add(claimed)
 
     def _gone(self, pool: RemotePool, claim: str) -> None:
-        self._cancelled.pop(claim, None)
-        for name, offloaded in list(self.requests.items()):
-            if offloaded.pool is pool and offloaded.claim == claim and not offloaded.granted:
-                del self.requests[name]  # computed here from its first token
-                self._counts["fallback_requests"] += 1
+        claimed = self._claims.get((pool.executor, claim))
+        if claimed is None or claimed.state not in (State.CLAIMING, State.LEFT):
+            return
+        if claimed.state is State.CLAIMING:
+            self._leave(claimed)  # computed here from its first token
+            self._counts["fallback_requests"] += 1
+        del self._claims[pool.executor, claim]
 
-    def _growth(self, offloaded: Offloaded, ahead: int) -> int:
+    def _leased(self, pool: RemotePool, message: messages.Leased) -> None:
+        try:
+            pool.add_leased(message.blocks)
+        except ValueError as error:
+            logger.error("the prefill engine at %s lent what cannot be: %s", pool.borrower.address, error)
+
+    def _lose(self, pool: RemotePool, lost: Lost) -> None:
+        """The prefill engine is gone, or has taken everything back (decode/request.py says what becomes of whom)."""
+        pool.dead = True
+        for known in [each for each in self._claims.values() if each.pool is pool]:
+            if known.state is State.OFFLOADED:
+                lost.offloaded.append(known.request)  # leaves when its blocks are freed
+                continue
+            if known.state is State.PULLING:
+                lost.pulled.append(known.request)
+            if known.state in (State.CLAIMING, State.WAITING, State.MIGRATING, State.PULLING):
+                self._counts["fallback_requests"] += 1
+                self._leave(known)
+        # What is still here was asked for and not answered.
+        self._claims = {k: e for k, e in self._claims.items() if e.pool is not pool or e.name in self.requests}
+
+    def _growth(self, offloaded: RemoteRequest, ahead: int) -> int:
         request = offloaded.request
-        held = offloaded.held + len(offloaded.adopted)
+        held = offloaded.held + len(offloaded.blocks)
         final = request.num_prompt_tokens + request.max_tokens
         return growth(request.num_tokens, final, held, self._block_size, ahead)
 

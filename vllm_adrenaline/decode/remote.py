@@ -15,6 +15,8 @@ from vllm_adrenaline import kv_space
 from vllm_adrenaline.decode.split import SplitRows, split_rows
 
 if TYPE_CHECKING:
+    from vllm.distributed.parallel_state import GroupCoordinator
+
     from vllm_adrenaline.data.channel import StepTransport
     from vllm_adrenaline.data.shm import ShmDecodeChannel
     from vllm_adrenaline.decode.link import Link
@@ -86,12 +88,12 @@ class RemoteAttention:
     ) -> None:
         self.links, self.transport = links, transport
         self.layer_index = {name: index for index, name in enumerate(layers)}
-        self.failed_rows: list[int] = []
         self._block_size, self._counts_rows = block_size, counts_rows
         self._received: frozenset[str] = frozenset()
         self._row_of: dict[str, int] = {}
         self._split: SplitRows | None = None
-        self._failed: set[int] = set()
+        self._failed: set[int] = set()  # since the last report
+        self._failed_in_step: set[int] = set()
         self._ever_failed = False
         self._attended = [0] * len(links)
         self._busy_ns = [0] * len(links)
@@ -100,7 +102,7 @@ class RemoteAttention:
     def begin_step(self, received: frozenset[str], row_of: dict[str, int]) -> None:
         """Note what the scheduler says of this step; `row_of` is vLLM's live map of request to row."""
         self._received, self._row_of, self._split = received, row_of, None
-        self.failed_rows = []
+        self._failed_in_step = set()
 
     def split(self, common: Any) -> tuple[Any, StepPlan | None]:
         """Return vLLM's CommonAttentionMetadata as the stock kernel may see it, and the plan of the remote rows."""
@@ -134,9 +136,21 @@ class RemoteAttention:
     def note_failure(self, executor: int) -> None:
         """The rows of `executor` are worthless in this step."""
         self._failed.add(executor)
+        self._failed_in_step.add(executor)
         self._ever_failed = True
-        if self._split is not None:
-            self.failed_rows.extend(self._split.rows(executor))
+
+    def failed_rows(self, group: GroupCoordinator) -> list[int]:
+        """Return the rows of this step that are worthless on any rank of `group`. All its ranks must ask together.
+
+        An executor attends for one rank. If ranks disagreed, their copies of a request's random generator would part.
+        """
+        if self._split is None:
+            return []
+        failed = torch.zeros(len(self.links), dtype=torch.int32)
+        failed[list(self._failed_in_step)] = 1
+        if group.world_size > 1:
+            torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+        return [row for e in self._split.executors if failed[e] for row in self._split.rows(e)]
 
     def take_report(self) -> Report | None:
         """Return what the scheduler must know of this step, None when it had no offloaded row and none ever failed."""

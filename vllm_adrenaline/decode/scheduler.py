@@ -7,6 +7,7 @@ and 0.33 (read).
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -24,6 +25,8 @@ from vllm_adrenaline.decode.placer import Batch, Placer
 from vllm_adrenaline.decode.remote import Report
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.placement.policy import Reason
+
+logger = logging.getLogger("vllm.adrenaline")
 
 
 class DecodeScheduler(Scheduler):
@@ -65,10 +68,13 @@ class DecodeScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         offload = self.offload
         self._began = time.monotonic()
+        lost = offload.poll()
+        for request in lost.offloaded:
+            self._move_to_local(request)
+        for request in lost.pulled:
+            self._recompute_pulled(request)
         self._place()
-        for name in offload.poll():
-            self._move_to_local(offload.requests[name].request)
-        if offload.requests:
+        if offload.any_offloaded:
             waiting, leaving = offload.reserve_growth(self.running)
             for request in leaving:
                 if self._blocks(request) > self._spare() or not self._pull(request, Reason.STARVED):
@@ -77,8 +83,9 @@ class DecodeScheduler(Scheduler):
                 # vLLM's own way to leave a running request out of one step (it counts the step up first).
                 request.next_decode_eligible_step = self.current_step + 2
             # When local memory runs out vLLM preempts from the end: preempting an offloaded request would free none.
-            self.running.sort(key=lambda request: request.request_id not in offload.requests)
+            self.running.sort(key=lambda request: not offload.is_offloaded(request.request_id))
         offload.adjust_leases()
+        offload.settle()
         output = super().schedule(*args, **kwargs)
         self._batch = offload.batch(self.running)
         return output
@@ -92,7 +99,7 @@ class DecodeScheduler(Scheduler):
     def _place(self) -> None:
         """Decide about waiting requests, and whether a running one moves; once a step, before vLLM schedules."""
         offload, placer = self.offload, self.offload.placer
-        looks_for_move = bool(offload.requests) and placer.is_time_to_move()
+        looks_for_move = offload.any_offloaded and placer.is_time_to_move()
         if not looks_for_move and not offload.waiting:
             return
         free = self._spare()
@@ -105,22 +112,35 @@ class DecodeScheduler(Scheduler):
         offload.place_waiting(batch, free, self.max_num_running_reqs)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        output = model_runner_output.kv_connector_output
+        offload, output = self.offload, model_runner_output.kv_connector_output
         report = output.kv_connector_worker_meta if output is not None else None
-        failed: frozenset[int] = frozenset()
-        if isinstance(report, Report):
-            failed = report.failed
-            for name in self.offload.failed(report, scheduler_output.num_scheduled_tokens) if failed else ():
-                model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[name]] = []
+        report = report if isinstance(report, Report) else None
+        failed = report.failed if report is not None else frozenset()
+        if report is not None and failed:
+            offload.report_failures(report)
+            for request in offload.of_executors(failed):
+                if request.request_id in scheduler_output.num_scheduled_tokens:  # its token is worthless
+                    row = model_runner_output.req_id_to_index[request.request_id]
+                    model_runner_output.sampled_token_ids[row] = []
+        if output is not None and (doubtful := offload.doubtful(output.finished_recving or ())):
+            logger.warning("pulled KV of %d request(s) may have been reused: recomputing it here", len(doubtful))
+            output.failed_recving = {*(output.failed_recving or ()), *doubtful}
         if not failed and (tokens := scheduler_output.total_num_scheduled_tokens):
             only_decodes = tokens == len(scheduler_output.num_scheduled_tokens)
             seconds = time.monotonic() - self._began if only_decodes else 0.0
-            self.offload.observe_step(self._batch, report if isinstance(report, Report) else None, seconds)
+            offload.observe_step(self._batch, report, seconds)
         result = super().update_from_output(scheduler_output, model_runner_output)
-        for offloaded in list(self.offload.requests.values()) if failed else ():
-            if offloaded.pool.executor in failed:
-                self._move_to_local(offloaded.request)
+        for request in offload.of_executors(failed) if failed else ():
+            self._move_to_local(request)
+        offload.settle()
         return result
+
+    def _recompute_pulled(self, request: Request) -> None:
+        """What NIXL reads for the request, or has read, is not to be believed: vLLM's own way for a failed load, which
+        keeps the blocks until NIXL is done with them (_handle_failed_recving)."""
+        if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+            request.num_computed_tokens = 0
+            self.failed_recving_kv_req_ids.add(request.request_id)
 
     def _pull(self, request: Request, reason: Reason | None = None) -> bool:
         """Let an offloaded request go on in local memory with its KV pulled there, if it can be; say whether."""

@@ -6,39 +6,27 @@ Not when they arrive: until there is room for them, the load that decides is ano
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_adrenaline.placement.policy import Decision, Observed, Placement
+from vllm_adrenaline.placement.policy import Observed, Placement
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_adrenaline.decode.blocks import RemotePool
     from vllm_adrenaline.decode.placer import Batch, Placer
+    from vllm_adrenaline.decode.request import RemoteRequest
 
 SEEN = 64
 """How many waiting requests are looked at in a step."""
 
 
-@dataclass
-class Undecided:
-    """One of them; `claim`: its name at the prefill engine. `local`: why it may go on locally in
-    this step, if it may."""
-
-    request: Request
-    pool: RemotePool
-    claim: str
-    local: Decision | None = None
-    waited: bool = False
-
-
 class Waiting:
-    """See the module. In the order of arrival."""
+    """See the module. In the order in which their claims were granted."""
 
     def __init__(self, placer: Placer, block_size: int) -> None:
         self._placer, self._block_size = placer, block_size
-        self._undecided: dict[str, Undecided] = {}
+        self._undecided: dict[str, RemoteRequest] = {}
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._undecided
@@ -46,37 +34,25 @@ class Waiting:
     def __bool__(self) -> bool:
         return bool(self._undecided)
 
-    def add(self, request: Request, pool: RemotePool, claim: str) -> None:
-        """A request arrived."""
-        self._undecided[request.request_id] = Undecided(request, pool, claim)
-        self._tell(pool, self._blocks(request))
+    def add(self, waiting: RemoteRequest) -> None:
+        """A request's prompt is ours."""
+        self._undecided[waiting.name] = waiting
+        self._tell(waiting.pool, self._blocks(waiting.request))
 
     def drop(self, request_id: str) -> None:
-        """It ended, if it was here."""
-        self._pop(request_id)
+        """It goes on, or ended, if it was here."""
+        undecided = self._undecided.pop(request_id, None)
+        if undecided is not None:
+            self._tell(undecided.pool, -self._blocks(undecided.request))
 
-    def lose(self, pool: RemotePool) -> int:
-        """The prefill engine behind `pool` is gone, and with it these prompts: they are computed by the decode engine.
-        Return how many."""
-        lost = [name for name, undecided in self._undecided.items() if undecided.pool is pool]
-        for undecided in filter(None, map(self._pop, lost)):
-            undecided.request.kv_transfer_params["do_remote_prefill"] = False
-        return len(lost)
+    def count_local(self, waiting: RemoteRequest) -> None:
+        """It has local memory: count the decision that let it go on so."""
+        if waiting.decision is not None and self._placer.ratio is None:
+            self._placer.committed(waiting.decision)
 
-    def may_go_local(self, request_id: str) -> bool:
-        """Whether it may take local memory in this step."""
-        return self._undecided[request_id].local is not None
-
-    def goes_local(self, request_id: str) -> bool:
-        """It has local memory now; return whether it was waiting for that."""
-        undecided = self._pop(request_id)
-        if undecided is None or undecided.local is None:
-            return False
-        if self._placer.ratio is None:
-            self._placer.committed(undecided.local)
-        return True
-
-    def place(self, observe: Callable[[int], Observed], batch: Batch, free: int, max_rows: int) -> Iterator[Undecided]:
+    def place(
+        self, observe: Callable[[int], Observed], batch: Batch, free: int, max_rows: int
+    ) -> Iterator[RemoteRequest]:
         """Decide, first come first served, about requests that could run now; yield those that are to be offloaded.
 
         `observe`: the present state, given the free local blocks. `batch` grows with what is decided. What may go on
@@ -88,8 +64,8 @@ class Waiting:
         for name, undecided in list(self._undecided.items())[:SEEN]:
             request, pool = undecided.request, undecided.pool
             if by_load:
-                undecided.local = None
-            if undecided.local is not None or (by_load and batch.rows >= max_rows):
+                undecided.decision = None
+            if undecided.decision is not None or (by_load and batch.rows >= max_rows):
                 continue
             if pool.executor in full:
                 continue
@@ -97,7 +73,7 @@ class Waiting:
             if decision.placement is Placement.OFFLOADED:
                 self._placer.committed(decision)
                 self._placer.add(batch, request, pool.executor)
-                self._pop(name)
+                self.drop(name)
                 yield undecided
             elif decision.placement is Placement.WAIT or blocked:
                 blocked = True
@@ -107,7 +83,7 @@ class Waiting:
                         undecided.waited = True
                         self._placer.waited(decision)
             else:
-                undecided.local = decision
+                undecided.decision = decision
                 if not by_load:
                     self._placer.committed(decision)
                 self._placer.add(batch, request, None)
@@ -115,12 +91,6 @@ class Waiting:
 
     def _blocks(self, request: Request) -> int:
         return -(-request.num_tokens // self._block_size)
-
-    def _pop(self, request_id: str) -> Undecided | None:
-        undecided = self._undecided.pop(request_id, None)
-        if undecided is not None:
-            self._tell(undecided.pool, -self._blocks(undecided.request))
-        return undecided
 
     def _tell(self, pool: RemotePool, blocks: int) -> None:
         """Let the prefill engine know how many blocks of its prompts wait. With a fixed ratio it need not: who is to

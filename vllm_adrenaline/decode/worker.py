@@ -5,9 +5,11 @@ Checked against vllm/v1/worker/cpu_worker.py of 0.32 (run) and 0.33 (read).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -79,7 +81,10 @@ class DecodeWorker(CPUWorker):
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        failed = self.remote.failed_rows if self.remote is not None else ()
+        failed: Collection[int] = ()
+        # Without generators nobody asks, on no rank: a step costs nothing for it then.
+        if self.remote is not None and self.model_runner.input_batch.generators:
+            failed = self.remote.failed_rows(get_tp_group())
         with without_generators(self.model_runner, failed):
             return super().sample_tokens(grammar_output)
 

@@ -15,8 +15,8 @@ Enough for a decode engine to find its next requests ready, and not much of what
 
 class Blocks(msgspec.Struct, frozen=True):
     """Of a prefill engine, in blocks: `total`; `free`; `growth_reserve`, kept free for growth; `waiting`, held by
-    finished prompts that decode engines have not placed. `lent`: decode engines hold some. `offers`: finished prompts
-    can be had."""
+    finished prompts that decode engines have not placed. `lent`: decode engines hold some for offloaded requests.
+    `offers`: finished prompts can be had, or are kept for requests of decode engines."""
 
     total: int
     free: int

@@ -117,6 +117,9 @@ class ControlServer(threading.Thread):
         if isinstance(message, messages.Fault):
             self.kill_executors(message.pids)
             return None
+        if isinstance(message, messages.Drop):
+            lender.drop(message.requests)
+            return None
         if isinstance(message, messages.Release):
             lender.release(borrower, message.requests, message.blocks)
             return None

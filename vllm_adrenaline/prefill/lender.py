@@ -54,7 +54,7 @@ class Lender:
         self.expiry_s = expiry_s
         self.clock = clock
         self.offers: dict[str, Offer] = {}
-        self._claimed: set[str] = set()
+        self._let_go: set[str] = set()
         self.borrowers: dict[bytes, Borrower] = {}
 
     def offer(self, request_id: str, offer: Offer) -> None:
@@ -65,12 +65,18 @@ class Lender:
         """These prompts' blocks are about to be let go: no new claims. Claims that were granted stay."""
         for request_id in request_ids:
             self.offers.pop(request_id, None)
-            self._claimed.discard(request_id)
+            self._let_go.discard(request_id)
 
-    def take_claimed(self) -> frozenset[str]:
-        """Return the prompts claimed since the last call: whatever else held them for a reader may let go."""
-        claimed, self._claimed = frozenset(self._claimed), set()
-        return claimed
+    def drop(self, request_ids: Iterable[str]) -> None:
+        """Nobody will claim these prompts: what holds them for a reader may let go. Claimed ones are not touched."""
+        for request_id in request_ids:
+            if self.offers.pop(request_id, None) is not None:
+                self._let_go.add(request_id)
+
+    def take_let_go(self) -> frozenset[str]:
+        """Return the prompts claimed or dropped since the last call: what else held them for a reader may let go."""
+        let_go, self._let_go = frozenset(self._let_go), set()
+        return let_go
 
     def join(self, borrower: bytes) -> None:
         """A decode engine says hello."""
@@ -93,7 +99,7 @@ class Lender:
         if known is None or offer is None:
             return None
         del self.offers[request_id]
-        self._claimed.add(request_id)
+        self._let_go.add(request_id)
         self.pool.touch(offer.blocks)
         known.claims[request_id] = offer.blocks
         return offer

@@ -98,14 +98,16 @@ class PrefillScheduler(Scheduler):
         if asked != PauseState.UNPAUSED or not needed:
             return asked
         pool = self.kv_cache_manager.block_pool
-        waiting = [beat.waiting for beat in self.control.beats.copy().values()]
+        beats = list(self.control.beats.copy().values())
+        waiting = [beat.waiting for beat in beats]
+        claims, leased = self.lender.lent
         blocks = Blocks(
             total=pool.num_gpu_blocks,
             free=pool.get_num_free_blocks(),
             growth_reserve=self._growth_reserve,
             waiting=sum(waiting) if all(waiting) else 0,  # a decode engine without any may want the next
-            lent=any(self.lender.lent),
-            offers=bool(self.lender.offers),
+            lent=leased > 0 or any(beat.offloads for beat in beats),
+            offers=claims > 0 or bool(self.lender.offers),
         )
         return PauseState.PAUSED_NEW if lets_wait(blocks, needed) else asked
 
