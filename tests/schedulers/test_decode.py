@@ -1,0 +1,369 @@
+"""What a decode engine does with prompts of a prefill engine, whatever that one says and whenever it ends."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from tests.schedulers.conftest import BLOCK, ENGINE, Decode, Prefill, eventually
+from vllm_adrenaline.control import messages
+from vllm_adrenaline.decode.remote import Report
+from vllm_adrenaline.digest import token_digest
+from vllm_adrenaline.stamp import stamped
+
+PROMPT = list(range(10, 10 + 3 * BLOCK + 5))
+BLOCKS = [11, 12, 13, 14]
+
+
+def params(prompt: list[int], name: str = "prompt", **other: Any) -> dict[str, Any]:
+    """Return the kv_transfer_params that a prefill engine answers with."""
+    made = {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_block_ids": [BLOCKS],
+        "remote_engine_id": ENGINE,
+        "remote_request_id": name,
+        "remote_host": "127.0.0.1",
+        "remote_port": 5600,
+        "tp_size": 1,
+    }
+    return stamped(made, token_digest(prompt), len(prompt)) | other
+
+
+def granted(prompt: list[int], name: str = "prompt", blocks: list[int] = BLOCKS) -> messages.Claimed:
+    return messages.Claimed(name, blocks, len(prompt), token_digest(prompt))
+
+
+def offloaded(decode: Decode, prefill: Prefill, name: str = "prompt", max_tokens: int = 8) -> Any:
+    """Return a request that decodes over the prefill engine's KV cache and has made a token."""
+    prompt = PROMPT
+    request = decode.arrive(prompt, params(prompt, name), max_tokens=max_tokens)
+    decode.step()
+    assert prefill.expect(messages.Claim).request == name
+    prefill.say(granted(prompt, name))
+    eventually(lambda: decode.step().num_scheduled_tokens)
+    assert request.num_output_tokens == 1
+    return request
+
+
+def pulled(decode: Decode, prefill: Prefill, name: str = "prompt") -> Any:
+    """Return a request whose prompt NIXL was told to pull."""
+    prompt = PROMPT
+    request = decode.arrive(prompt, params(prompt, name))
+    decode.step()
+    assert prefill.expect(messages.Claim).request == name
+    prefill.say(granted(prompt, name))
+    wanted: dict[str, list[int]] = {}
+
+    def told() -> bool:
+        scheduled = decode.schedule()
+        wanted.update(decode.pulls(scheduled))
+        decode.update(scheduled)
+        return bool(wanted)
+
+    eventually(told)
+    assert wanted == {request.request_id: BLOCKS}, "what is read is what the claim says"
+    return request
+
+
+def released(prefill: Prefill) -> list[str]:
+    """Return the claims that were given back so far."""
+    return [name for m in prefill.heard if isinstance(m, messages.Release) for name in m.requests]
+
+
+def failure(executor: int = 0, pid: int = 99) -> Report:
+    """What a worker reports of a step in which an executor did not answer."""
+    return Report(frozenset({executor}), frozenset({pid}), frozenset({executor}), 0.0, {}, 0.0)
+
+
+def finish(decode: Decode, request: Any) -> None:
+    """Run a request to its end."""
+    for _ in range(100):
+        if request.is_finished():
+            return
+        decode.step()
+    raise AssertionError(f"request {request.request_id} does not end: {request.status}")
+
+
+# Life of a request
+
+
+def test_an_offloaded_request_takes_no_local_block_and_gives_its_claim_back(decode: Any, prefill: Prefill) -> None:
+    engine = decode(ratio="1")
+    request = offloaded(engine, prefill)
+    assert engine.free_blocks == engine.free
+    engine.abort(request)
+    engine.step()
+    eventually(lambda: released(prefill) == ["prompt"])
+    assert engine.count("offloaded_requests") == 1
+
+
+def test_a_local_request_reads_the_blocks_of_its_claim_and_holds_them_until_it_has_read(
+    decode: Any, prefill: Prefill
+) -> None:
+    engine = decode(ratio="0")
+    request = pulled(engine, prefill)
+    engine.step()
+    assert prefill.silent()
+    scheduled = engine.step(received={request.request_id})
+    eventually(lambda: released(prefill) == ["prompt"])
+    scheduled = engine.step()
+    assert scheduled.num_scheduled_tokens == {request.request_id: 1}, "only the last token is computed"
+    assert scheduled.kv_connector_metadata.received == {request.request_id}, "and not written"
+    finish(engine, request)
+    assert engine.free_blocks == engine.free
+    assert engine.count("local_requests") == 1
+
+
+def test_a_decode_engine_that_ends_says_so(decode: Any, prefill: Prefill) -> None:
+    engine = decode(ratio="1")
+    offloaded(engine, prefill)
+    engine.stop()
+    prefill.expect(messages.Leave)
+
+
+# Prompts that do not fit
+
+
+def test_kv_of_another_prompt_is_not_read_and_given_up_at_once(decode: Any, prefill: Prefill) -> None:
+    engine = decode(ratio="0")
+    request = engine.arrive(PROMPT, params(PROMPT[1:]))
+    scheduled = engine.step()
+    assert engine.pulls(scheduled) == {}
+    assert scheduled.num_scheduled_tokens == {request.request_id: len(PROMPT)}, "it is computed here"
+    assert prefill.expect(messages.Drop).requests == ["prompt"]
+    assert engine.count("refused_params") == 1
+
+
+def test_a_prompt_is_taken_once(decode: Any, prefill: Prefill) -> None:
+    """As a router passes on the parameters of the first of several prompts, or of `n` answers to one."""
+    engine = decode(ratio="0")
+    first, second, third = (engine.arrive(p, params(PROMPT)) for p in (PROMPT, PROMPT, PROMPT[::-1]))
+    scheduled = engine.step()
+    assert scheduled.num_scheduled_tokens == {each.request_id: len(PROMPT) for each in (second, third)}
+    assert engine.pulls(scheduled) == {}
+    prefill.expect(messages.Claim)
+    prefill.say(granted(PROMPT))
+    prompts: dict[str, list[int]] = {}
+    eventually(lambda: prompts.update(engine.pulls(engine.step())) or prompts)
+    assert prompts == {first.request_id: BLOCKS}
+
+
+def test_a_claim_that_turns_out_to_be_of_another_prompt_is_given_back(decode: Any, prefill: Prefill) -> None:
+    engine = decode(ratio="0")
+    request = engine.arrive(PROMPT, params(PROMPT))
+    engine.step()
+    prefill.expect(messages.Claim)
+    prefill.say(messages.Claimed("prompt", BLOCKS, len(PROMPT), b"another"))
+    eventually(lambda: engine.step().num_scheduled_tokens)
+    eventually(lambda: released(prefill) == ["prompt"])
+    finish(engine, request)
+
+
+@pytest.mark.parametrize("blocks", [[11, 12, 13], [11, 12, 13, 14, 15], [11, 12, 13, 1000], [11, 12, 12, 13], []])
+def test_a_claim_with_impossible_blocks_is_given_back(decode: Any, prefill: Prefill, blocks: list[int]) -> None:
+    engine = decode(ratio="1")
+    request = engine.arrive(PROMPT, params(PROMPT))
+    engine.step()
+    prefill.expect(messages.Claim)
+    prefill.say(granted(PROMPT, blocks=blocks))
+    eventually(lambda: engine.step().num_scheduled_tokens == {request.request_id: len(PROMPT)})
+    eventually(lambda: released(prefill) == ["prompt"])
+    finish(engine, request)
+    assert engine.free_blocks == engine.free
+
+
+@pytest.mark.parametrize("blocks", [[5, 6, 7, 8], [1000], [5, 5]])
+def test_leases_that_cannot_be_are_not_used(decode: Any, prefill: Prefill, blocks: list[int]) -> None:
+    engine = decode(ratio="1")
+    request = offloaded(engine, prefill, max_tokens=40)
+    assert prefill.expect(messages.Lease).want < 4
+    prefill.say(messages.Leased(blocks))
+    eventually(lambda: engine.step() and not prefill.inbox.empty())
+    again = prefill.expect(messages.Lease)
+    prefill.say(messages.Leased(list(range(100, 100 + again.want))))
+    eventually(lambda: engine.step() and request.is_finished())
+    assert engine.free_blocks == engine.free, "it goes on with blocks of the second lease"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"do_remote_prefill": True},
+        {"remote_engine_id": 5, "remote_request_id": []},
+        {"remote_engine_id": ENGINE, "remote_request_id": "prompt", "adrenaline": "no"},
+        {"remote_engine_id": "another", "remote_request_id": "prompt"},
+    ],
+)
+def test_malformed_parameters_cost_only_their_own_request_its_pull(
+    decode: Any, prefill: Prefill, raw: dict[str, Any]
+) -> None:
+    engine = decode(ratio="0")
+    request = engine.arrive(PROMPT, raw)
+    assert engine.step().num_scheduled_tokens == {request.request_id: len(PROMPT)}
+    finish(engine, request)
+
+
+# Requests that end early
+
+
+@pytest.mark.parametrize("when", ["claiming", "granted", "pulling", "offloaded"])
+def test_a_request_that_ends_gives_its_prompt_back_at_once(decode: Any, prefill: Prefill, when: str) -> None:
+    engine = decode(ratio="1" if when == "offloaded" else "0", blocks=3 if when == "granted" else 65)
+    if when in ("pulling", "offloaded"):
+        request = {"pulling": pulled, "offloaded": offloaded}[when](engine, prefill)
+        engine.abort(request)
+    else:
+        request = engine.arrive(PROMPT, params(PROMPT))
+        engine.step()
+        prefill.expect(messages.Claim)
+        if when == "claiming":
+            engine.abort(request)
+            prefill.say(granted(PROMPT))
+            assert engine.scheduler.has_requests(), "the engine stays awake until the claim is settled"
+        else:
+            prefill.say(granted(PROMPT))
+            for _ in range(20):
+                engine.step()
+            engine.abort(request)
+    eventually(lambda: engine.step() and released(prefill) == ["prompt"])
+    if when == "pulling":
+        engine.step(received={request.request_id})
+    assert engine.free_blocks == engine.free
+
+
+def test_parameters_that_vllm_itself_refuses_are_given_up(decode: Any, prefill: Prefill) -> None:
+    """vLLM then submits a request of the one token 0 with the same parameters, and aborts it."""
+    engine = decode(ratio="0.5")
+    engine.abort(engine.arrive([0], params(PROMPT)))
+    assert prefill.expect(messages.Drop).requests == ["prompt"]
+    engine.step()
+    assert prefill.silent()
+
+
+def test_a_release_follows_the_fault_of_the_step_in_which_it_happened(decode: Any, prefill: Prefill) -> None:
+    engine = decode(ratio="1")
+    request = offloaded(engine, prefill)
+    scheduled = engine.schedule()
+    engine.abort(request)  # EngineCore.step takes aborts before it takes what the step gave
+    engine.update(scheduled, failure(pid=77))
+    eventually(lambda: released(prefill))
+    said = [m for m in prefill.heard if isinstance(m, (messages.Fault, messages.Release))]
+    assert said == [messages.Fault([77]), messages.Release(["prompt"], [])]
+
+
+# Prefill engines that go away
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        messages.Gone("prompt"),
+        messages.Claimed("prompt", BLOCKS, len(PROMPT), token_digest(PROMPT)),
+        messages.Leased([1]),
+    ],
+)
+def test_answers_behind_the_last_word_of_a_prefill_engine_harm_nobody(
+    decode: Any, prefill: Prefill, answer: messages.Message
+) -> None:
+    engine = decode(ratio="1")
+    request = engine.arrive(PROMPT, params(PROMPT))
+    running = engine.arrive(PROMPT)
+    engine.step()
+    prefill.expect(messages.Claim)
+    # The scheduler does nothing while both come, as on an idle engine that a burst wakes.
+    prefill.forget()
+    prefill.say(answer)
+    time.sleep(0.1)
+    engine.arrive(PROMPT[::-1])
+    eventually(lambda: engine.step() and request.num_output_tokens)
+    finish(engine, request)
+    finish(engine, running)
+    assert engine.free_blocks == engine.free
+
+
+@pytest.mark.parametrize("when", ["waiting", "migrating", "pulling", "received", "offloaded"])
+def test_what_a_prefill_engine_took_back_is_not_used(decode: Any, prefill: Prefill, when: str) -> None:
+    """The decode engine slept over its lease: blocks it still knows of are somebody else's by now."""
+    engine = decode(ratio="1" if when in ("offloaded", "migrating") else "0", blocks=40)
+    blocker = None
+    if when == "waiting":
+        blocker = engine.arrive(list(range(500, 500 + 35 * BLOCK)), max_tokens=60)
+        engine.step()
+        request = engine.arrive(PROMPT * 2, params(PROMPT * 2))
+        engine.step()
+        prefill.expect(messages.Claim)
+        prefill.say(granted(PROMPT * 2, blocks=[21, 22, 23, 24, 25, 26, 27]))
+        for _ in range(10):
+            engine.step()
+    elif when == "offloaded":
+        request = offloaded(engine, prefill)
+    elif when == "migrating":  # no block is lent, so it moves to the decode engine
+        request = offloaded(engine, prefill, max_tokens=40)
+        eventually(lambda: engine.pulls(engine.step()))
+    else:
+        request = pulled(engine, prefill)
+        if when == "received":
+            engine.step(received={request.request_id})
+    before = len(prefill.heard)
+    prefill.forget()
+    reads: dict[str, list[int]] = {}
+    scheduled = engine.schedule()
+    reads.update(engine.pulls(scheduled))
+    computed = scheduled.num_scheduled_tokens.get(request.request_id, 0)
+    # A read that was under way ends well, from NIXL's point of view.
+    engine.update(scheduled, received={request.request_id} if when in ("pulling", "migrating") else None)
+    for _ in range(200):
+        if request.is_finished():
+            break
+        scheduled = engine.step()
+        reads.update(engine.pulls(scheduled))
+        computed = max(computed, scheduled.num_scheduled_tokens.get(request.request_id, 0))
+    assert request.is_finished(), request.status
+    assert reads == {}, "what was taken back is read"
+    assert (computed >= len(PROMPT)) == (when != "received"), "it is computed here, unless it had arrived before"
+    if blocker is not None:
+        finish(engine, blocker)
+    assert engine.free_blocks == engine.free
+    assert released(prefill)[before:] == []
+
+
+def test_a_pull_that_ends_after_the_lease_did_is_not_believed(decode: Any, prefill: Prefill) -> None:
+    """The engine slept over its lease and finds its pull done before it hears that all was taken back."""
+    prefill.lease_seconds = 0.5
+    engine = decode(ratio="0")
+    request = pulled(engine, prefill)
+    prefill.answers_beats = False
+    for _ in range(7):  # it is there, but no beat of ours gets through
+        time.sleep(0.1)
+        prefill.say(messages.Leased([]))
+    engine.step(received={request.request_id})
+    assert engine.step().num_scheduled_tokens == {request.request_id: len(PROMPT)}, "computed here"
+    finish(engine, request)
+    assert engine.free_blocks == engine.free
+
+
+# What comes over the wire
+
+
+def test_any_bytes_from_a_prefill_engine_are_survived(decode: Any, prefill: Prefill) -> None:
+    engine = decode(ratio="1")
+    for frame in (b"", b"\xff", b"\x91" * 5000, messages.encode(messages.Lease(3)), b"\xc1" * 100):
+        prefill.say_bytes(frame)
+    request = offloaded(engine, prefill)
+    finish(engine, request)
+
+
+def test_thousands_of_prompts_that_are_lost_at_once_do_not_end_the_engine(decode: Any, prefill: Prefill) -> None:
+    engine = decode()
+    prompts = [[1, 2, i % 256, i // 256] for i in range(3000)]
+    requests = [engine.arrive(prompt, params(prompt, f"p{i}")) for i, prompt in enumerate(prompts)]
+    prefill.say(*(granted(prompt, f"p{i}", [i % 1000]) for i, prompt in enumerate(prompts)))
+    engine.step()
+    prefill.refusal = "unknown decode engine"
+    time.sleep(0.6)  # a beat is refused, and the line to the prefill engine rests for a second
+    for _ in range(3):
+        engine.step()
+    assert any(request.num_output_tokens for request in requests)
