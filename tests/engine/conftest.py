@@ -6,8 +6,11 @@ import asyncio
 import os
 import random
 import re
+import signal
 import sys
-from collections.abc import Coroutine, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ import pytest
 from vllm_adrenaline.demo.model import make_model
 from vllm_adrenaline.engine_metrics import EngineMetrics, Snapshot
 from vllm_adrenaline.launch import roles, system
+from vllm_adrenaline.launch.process import group_members
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
 
@@ -144,8 +148,6 @@ class Fleet:
 
     def processes(self) -> list[int]:
         """Return all processes of all engines."""
-        from vllm_adrenaline.launch.process import group_members
-
         return sorted(pid for engine in self.engines.values() for pid in group_members(engine.pid))
 
     def open_files(self) -> dict[int, int]:
@@ -184,6 +186,39 @@ def fleet(
                 stack.callback(door.stop)
                 doors[name] = Client(url_of(listener))
         yield Fleet(supervisor, members, doors)
+
+
+def executors_of(prefill: int) -> list[int]:
+    """Return the attention executors in the prefill engine's process group, by rank."""
+    pids = [
+        pid
+        for pid in group_members(prefill)
+        if b"vllm_adrenaline.attention" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return sorted(pids)
+
+
+@contextmanager
+def kill_when(pid: int, condition: Callable[[], bool], seconds: float = 120) -> Iterator[list[int]]:
+    """Kill a process as soon as the condition holds; it is in the list then."""
+    killed: list[int] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not done.is_set():
+            if condition():
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield killed
+    finally:
+        done.set()
+        watcher.join()
 
 
 @pytest.fixture(scope="session")

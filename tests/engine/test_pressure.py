@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import Fleet, fleet, kv_bytes, serve, workload
-from vllm_adrenaline.launch.process import group_members
+from tests.engine.conftest import Fleet, executors_of, fleet, kill_when, kv_bytes, serve, workload
 
 PREFILL_BLOCKS = 17  # 16 and vLLM's null block
 
@@ -32,14 +28,6 @@ def engines(model: Path, short_tmp: Path, tmp_path_factory: pytest.TempPathFacto
         yield started
 
 
-def executor_of(prefill: int) -> int:
-    """Return the attention executor's process in the prefill engine's group."""
-    for pid in group_members(prefill):
-        if b"vllm_adrenaline.attention" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return pid
-    raise AssertionError("no attention executor runs")
-
-
 def test_requests_that_cannot_grow_on_the_prefill_engine_finish_with_the_same_tokens(engines: Fleet) -> None:
     work = workload(5, seed=41, prompts=[300], outputs=[300])  # 5 x 5 blocks of 16
     wanted = [answer.tokens for answer in engines["plain"].complete(work)]
@@ -51,25 +39,13 @@ def test_requests_that_cannot_grow_on_the_prefill_engine_finish_with_the_same_to
 
 
 def test_a_killed_executor_costs_a_recomputation_and_no_token(engines: Fleet) -> None:
-    decode, pid = engines["remote"], executor_of(engines["prefill"].pid)
+    decode, (pid,) = engines["remote"], executors_of(engines["prefill"].pid)
     before = decode.counter("executor_failures")
     work = workload(3, seed=42, prompts=[100], outputs=[300])
     wanted = [a.tokens for a in engines["plain"].complete(work, temperature=0.8, seed=3)]
     rows = decode.counter("remote_attention_rows")
-    killed = []
-
-    def kill() -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            if decode.counter("remote_attention_rows") > rows:
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-                return
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    got = [a.tokens for a in engines.door("remote").complete(work, temperature=0.8, seed=3)]
-    killer.join()
+    with kill_when(pid, lambda: decode.counter("remote_attention_rows") > rows) as killed:
+        got = [a.tokens for a in engines.door("remote").complete(work, temperature=0.8, seed=3)]
     assert killed
     assert got == wanted
     assert decode.counter("executor_failures") > before

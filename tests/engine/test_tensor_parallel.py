@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import Fleet, fleet, kv_bytes, workload
+from tests.engine.conftest import Fleet, executors_of, fleet, kill_when, kv_bytes, workload
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,7 @@ def engines(
         "plain": ("plain", []),
         "prefill": ("prefill", two),
         "half": ("decode", [*two, "--adrenaline-offload-ratio", "0.5"]),
+        "remote": ("decode", [*two, "--adrenaline-offload-ratio", "1"]),
     }
     with fleet(short_tmp, tmp_path_factory.mktemp("logs"), model, common, wanted) as started:
         yield started
@@ -33,3 +34,16 @@ def test_two_ranks_give_the_tokens_of_plain_vllm(engines: Fleet) -> None:
     assert engines["half"].counter("offloaded_requests") == 4
     assert engines["half"].counter("remote_attention_rows") > 0
     assert engines["half"].counter("fallback_requests") == 0
+
+
+def test_an_executor_of_one_rank_that_dies_leaves_all_ranks_with_the_same_random_numbers(engines: Fleet) -> None:
+    work = workload(4, seed=32, prompts=[100, 200], outputs=[200])
+    sampling = {"temperature": 0.8, "seed": 3}
+    wanted = [answer.tokens for answer in engines["plain"].complete(work, **sampling)]
+    decode = engines["remote"]
+    rows = decode.counter("remote_attention_rows")
+    last = executors_of(engines["prefill"].pid)[-1]
+    with kill_when(last, lambda: decode.counter("remote_attention_rows") > rows + 40) as killed:
+        assert [answer.tokens for answer in engines.door("remote").complete(work, **sampling)] == wanted
+    assert killed
+    assert decode.counter("executor_failures") > 0
