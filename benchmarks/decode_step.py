@@ -44,7 +44,7 @@ from torch.nn.functional import linear, silu  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: E402
 
-from vllm_adrenaline import kv_space  # noqa: E402
+from vllm_adrenaline import kv_space, memory_file  # noqa: E402
 from vllm_adrenaline.attention.kernels import CpuAttention  # noqa: E402
 from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport, LayerSpec  # noqa: E402
 from vllm_adrenaline.control.messages import PROTOCOL, Identity  # noqa: E402
@@ -70,8 +70,7 @@ class KV:
         strides = [ARGS.kv_heads * 2 * BLOCK * ARGS.head_size, 2 * BLOCK * ARGS.head_size, ARGS.head_size, 1]
         layer_bytes = self.blocks * strides[0] * DTYPE.itemsize
         size = layer_bytes * ARGS.layers
-        fd = os.memfd_create("kv")
-        os.ftruncate(fd, size)
+        fd = memory_file.create("kv", size)
         noise = torch.randn(1 << 20).to(DTYPE)
         flat = torch.frombuffer(map_kv(fd, size), dtype=DTYPE)
         for begin in range(0, len(flat), len(noise)):

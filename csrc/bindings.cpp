@@ -380,15 +380,20 @@ PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// executor_open(memory, sizes, epoch, shared core, query_start_loc, seq_lens, block_table, slot_mapping); addresses
 PyObject* executor_open(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
-    unsigned long long memory, epoch;
+    unsigned long long memory, epoch, starts, lens, table, slots;
     PyObject* sizes;
     int shared;
     Shape s;
-    if (!PyArg_ParseTuple(args, "KO!Kp", &memory, &PyTuple_Type, &sizes, &epoch, &shared) || !parse_shape(sizes, &s))
+    if (!PyArg_ParseTuple(args, "KO!KpKKKK", &memory, &PyTuple_Type, &sizes, &epoch, &shared, &starts, &lens, &table,
+                          &slots) ||
+        !parse_shape(sizes, &s))
       return nullptr;
-    return make(std::make_unique<ExecutorEnd>(reinterpret_cast<void*>(memory), s, epoch, shared != 0), kExecutor,
+    const PlanCopy copy{reinterpret_cast<int32_t*>(starts), reinterpret_cast<int32_t*>(lens),
+                        reinterpret_cast<int32_t*>(table), reinterpret_cast<int64_t*>(slots)};
+    return make(std::make_unique<ExecutorEnd>(reinterpret_cast<void*>(memory), s, epoch, shared != 0, copy), kExecutor,
                 destroy<ExecutorEnd, kExecutor>);
   });
 }
@@ -401,7 +406,7 @@ PyObject* executor_next(PyObject*, PyObject* capsule) {
     Status status = Status::ready;
     without_lock([&] { status = end->next_plan(); });
     if (status == Status::ended) return none();
-    ADRENALINE_CHECK(end->plan_fits(), "step plan does not fit its channel");
+    ADRENALINE_CHECK(end->take_plan(), "step plan does not fit its channel");
     return Py_BuildValue("KIII", static_cast<unsigned long long>(end->step()), end->num_rows(), end->padded_rows(),
                          end->padded_tokens());
   });

@@ -53,9 +53,9 @@ class DecodeEnd {
     put(at_.seq_lens, plan.seq_lens, padded_rows, 0);
     put(at_.block_table, plan.block_table, padded_rows * shape_.max_blocks, 0);
     put(at_.slot_mapping, plan.slot_mapping, padded_tokens, int64_t{-1});
-    header_->num_rows = static_cast<uint32_t>(rows);
-    header_->padded_rows = padded_rows;
-    header_->padded_tokens = padded_tokens;
+    header_->num_rows.store(static_cast<uint32_t>(rows), std::memory_order_relaxed);
+    header_->padded_rows.store(padded_rows, std::memory_order_relaxed);
+    header_->padded_tokens.store(padded_tokens, std::memory_order_relaxed);
     ++step_;
     header_->plan.store(stamp(epoch_, step_, 0), std::memory_order_release);
     ring(header_->to_executor, header_->executor_sleeps);
@@ -71,13 +71,16 @@ class DecodeEnd {
 
   // Whether the layer's output is there already, or comes while we spin.
   bool spin_for(uint64_t layer) {
-    return spin([this, layer] { return is_done(layer); }, pace_.spin_ns());
+    return spin([this, layer] { return is_done(layer) || is_closed(); }, pace_.spin_ns()) && is_done(layer);
   }
 
-  Status sleep_for(uint64_t layer) {
-    return sleep_until([this, layer] { return is_done(layer); }, header_->to_decode, header_->decode_sleeps,
-                       now_ns() + timeout_ns_, pidfd_);
+  Status sleep_for(uint64_t layer, int64_t deadline) {
+    const Status status = sleep_until([this, layer] { return is_done(layer) || is_closed(); }, header_->to_decode,
+                                      header_->decode_sleeps, deadline, pidfd_);
+    return status == Status::ready && !is_done(layer) ? Status::gone : status;
   }
+
+  int64_t timeout_ns() const { return timeout_ns_; }
 
   void observe(int64_t waited_ns) { pace_.observe(waited_ns); }
 
@@ -93,6 +96,8 @@ class DecodeEnd {
   bool is_done(uint64_t layer) const {
     return header_->done.load(std::memory_order_acquire) == stamp(epoch_, step_, layer + 1);
   }
+
+  bool is_closed() const { return header_->closed.load(std::memory_order_seq_cst) != 0; }
 
   template <typename T>
   void put(size_t at, const std::vector<T>& values, size_t padded, T padding) {
@@ -123,10 +128,17 @@ struct StepTimes {
 };
 
 // All executors of one step. One call per layer and direction, whatever their number: rows are sent to all before any
-// is waited for. An executor that fails stays failed until the next step; its rows become zero.
+// is waited for. An executor that fails stays failed until the next step; its rows become zero. Those that hang in the
+// same layer cost the step their timeout once, however many they are, and what was lost to one of them is not lost again
+// to another that hangs in a later layer, but for a second.
 class StepEnds {
  public:
-  void clear() { entries_.clear(); }
+  static constexpr int64_t kGraceNs = 1'000'000'000;
+
+  void clear() {
+    entries_.clear();
+    lost_ns_ = 0;
+  }
 
   // `end`: null when the executor is not there.
   void add(unsigned executor, DecodeEnd* end, const plan::RowsPlan& plan, size_t out_row) {
@@ -146,17 +158,23 @@ class StepEnds {
   uint64_t receive(uint64_t layer, const MutableRows& out, Block&& block) {
     uint64_t failed = 0;
     int64_t before = now_ns();
+    const int64_t began = before;
     times_.local_ns += before - sent_at_;
     for (auto& entry : entries_) {
       if (entry.end != nullptr) {
         Status status = Status::ready;
-        if (!entry.end->spin_for(layer)) block([&] { status = entry.end->sleep_for(layer); });
+        if (!entry.end->spin_for(layer)) {
+          const int64_t timeout = entry.end->timeout_ns();
+          const int64_t deadline = began + std::max(timeout - lost_ns_, std::min(timeout, kGraceNs));
+          block([&] { status = entry.end->sleep_for(layer, deadline); });
+        }
         const int64_t after = now_ns();
         times_.wait_ns += after - before;
         if (status == Status::ready) {
           entry.end->observe(after - before);
           entry.end->take(entry.tokens, out);
         } else {
+          lost_ns_ += after - before;
           entry.end = nullptr;
           failed |= uint64_t{1} << entry.executor;
         }
@@ -180,6 +198,7 @@ class StepEnds {
 
   std::vector<Entry> entries_;
   StepTimes times_;
+  int64_t lost_ns_ = 0;  // in this step, waiting for executors that failed
   int64_t sent_at_ = 0;
 };
 

@@ -1,16 +1,30 @@
 // The attention executor's end of a channel. Its kernel works on the slots themselves: nothing is copied here.
 #pragma once
 
+#include <cstring>
+
 #include "layout.h"
 #include "wait.h"
 
 namespace adrenaline::shm {
 
+// Where an executor keeps its copy of a step's plan: the arrays of the layout, in memory that nobody else writes.
+struct PlanCopy {
+  int32_t *query_start_loc, *seq_lens, *block_table;
+  int64_t* slot_mapping;
+};
+
 class ExecutorEnd {
  public:
-  // `memory`: total bytes of layout_of(shape), mapped from the decode worker's file; kept by the caller.
-  ExecutorEnd(void* memory, const Shape& shape, uint64_t epoch, bool shared_core)
-      : header_(reinterpret_cast<Header*>(memory)), shape_(shape), epoch_(epoch), pace_(shared_core) {
+  // `memory`: total bytes of layout_of(shape), mapped from the decode worker's file. `copy`: as large as the layout's
+  // arrays. Both kept by the caller.
+  ExecutorEnd(void* memory, const Shape& shape, uint64_t epoch, bool shared_core, const PlanCopy& copy)
+      : header_(reinterpret_cast<Header*>(memory)),
+        shape_(shape),
+        at_(layout_of(shape)),
+        epoch_(epoch),
+        pace_(shared_core),
+        copy_(copy) {
     ADRENALINE_CHECK(header_->magic == kMagic, "this memory is no channel of this version");
     plan_ = header_->plan.load(std::memory_order_acquire);
   }
@@ -26,16 +40,28 @@ class ExecutorEnd {
     return status;
   }
 
-  // Whether the plan is of this channel's life and fits the channel: else nothing of it may be believed.
-  bool plan_fits() const {
+  // Copy the step's plan, whose sizes fit this channel, to where nobody else writes; whether it does. What is checked
+  // and what the kernels use is the copy: the channel is the decode worker's to write, at any time.
+  bool take_plan() {
     const Header& h = *header_;
-    return plan_ == stamp(epoch_, step_, 0) && h.num_rows > 0 && h.num_rows <= h.padded_rows &&
-           h.padded_rows <= shape_.max_rows && h.padded_tokens > 0 && h.padded_tokens <= shape_.max_tokens;
+    num_rows_ = h.num_rows.load(std::memory_order_relaxed);
+    padded_rows_ = h.padded_rows.load(std::memory_order_relaxed);
+    padded_tokens_ = h.padded_tokens.load(std::memory_order_relaxed);
+    const bool fits = plan_ == stamp(epoch_, step_, 0) && num_rows_ > 0 && num_rows_ <= padded_rows_ &&
+                      padded_rows_ <= shape_.max_rows && padded_tokens_ > 0 && padded_tokens_ <= shape_.max_tokens;
+    if (!fits) return false;
+    const char* from = reinterpret_cast<const char*>(header_);
+    auto copy = [from](auto* to, size_t at, size_t count) { std::memcpy(to, from + at, count * sizeof(*to)); };
+    copy(copy_.query_start_loc, at_.query_start_loc, padded_rows_ + 1);
+    copy(copy_.seq_lens, at_.seq_lens, padded_rows_);
+    copy(copy_.block_table, at_.block_table, padded_rows_ * shape_.max_blocks);
+    copy(copy_.slot_mapping, at_.slot_mapping, padded_tokens_);
+    return true;
   }
 
-  uint32_t num_rows() const { return header_->num_rows; }
-  uint32_t padded_rows() const { return header_->padded_rows; }
-  uint32_t padded_tokens() const { return header_->padded_tokens; }
+  uint32_t num_rows() const { return num_rows_; }
+  uint32_t padded_rows() const { return padded_rows_; }
+  uint32_t padded_tokens() const { return padded_tokens_; }
   uint64_t step() const { return step_; }
 
   bool spin_for(uint64_t layer) {
@@ -65,10 +91,12 @@ class ExecutorEnd {
     ring(header_->to_decode, header_->decode_sleeps);
   }
 
-  // From any thread: the waits of this end are over.
+  // From any thread: the waits of both ends are over.
   void stop() {
     stopped_.store(true, std::memory_order_seq_cst);
+    header_->closed.store(1, std::memory_order_seq_cst);
     ring(header_->to_executor, header_->executor_sleeps);
+    ring(header_->to_decode, header_->decode_sleeps);
   }
 
  private:
@@ -80,6 +108,7 @@ class ExecutorEnd {
 
   Header* header_;
   Shape shape_;
+  Layout at_;
   uint64_t epoch_;
   uint64_t plan_ = 0;
   uint64_t step_ = 0;
@@ -87,6 +116,8 @@ class ExecutorEnd {
   int64_t ready_at_ = 0;
   std::atomic<bool> stopped_{false};
   Pace pace_;
+  uint32_t num_rows_ = 0, padded_rows_ = 0, padded_tokens_ = 0;
+  PlanCopy copy_;
 };
 
 }  // namespace adrenaline::shm

@@ -17,7 +17,7 @@
 
 namespace adrenaline::shm {
 
-constexpr uint64_t kMagic = 0xAD2E0002;
+constexpr uint64_t kMagic = 0xAD2E0003;
 constexpr size_t kPage = 4096;
 constexpr size_t kLine = 64;
 constexpr uint64_t kMaxLayers = (1 << 12) - 2;
@@ -82,12 +82,13 @@ struct Header {
   std::atomic<uint64_t> sent;
   std::atomic<uint32_t> to_executor;  // futex: rung after every announcement
   std::atomic<uint32_t> decode_sleeps;
-  uint32_t num_rows, padded_rows, padded_tokens;
+  std::atomic<uint32_t> num_rows, padded_rows, padded_tokens;
 
   // Written by the executor.
   alignas(kLine) std::atomic<uint64_t> done;
   std::atomic<uint32_t> to_decode;
   std::atomic<uint32_t> executor_sleeps;
+  std::atomic<uint32_t> closed;  // 1: nothing is answered any more
 
   // Written by the executor, read once in a while: rows x layers, layers, nanoseconds spent on them.
   alignas(kLine) std::atomic<uint64_t> rows;

@@ -87,7 +87,9 @@ void bench_channel(uint64_t rows, size_t count, int core_b) {
   auto* memory = share(layout_of(shape).total);
   DecodeEnd decode(memory, shape, 1);
   decode.watch(-1, 10'000'000'000, false);
-  ExecutorEnd executor(memory, shape, 1, false);
+  std::vector<int32_t> starts(shape.max_rows + 1), lens(shape.max_rows), table(shape.max_rows * shape.max_blocks);
+  std::vector<int64_t> slots(shape.max_tokens);
+  ExecutorEnd executor(memory, shape, 1, false, {starts.data(), lens.data(), table.data(), slots.data()});
   const pid_t pid = in_child(core_b, [&] {
     for (;;) {
       executor.next_plan();

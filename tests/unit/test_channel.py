@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adrenaline import kv_space
+from vllm_adrenaline import kv_space, memory_file
 from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps, Status
 from vllm_adrenaline.decode.split import SplitRows, split_rows
 from vllm_adrenaline.errors import AdrenalineError
@@ -190,11 +191,61 @@ def test_a_plan_of_another_width_is_refused() -> None:
 
 
 def test_a_file_of_another_size_is_no_channel() -> None:
-    fd = os.memfd_create("x")
-    os.ftruncate(fd, 4096)
+    fd = memory_file.create("x", 4096)
     with pytest.raises(AdrenalineError, match="bytes"):
         ShmExecutorChannel(fd, SHAPE, 1, shared_core=True)
     os.close(fd)
+
+
+def test_a_file_that_could_shrink_is_no_channel_and_ours_cannot() -> None:
+    """A channel that shrinks while it is mapped ends the process that reads it."""
+    _, decode, _ = channels()
+    with pytest.raises(PermissionError):
+        os.ftruncate(decode.fd, 4096)
+    fd = os.memfd_create("x")
+    os.ftruncate(fd, os.fstat(decode.fd).st_size)
+    with pytest.raises(AdrenalineError, match="F_SEAL_SHRINK"):
+        ShmExecutorChannel(fd, SHAPE, 1, shared_core=True)
+    os.close(fd)
+
+
+def test_what_an_executor_has_checked_cannot_be_changed_by_its_peer() -> None:
+    steps, decode, executor = channels()
+    steps.begin(batch({0: [0, 1]}).handle, {0: decode})
+    found = executor.next_step()
+    assert found is not None
+    plan = {name: found[2][name].clone() for name in ("query_start_loc", "seq_lens", "block_table", "slot_mapping")}
+    with mmap.mmap(decode.fd, 0) as memory:  # a page of header, then a page for each of them
+        memory[4096 : 5 * 4096] = b"\x7f" * (4 * 4096)
+    assert {name: found[2][name].tolist() for name in plan} == {name: each.tolist() for name, each in plan.items()}
+
+
+def test_executors_that_hang_together_cost_a_step_one_timeout() -> None:
+    timeout = 0.3
+    steps, first, _ = channels(timeout)
+    others = [channels(timeout)[1] for _ in range(5)]
+    ends = dict(enumerate([first, *others]))
+    ones = torch.ones(8, 2, 4)
+    steps.begin(batch({executor: [executor] for executor in ends}).handle, ends)
+    started = time.monotonic()
+    for layer in range(3):
+        steps.send(layer, ones, ones[:, :1], ones[:, :1])
+        assert steps.receive(layer, ones) == (0b111111 if layer == 0 else 0)
+    assert timeout <= time.monotonic() - started < 2 * timeout
+
+
+def test_a_channel_that_its_executor_closed_is_given_up_at_once() -> None:
+    steps, decode, executor = channels(timeout_s=60)
+    ones = torch.ones(8, 2, 4)
+    steps.begin(batch({0: [0]}).handle, {0: decode})
+    steps.send(0, ones, ones[:, :1], ones[:, :1])
+    threading.Timer(0.1, executor.stop).start()
+    started = time.monotonic()
+    assert steps.receive(0, ones) == 1, "it was waiting"
+    steps.begin(batch({0: [0]}).handle, {0: decode})
+    steps.send(0, ones, ones[:, :1], ones[:, :1])
+    assert steps.receive(0, ones) == 1, "and is not waited for again"
+    assert time.monotonic() - started < 10
 
 
 def test_ten_thousand_channels_leave_nothing_behind() -> None:
@@ -262,7 +313,7 @@ def test_an_executor_killed_at_any_point_leaves_the_decode_worker_alive_and_no_w
 
 DECODE = """
 import sys, torch
-from vllm_adrenaline import kv_space
+from vllm_adrenaline import kv_space, memory_file
 from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmSteps
 from vllm_adrenaline.decode.split import split_rows
 shape = Shape(4, 8, 3, num_heads=2, num_kv_heads=1, head_size=4, dtype=torch.float32)

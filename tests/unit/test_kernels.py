@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from vllm_adrenaline import memory_file
 from vllm_adrenaline.attention.executor import check_plan
 from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.spec import KVExport, LayerSpec
@@ -21,8 +25,7 @@ SCALE = HEAD**-0.5
 @pytest.fixture
 def attention() -> CpuAttention:
     layer_bytes = 4 * BLOCKS * STRIDES[0]
-    fd = os.memfd_create("kv")
-    os.ftruncate(fd, 2 * layer_bytes)
+    fd = memory_file.create("kv", 2 * layer_bytes)
     layers = [LayerSpec("a", 0, SCALE), LayerSpec("b", layer_bytes, SCALE)]
     kv = KVExport(os.getpid(), fd, 2 * layer_bytes, SHAPE, STRIDES, "float32", "vec", HEADS, layers, [0], 1)
     made = CpuAttention.mapped(kv, fd, split_kv=True)
@@ -139,3 +142,114 @@ def test_a_plan_that_points_outside_the_cache_is_refused(name: str, value: int) 
     plan[name].view(-1)[0] = value
     with pytest.raises(AdrenalineError, match="outside the KV cache"):
         check_plan(plan, BLOCKS, BLOCK)
+
+
+TWO_AT_ONCE = """
+import sys, threading, torch
+from vllm_adrenaline.attention.kernels import CpuAttention
+
+torch.set_num_threads(1)
+ROUNDS, BLOCKS, BLOCK, HEADS, SIZE = 100, 80, 128, 8, 64
+torch.manual_seed(0)
+caches = [torch.randn(BLOCKS, HEADS, 2 * BLOCK, SIZE)]
+attention = CpuAttention(caches, [SIZE**-0.5], HEADS, "vec", True, native=False)
+
+
+def step(rows, context):
+    width = -(-context // BLOCK)
+    return {
+        "query_start_loc": torch.arange(rows + 1, dtype=torch.int32),
+        "seq_lens": torch.full((rows,), context, dtype=torch.int32),
+        "block_table": torch.randint(BLOCKS, (rows, width), dtype=torch.int32),
+        "slot_mapping": torch.full((rows,), -1, dtype=torch.int64),
+        **{name: torch.randn(rows, HEADS, SIZE) for name in ("q", "k", "v", "out")},
+    }
+
+
+def attend(step):
+    schedule = attention.schedule(step["query_start_loc"], step["seq_lens"])
+    step["out"].zero_()
+    attention.layer(0, step, schedule)
+    return step["out"]
+
+
+def run(step, wanted, wrong):
+    for _ in range(ROUNDS):
+        wrong[0] += not torch.equal(attend(step), wanted)
+
+
+steps = [step(4, 700), step(3, 1900)]
+wanted = [attend(each).clone() for each in steps]
+wrong = [[0], [0]]
+threads = [threading.Thread(target=run, args=each) for each in zip(steps, wanted, wrong)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(f"{wrong[0][0] + wrong[1][0]} of {2 * ROUNDS} outputs are wrong")
+sys.exit(wrong != [[0], [0]])
+"""
+
+
+def test_two_decode_engines_on_one_executor_do_not_disturb_each_other() -> None:
+    """vLLM's operators have one scratch memory for a process. In a process of its own: a crash is a finding, too."""
+    done = subprocess.run([sys.executable, "-c", TWO_AT_ONCE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_a_schedule_stays_valid_when_another_one_is_made_before_it_is_used() -> None:
+    """As in an executor of two decode engines, whose layers take turns."""
+    code = (
+        TWO_AT_ONCE.partition("threads = [")[0]
+        + """
+for order in ([0, 1], [1, 0]):
+    schedules = {i: attention.schedule(steps[i]["query_start_loc"], steps[i]["seq_lens"]) for i in order}
+    for i in (0, 1, 1, 0):
+        steps[i]["out"].zero_()
+        attention.layer(0, steps[i], schedules[i])
+        assert torch.equal(steps[i]["out"], wanted[i]), (order, i)
+"""
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A machine with AMX: what was done before and after its tiles were asked for."""
+    done: list[str] = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: bool(done.append("asked") or True))
+    return done
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_workers_ask_for_amx_tiles_before_vllm_could_attend(
+    amx: list[str], role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    worker = importlib.import_module(f"vllm_adrenaline.{role}.worker")
+    monkeypatch.setattr(worker, "settle_worker", lambda: None)
+    monkeypatch.setattr(worker, "register_backend", lambda *_: None, raising=False)
+    monkeypatch.setattr(CPUWorker, "__init__", lambda self: amx.append("vLLM's own worker"))
+    getattr(worker, f"{role.title()}Worker")()
+    assert amx == ["asked", "vLLM's own worker"]
+
+
+@pytest.mark.parametrize("isa", ["vec", "amx"])
+def test_an_executor_asks_for_amx_tiles_whatever_its_layout(amx: list[str], isa: str) -> None:
+    CpuAttention([torch.zeros(SHAPE)], [SCALE], HEADS, isa, split_kv=True, native=False)
+    assert amx == ["asked"]
+
+
+def test_tiles_that_the_kernel_does_not_grant_are_a_refusal(amx: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    with pytest.raises(AdrenalineError, match="AMX"):
+        CpuAttention([torch.zeros(SHAPE)], [SCALE], HEADS, "amx", split_kv=True, native=False)
+
+
+def test_a_machine_without_amx_is_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: pytest.fail("asked"))
+    CpuAttention([torch.zeros(SHAPE)], [SCALE], HEADS, "vec", split_kv=True, native=False)

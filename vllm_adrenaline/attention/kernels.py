@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_adrenaline import memory_file
 from vllm_adrenaline.attention import native_decode, operators
 from vllm_adrenaline.attention.spec import KVExport
 from vllm_adrenaline.kv_memory import map_kv
@@ -27,9 +28,7 @@ class CpuAttention:
     ) -> None:
         """`caches`: one [blocks, KV heads, 2 * block size, head size] a layer; `scales`: of the softmax; `native`:
         whether the native library may be used."""
-        if isa == "amx":
-            # Without this the first AMX instruction is a SIGILL: an engine asks for the tiles through oneDNN.
-            torch.cpu._init_amx()
+        operators.may_use_amx()
         self.dtype = caches[0].dtype
         self._isa, self._split_kv = isa, split_kv
         self.num_heads = num_heads
@@ -50,6 +49,7 @@ class CpuAttention:
         dtype = getattr(torch, kv.dtype)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{kv.dtype} is no dtype")
+        memory_file.check(fd, kv.size, "the prefill worker's KV cache")
         flat = torch.frombuffer(map_kv(fd, kv.size), dtype=dtype)
         caches = [flat.as_strided(kv.shape, kv.strides, layer.offset // dtype.itemsize) for layer in kv.layers]
         return cls(caches, [layer.scale for layer in kv.layers], kv.num_heads, kv.isa, split_kv)

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from vllm_adrenaline import native
-from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline import memory_file, native
 
 library = native.load()
 library.use_tensors(torch.Tensor.__dlpack_c_exchange_api__)
@@ -57,13 +56,10 @@ class Shape:
 class Memory:
     """A mapped channel; `address` is where it begins."""
 
-    def __init__(self, fd: int, shape: Shape, create: bool) -> None:
+    def __init__(self, fd: int, shape: Shape) -> None:
         self.layout: dict[str, int] = library.layout(*shape.sizes)
         total = self.layout["total"]
-        if create:
-            os.ftruncate(fd, total)
-        elif os.fstat(fd).st_size != total:
-            raise AdrenalineError(f"channel has {os.fstat(fd).st_size} bytes and should have {total}")
+        memory_file.check(fd, total, "the channel")
         self._map = mmap.mmap(fd, total)
         self.address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
 
@@ -78,9 +74,9 @@ class ShmDecodeChannel:
 
     def __init__(self, shape: Shape) -> None:
         self.epoch = 1 + secrets.randbelow(0xFFFF)
-        self.fd = os.memfd_create("adrenaline-channel", os.MFD_CLOEXEC)
+        self.fd = memory_file.create("adrenaline-channel", library.layout(*shape.sizes)["total"])
         try:
-            self._memory = Memory(self.fd, shape, create=True)
+            self._memory = Memory(self.fd, shape)
             self.end = library.decode_open(self._memory.address, shape.sizes, self.epoch)
         except BaseException:
             os.close(self.fd)
@@ -123,24 +119,28 @@ class ShmSteps:
 
 
 class ShmExecutorChannel:
-    """The executor's end: views of the plan and the slots, taken once a step."""
+    """The executor's end: views of its own copy of the plan, and of the slots, taken once a step."""
 
     def __init__(self, fd: int, shape: Shape, epoch: int, shared_core: bool) -> None:
-        memory = Memory(fd, shape, create=False)
+        memory = Memory(fd, shape)
         self._memory = memory
-        self._end = library.executor_open(memory.address, shape.sizes, epoch, shared_core)
+        r, t, d = shape.max_rows, shape.max_tokens, shape.head_size
+        # The native end copies each step's plan to here, so that what was checked is what kernels read.
+        self._query_start_loc = torch.zeros(r + 1, dtype=torch.int32)
+        self._rows = {
+            "seq_lens": torch.zeros(r, dtype=torch.int32),
+            "block_table": torch.zeros(r, shape.max_blocks, dtype=torch.int32),
+        }
+        slots = torch.zeros(t, dtype=torch.int64)
+        copies = (self._query_start_loc, *self._rows.values(), slots)
+        addresses = [copy.data_ptr() for copy in copies]
+        self._end = library.executor_open(memory.address, shape.sizes, epoch, shared_core, *addresses)
         # wait_layer(layer, timeout in ns): wait until q, k, v of the layer are in the slot; returns a Status.
         self.wait_layer = functools.partial(library.executor_wait, self._end)
         # reply(layer, rows): announce that the output of the layer is in the slot; count what was attended.
         self.reply = functools.partial(library.executor_reply, self._end)
-        r, t, d = shape.max_rows, shape.max_tokens, shape.head_size
-        self._rows = {
-            "seq_lens": memory.array("seq_lens", (r,), torch.int32),
-            "block_table": memory.array("block_table", (r, shape.max_blocks), torch.int32),
-        }
-        self._query_start_loc = memory.array("query_start_loc", (r + 1,), torch.int32)
         self._tokens = {
-            "slot_mapping": memory.array("slot_mapping", (t,), torch.int64),
+            "slot_mapping": slots,
             "q": memory.array("q", (t, shape.num_heads, d), shape.dtype),
             "k": memory.array("k", (t, shape.num_kv_heads, d), shape.dtype),
             "v": memory.array("v", (t, shape.num_kv_heads, d), shape.dtype),

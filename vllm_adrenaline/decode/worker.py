@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adrenaline import identity, measure
+from vllm_adrenaline.attention import operators
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.cores import come_first, settle_worker
 from vllm_adrenaline.data.shm import Shape, ShmSteps
@@ -28,6 +29,7 @@ class DecodeWorker(CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settle_worker()
+        operators.may_use_amx()
         # CPU_ATTN itself is overridden: vLLM's CPU platform takes no other backend (vllm/platforms/cpu.py).
         register_backend(AttentionBackendEnum.CPU_ATTN, backend.QUALNAME)
         super().__init__(*args, **kwargs)

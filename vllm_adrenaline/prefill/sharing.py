@@ -7,12 +7,12 @@ a memfd: no name, so nothing to leave behind.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from vllm_adrenaline import memory_file
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv_memory import map_kv
 
@@ -33,8 +33,7 @@ class SharedKVCache(TorchFunctionMode):
         if self.fd >= 0:
             raise AdrenalineError("vLLM allocates its KV cache in more than one piece, which cannot be shared yet")
         self.size = int(args[0])
-        self.fd = os.memfd_create("adrenaline-kv", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, self.size)
+        self.fd = memory_file.create("adrenaline-kv", self.size)
         tensor = torch.frombuffer(map_kv(self.fd, self.size), dtype=torch.int8)
         self._pointer = tensor.data_ptr()
         return tensor

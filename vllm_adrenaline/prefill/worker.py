@@ -15,6 +15,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adrenaline import measure
+from vllm_adrenaline.attention import operators
 from vllm_adrenaline.attention.spec import KVExport, LayerSpec
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.cores import settle_worker
@@ -27,6 +28,7 @@ class PrefillWorker(CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settle_worker()
+        operators.may_use_amx()
         super().__init__(*args, **kwargs)
 
     def compile_or_warm_up_model(self) -> Any:
