@@ -242,6 +242,12 @@ PyObject* decode_counters(PyObject*, PyObject* capsule) {
                        static_cast<unsigned long long>(h.busy_ns.load()));
 }
 
+// decode_is_closed(end): whether the executor will answer nothing any more, and said so
+PyObject* decode_is_closed(PyObject*, PyObject* capsule) {
+  const auto* end = get<DecodeEnd>(capsule, kDecode);
+  return end == nullptr ? nullptr : PyBool_FromLong(end->is_closed());
+}
+
 PyObject* steps_open(PyObject*, PyObject* args) {
   long long q_row, kv_row;
   if (!PyArg_ParseTuple(args, "LL", &q_row, &kv_row)) return nullptr;
@@ -460,6 +466,7 @@ PyMethodDef methods[] = {
     {"decode_open", decode_open, METH_VARARGS, nullptr},
     {"decode_watch", decode_watch, METH_VARARGS, nullptr},
     {"decode_counters", decode_counters, METH_O, nullptr},
+    {"decode_is_closed", decode_is_closed, METH_O, nullptr},
     {"steps_open", steps_open, METH_VARARGS, nullptr},
     {"steps_clear", steps_clear, METH_O, nullptr},
     {"steps_add", steps_add, METH_VARARGS, nullptr},

@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import time
+from collections.abc import Collection
 from typing import Any
 
 from vllm_adrenaline.colocation import cpu
@@ -64,6 +65,17 @@ def parse(text: str) -> list[list[int]]:
             raise AdrenalineError(f"{part!r} in {text!r} names no core, or one beyond {MAX_CORES}")
         ranks.append(sorted(cores))
     return ranks
+
+
+def ranges(cores: Collection[int]) -> str:
+    """Return cores as `parse` reads them, the shortest way: 0-3,8."""
+    runs: list[list[int]] = []
+    for core in sorted(cores):
+        if runs and core == runs[-1][-1] + 1:
+            runs[-1][1:] = [core]
+        else:
+            runs.append([core])
+    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 def check(text: str, ranks: int) -> None:

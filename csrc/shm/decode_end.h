@@ -92,12 +92,13 @@ class DecodeEnd {
 
   const Header& header() const { return *header_; }
 
+  // Whether the executor said that it answers nothing any more.
+  bool is_closed() const { return header_->closed.load(std::memory_order_seq_cst) != 0; }
+
  private:
   bool is_done(uint64_t layer) const {
     return header_->done.load(std::memory_order_acquire) == stamp(epoch_, step_, layer + 1);
   }
-
-  bool is_closed() const { return header_->closed.load(std::memory_order_seq_cst) != 0; }
 
   template <typename T>
   void put(size_t at, const std::vector<T>& values, size_t padded, T padding) {

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
+import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.prefill.control import ControlServer
+from vllm_adrenaline.prefill.control import FAILED, ControlServer
 from vllm_adrenaline.prefill.lender import Lender, Offer
 
 IDENTITY = messages.Identity(
@@ -38,15 +45,24 @@ LOAD = messages.Load(total=100, free=60, reserve=5, busy=0.25)
 
 
 class Pool:
+    """Ten blocks, by their number of references."""
+
+    def __init__(self) -> None:
+        self.references = Counter[int]()
+
     def get_num_free_blocks(self) -> int:
-        return 0
+        return 10 - len(+self.references)
 
-    def get_new_blocks(self, num_blocks: int) -> list[object]:
-        raise AssertionError("nothing is free")
+    def get_new_blocks(self, num_blocks: int) -> list[Any]:
+        blocks = [SimpleNamespace(block_id=i) for i in range(10) if not self.references[i]][:num_blocks]
+        self.touch(blocks)
+        return blocks
 
-    def touch(self, blocks: object) -> None: ...
+    def touch(self, blocks: Sequence[Any]) -> None:
+        self.references.update(block.block_id for block in blocks)
 
-    def free_blocks(self, ordered_blocks: object) -> None: ...
+    def free_blocks(self, ordered_blocks: Iterable[Any]) -> None:
+        self.references.subtract(block.block_id for block in ordered_blocks)
 
 
 @pytest.mark.parametrize(
@@ -58,15 +74,30 @@ class Pool:
         messages.Release(["r"], [3]),
         messages.Fault([17]),
         messages.Attach(IDENTITY, "d", 0, 1, 2, 3, [0], 4, 5, 6),
+        messages.Drop(["r"]),
+        messages.Leave(),
+        messages.Revoke("d"),
+        messages.Revoked("d"),
     ],
 )
 def test_a_message_survives_the_wire(message: messages.Message) -> None:
     assert messages.decode(messages.encode(message)) == message
 
 
-@given(st.binary(max_size=200))
-def test_bytes_that_are_no_message_raise_what_the_loops_expect(frame: bytes) -> None:
-    with contextlib.suppress(msgspec.ValidationError, msgspec.DecodeError):
+nested = st.recursive(
+    st.binary(max_size=64) | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=8), st.lists, max_leaves=500
+)
+
+
+@given(st.binary(max_size=4096) | nested.map(msgspec.msgpack.encode) | st.integers(1, 20_000).map(b"\x91".__mul__))
+def test_bytes_that_are_no_message_raise_one_error(frame: bytes) -> None:
+    with contextlib.suppress(msgspec.DecodeError):
+        messages.decode(frame)
+
+
+@pytest.mark.parametrize("frame", [b"\x91" * 5000, b"\x81\xa4type" * 2000, b"\x81\xa4type\xa4\xff\xff\xff\xff"])
+def test_deep_nesting_and_broken_text_are_no_messages(frame: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
         messages.decode(frame)
 
 
@@ -112,23 +143,62 @@ def test_an_address_of_another_machine_is_refused_for_there_is_no_key_exchange()
         sockets.check_address("tcp://10.0.0.1:5000")
 
 
+class Prefill:
+    """A control server over ten blocks. `revoked`: whose channels were closed; that waits while `executors_hang`."""
+
+    def __init__(self, address: str) -> None:
+        self.pool, self.now, self.revoked, self.killed = Pool(), 0.0, [], []
+        self.executors_hang, self.ended = threading.Event(), []
+        self.lender = Lender(self.pool, 0, 60, lambda: self.now)
+        self.lender.offer("prompt", Offer([], 7, b"d"))
+        self.tick: Callable[[], None] = bool
+        self.control = ControlServer(
+            address,
+            IDENTITY,
+            self.lender,
+            threading.RLock(),
+            lambda: WELCOME,
+            lambda: LOAD,
+            lambda: self.tick() or None,
+            self.killed.extend,
+            self.revoke,
+            self.ended.append,
+        )
+        self.control.start()
+
+    def revoke(self, engine: str) -> None:
+        while self.executors_hang.is_set():
+            time.sleep(0.005)
+        self.revoked.append(engine)
+
+    def connect(self, engine: str, pid: int = 0) -> zmq.Socket[bytes]:
+        """Return the line of a decode engine that has said hello and has leased two blocks."""
+        socket = sockets.connect(self.control.address)
+        assert sockets.ask(socket, messages.Hello(IDENTITY, True, engine, pid), 5) == WELCOME
+        leased = sockets.ask(socket, messages.Lease(2), 5)
+        assert isinstance(leased, messages.Leased)
+        assert len(leased.blocks) == 2
+        return socket
+
+
+def eventually(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.005)
+
+
 @pytest.fixture
-def server(tmp_path: Path) -> ControlServer:
-    lender = Lender(Pool(), 0, 60, lambda: 0.0)
-    lender.offer("prompt", Offer([], 7, b"d"))
-    control = ControlServer(
-        f"ipc://{tmp_path}/c",
-        IDENTITY,
-        lender,
-        threading.RLock(),
-        lambda: WELCOME,
-        lambda: LOAD,
-        lambda: None,
-        lambda pids: None,
-    )
-    control.start()
-    yield control
-    control.stop()
+def prefill(tmp_path: Path) -> Iterator[Prefill]:
+    made = Prefill(f"ipc://{tmp_path}/c")
+    yield made
+    made.executors_hang.clear()
+    made.control.stop()
+
+
+@pytest.fixture
+def server(prefill: Prefill) -> ControlServer:
+    return prefill.control
 
 
 def test_an_address_in_use_is_refused_and_not_taken_over(server: ControlServer) -> None:
@@ -138,11 +208,122 @@ def test_an_address_in_use_is_refused_and_not_taken_over(server: ControlServer) 
 
 def test_the_server_survives_nonsense_and_counts_it(server: ControlServer) -> None:
     socket = sockets.connect(server.address)
-    for frames in ([b"\xff\x00nonsense"], [b"a", b"b", b"c"], [msgspec.msgpack.encode({"type": "Nothing"})]):
+    nonsense = [
+        [b"\xff\x00nonsense"],
+        [b"a", b"b", b"c"],
+        [msgspec.msgpack.encode({"type": "Nothing"})],
+        [b"\x91" * 5000],
+        [b""],
+    ]
+    for frames in nonsense:
         socket.send_multipart(frames)
     assert sockets.ask(socket, messages.Hello(IDENTITY, borrows=True), 5) == WELCOME
-    assert server.bad_frames == 3
+    assert server.bad_frames == len(nonsense)
     socket.close()
+
+
+def test_an_answer_that_is_no_message_is_none(tmp_path: Path) -> None:
+    socket, address = sockets.bind(f"ipc://{tmp_path}/x")
+    asking = sockets.connect(address)
+    asking.send(b"")
+    peer, _ = socket.recv_multipart()
+    socket.send_multipart([peer, b"\x91" * 5000])
+    assert sockets.ask(asking, messages.Hello(IDENTITY, borrows=False), 5) is None
+    asking.close()
+    sockets.unbind(socket, address)
+
+
+def test_a_tick_that_fails_ends_nothing(prefill: Prefill) -> None:
+    ticked = []
+
+    def fail() -> None:
+        ticked.append(1)
+        raise OSError("no such process")
+
+    prefill.tick = fail
+    eventually(lambda: len(ticked) > 1)
+    prefill.connect("a").close()
+
+
+def test_an_engine_whose_control_thread_ends_says_so_and_ends(prefill: Prefill) -> None:
+    def give_up() -> None:
+        raise SystemExit("out of memory, say")
+
+    prefill.tick = give_up
+    eventually(lambda: prefill.ended == [FAILED])
+
+
+# Decode engines that go
+
+
+def test_what_a_silent_decode_engine_had_is_free_when_no_executor_can_write_for_it(prefill: Prefill) -> None:
+    gone, other = prefill.connect("a"), prefill.connect("b")
+    prefill.executors_hang.set()
+    prefill.now = 50
+    assert sockets.ask(other, messages.Beat(), 5) == LOAD
+    prefill.now = 70
+    for _ in range(10):  # it is answered while executors let go of the other
+        began = time.monotonic()
+        assert sockets.ask(other, messages.Beat(), 5) == LOAD
+        assert time.monotonic() - began < 1
+        time.sleep(0.1)
+    assert isinstance(sockets.ask(gone, messages.Beat(), 5), messages.Refused)
+    assert prefill.pool.get_num_free_blocks() == 6, "an executor may still write"
+    prefill.executors_hang.clear()
+    eventually(lambda: prefill.pool.get_num_free_blocks() == 8)
+    assert prefill.revoked == ["a"]
+    assert prefill.killed == [], "executors serve others"
+
+
+def test_a_decode_engine_whose_process_ends_is_noticed_at_once(prefill: Prefill) -> None:
+    with subprocess.Popen(["sleep", "100"]) as process:
+        socket = prefill.connect("a", process.pid)
+        time.sleep(0.1)
+        assert prefill.pool.get_num_free_blocks() == 8
+        process.kill()
+    eventually(lambda: prefill.pool.get_num_free_blocks() == 10, seconds=2)
+    assert prefill.revoked == ["a"]
+    socket.close()
+
+
+def test_a_decode_engine_that_leaves_has_nothing_left(prefill: Prefill) -> None:
+    socket = prefill.connect("a")
+    socket.send(messages.encode(messages.Leave()))
+    eventually(lambda: prefill.pool.get_num_free_blocks() == 10, seconds=2)
+    assert prefill.revoked == ["a"]
+    socket.close()
+
+
+def test_a_decode_engine_that_comes_back_has_nothing_of_before(prefill: Prefill) -> None:
+    before, other = prefill.connect("a"), prefill.connect("b")
+    after = prefill.connect("a")
+    eventually(lambda: prefill.pool.get_num_free_blocks() == 6, seconds=2)
+    assert prefill.revoked == ["a"]
+    assert isinstance(sockets.ask(before, messages.Beat(), 5), messages.Refused)
+    for socket in (other, after):
+        assert sockets.ask(socket, messages.Beat(), 5) == LOAD
+
+
+def test_a_failing_step_ends_the_executor_that_may_still_write_and_no_other(prefill: Prefill) -> None:
+    socket = prefill.connect("a")
+    socket.send(messages.encode(messages.Fault([77])))
+    assert sockets.ask(socket, messages.Beat(), 5) == LOAD
+    assert prefill.killed == [77]
+    stranger = sockets.connect(prefill.control.address)
+    assert isinstance(sockets.ask(stranger, messages.Fault([78]), 5), messages.Refused)
+    assert prefill.killed == [77], "only who was served can tell"
+    stranger.close()
+
+
+def test_a_prompt_that_is_dropped_is_held_by_nobody_and_a_claimed_one_by_its_claim(prefill: Prefill) -> None:
+    socket = prefill.connect("a")
+    assert isinstance(sockets.ask(socket, messages.Claim("prompt"), 5), messages.Claimed)
+    assert prefill.lender.take_let_go() == {"prompt"}
+    prefill.lender.offer("second", Offer([], 7, b"d"))
+    socket.send(messages.encode(messages.Drop(["prompt", "second", "third"])))
+    assert sockets.ask(socket, messages.Claim("second"), 5) == messages.Gone("second")
+    assert prefill.lender.take_let_go() == {"second"}
+    assert prefill.lender.lent == (1, 2)
 
 
 def test_a_prompt_can_be_claimed_once_and_only_after_hello(server: ControlServer) -> None:

@@ -95,6 +95,8 @@ class LenderMachine(RuleBasedStateMachine):
     def time_goes_by(self, seconds: float) -> None:
         self.now += seconds
         for name in self.lender.silent():
+            had = self.lender.borrowers[name].has_blocks
+            assert self.lender.leave(name) == had
             self.lender.evict(name)
         assert not self.lender.silent()
 

@@ -24,16 +24,17 @@ from vllm_adrenaline.errors import AdrenalineError
 logger = logging.getLogger("vllm.adrenaline")
 
 MAX_CHANNELS = 64
+REVOKE_POLL_MS = 2
 
 
 class ChannelThread(threading.Thread):
-    """Serves the steps of one decode worker; between them it sleeps on the channel."""
+    """Serves the steps of one worker of the decode engine `engine`; between them it sleeps on the channel."""
 
     def __init__(
-        self, attention: CpuAttention, channel: ShmExecutorChannel, num_layers: int, idle_timeout: float
+        self, attention: CpuAttention, channel: ShmExecutorChannel, engine: str, num_layers: int, idle_timeout: float
     ) -> None:
         super().__init__(name="adrenaline-channel", daemon=True)
-        self.channel = channel
+        self.channel, self.engine = channel, engine
         self._attention, self._num_layers = attention, num_layers
         self._idle_timeout_ns = int(idle_timeout * 1e9)
 
@@ -44,8 +45,10 @@ class ChannelThread(threading.Thread):
                     return
                 self._serve_step(*found)
             except Exception:
-                # The decode engine sees a late answer and recomputes; this executor goes on with the next step.
-                logger.exception("a step failed")
+                # The decode engine learns it at once and recomputes; it attaches anew. Others are served as before.
+                logger.exception("a step of decode engine %s failed: its channel is closed", self.engine)
+                self.channel.stop()
+                return
 
     def _serve_step(self, number: int, rows: int, step: dict[str, torch.Tensor]) -> None:
         channel, attention, timeout_ns = self.channel, self._attention, self._idle_timeout_ns
@@ -81,7 +84,7 @@ def check_plan(step: dict[str, torch.Tensor], num_blocks: int, block_size: int) 
 
 
 class Server:
-    """Answers Attach on one ROUTER socket, and drops a channel when its decode worker ends."""
+    """Answers Attach and Revoke on one ROUTER socket, and drops a channel when its decode worker ends."""
 
     def __init__(self, spec: ExecutorSpec) -> None:
         self._spec = spec
@@ -90,20 +93,22 @@ class Server:
         os.close(fd)
         self._socket, self._address = sockets.bind(spec.address)
         self._threads: dict[int, ChannelThread] = {}  # by the pidfd of the decode worker
+        self._revoking: list[tuple[bytes, str, list[ChannelThread]]] = []
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self.bad_frames = 0
 
     def serve(self) -> None:
-        """Serve until the process is told to end."""
+        """Serve until the process is told to end. Whatever arrives, it goes on."""
         print(f"{READY} {self._address}", flush=True)
         try:
             while True:
-                for source, _ in self._poller.poll():
+                for source, _ in self._poller.poll(REVOKE_POLL_MS if self._revoking else None):
                     if source is self._socket:
                         self._serve_one()
                     else:
                         self._drop(source)
+                self._acknowledge()
         finally:
             sockets.unbind(self._socket, self._address)
 
@@ -119,14 +124,33 @@ class Server:
             try:
                 answer: messages.Message = self._attach(message)
             except (AdrenalineError, OSError, RuntimeError, ValueError) as error:
-                answer = messages.Refused(str(error))
-            self._socket.send_multipart([peer, messages.encode(answer)], zmq.NOBLOCK)
+                answer = messages.Refused(str(error)[: messages.MAX_REASON])
+            sockets.answer(self._socket, peer, answer)
+        elif isinstance(message, messages.Revoke):
+            pidfds = [fd for fd, thread in self._threads.items() if thread.engine == message.engine]
+            threads = [self._threads[fd] for fd in pidfds]
+            for pidfd in pidfds:
+                self._drop(pidfd)
+            self._revoking.append((peer, message.engine, threads))
+
+    def _acknowledge(self) -> None:
+        """Answer those whose decode engine is not attended for any more: its threads have left their last step."""
+        still = []
+        for peer, engine, threads in self._revoking:
+            if any(thread.is_alive() for thread in threads):
+                still.append((peer, engine, threads))
+            else:
+                logger.info("decode engine %s is not attended for any more", engine)
+                sockets.answer(self._socket, peer, messages.Revoked(engine))
+        self._revoking = still
 
     def _attach(self, message: messages.Attach) -> messages.Attached:
         reason = messages.mismatch(self._spec.identity, message.identity, "attention executor", "decode worker")
         if reason is None and message.rank != self._spec.rank:
             ours, theirs = self._spec.rank, message.rank
             reason = f"tensor-parallel rank is {ours} on the attention executor and {theirs} on the decode worker"
+        for dead in [fd for fd, thread in self._threads.items() if not thread.is_alive()]:
+            self._drop(dead)
         if reason is None and len(self._threads) >= MAX_CHANNELS:
             reason = f"{MAX_CHANNELS} decode workers are attached already"
         if reason is not None:
@@ -154,7 +178,7 @@ class Server:
             os.close(pidfd)
             raise
         layers = self._spec.kv.layers
-        thread = ChannelThread(attention, channel, len(layers), self._spec.idle_timeout)
+        thread = ChannelThread(attention, channel, message.engine, len(layers), self._spec.idle_timeout)
         thread.start()
         self._threads[pidfd] = thread
         self._poller.register(pidfd, zmq.POLLIN)

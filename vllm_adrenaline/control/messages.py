@@ -1,7 +1,7 @@
 """Every message of the control plane, its bounds, and the only place where they are encoded and decoded.
 
 msgpack through msgspec: typed, validated while decoding, no pickle. A frame that is no valid message raises
-`msgspec.ValidationError` or `msgspec.DecodeError`; socket loops count it and go on.
+`msgspec.DecodeError`; socket loops count it and go on.
 """
 
 from typing import Annotated
@@ -16,6 +16,8 @@ MAX_FRAME = 1 << 20
 
 MAX_NAME = 512
 """Characters of the longest name; prompts have the names of their requests, which clients may choose."""
+
+MAX_REASON = 4096
 
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
 BlockIndex = Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
@@ -79,7 +81,7 @@ class Welcome(Message, frozen=True):
 class Refused(Message, frozen=True):
     """We do not fit, and why, naming both sides."""
 
-    reason: Annotated[str, msgspec.Meta(max_length=4096)]
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
 
 
 class Claim(Message, frozen=True):
@@ -229,8 +231,12 @@ def encode(message: Message) -> bytes:
 
 
 def decode(frame: bytes) -> AnyMessage:
-    """Return the message in `frame`; raises msgspec.ValidationError or msgspec.DecodeError when it is none."""
-    return _decoder.decode(frame)
+    """Return the message in `frame`; raises msgspec.DecodeError, and nothing else, when it is none."""
+    try:
+        return _decoder.decode(frame)
+    except (RecursionError, ValueError) as error:
+        # Deep nesting and broken text are no DecodeError of msgspec's; its own are ValueErrors, too.
+        raise error if isinstance(error, msgspec.DecodeError) else msgspec.DecodeError(str(error)) from None
 
 
 def mismatch(ours: Identity, theirs: Identity, our_name: str, their_name: str) -> str | None:

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
 import zmq
 
 from vllm_adrenaline.control import messages
@@ -119,8 +120,17 @@ def ask_once(address: str, message: messages.Message, timeout_s: float) -> messa
 
 
 def ask(socket: zmq.Socket[bytes], message: messages.Message, timeout_s: float) -> messages.AnyMessage | None:
-    """Send one message and return the answer, or None when none came in time."""
+    """Send one message and return the answer, or None when none came in time that is a message."""
     socket.send(messages.encode(message))
     if not socket.poll(int(timeout_s * 1000)):
         return None
-    return messages.decode(socket.recv())
+    try:
+        return messages.decode(b"".join(socket.recv_multipart()))
+    except msgspec.DecodeError:
+        return None
+
+
+def answer(socket: zmq.Socket[bytes], peer: bytes, message: messages.Message) -> None:
+    """Answer a peer of a ROUTER socket; one that is not there, or takes nothing, goes without."""
+    with contextlib.suppress(zmq.ZMQError):
+        socket.send_multipart([peer, messages.encode(message)], zmq.NOBLOCK)

@@ -17,6 +17,10 @@ class DecodeChannel(Protocol):
     def counters(self) -> tuple[int, int, int]:
         """Rows x layers, layers, and nanoseconds spent on them, that the executor says it attended."""
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the executor has closed the channel: it serves it no more, and writes nothing for it."""
+
     def close(self) -> None:
         """Let go of the memory; never fails."""
 

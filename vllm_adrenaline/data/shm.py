@@ -90,6 +90,10 @@ class ShmDecodeChannel:
     def counters(self) -> tuple[int, int, int]:
         return library.decode_counters(self.end)
 
+    @property
+    def is_closed(self) -> bool:
+        return library.decode_is_closed(self.end)
+
     def close(self) -> None:
         """Close the file; the memory goes with the last reference to this channel."""
         if self.fd >= 0:

@@ -154,7 +154,7 @@ class Borrower(threading.Thread):
         frames = socket.recv_multipart()
         try:
             message = messages.decode(b"".join(frames))
-        except (msgspec.DecodeError, RecursionError) as error:
+        except msgspec.DecodeError as error:
             self.bad_frames += 1
             logger.warning("the prefill engine at %s sent what is no message: %s", self.address, error)
             return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
@@ -93,8 +92,12 @@ class Link:
     def _reattach(self) -> None:
         while self.channel is None:
             time.sleep(RETRY_S)
-            with contextlib.suppress(AdrenalineError, OSError, zmq.ZMQError):
+            try:
                 self.attach()
+            except (AdrenalineError, OSError, zmq.ZMQError):
+                continue
+            except Exception:
+                logger.exception("cannot attach to the attention executor behind %s; trying again", self.address)
         logger.info("attached to the attention executor behind %s again", self.address)
 
     def close(self) -> None:

@@ -30,9 +30,10 @@ ROWS, BUSY_NS = 0, 2
 class Report(KVConnectorWorkerMetadata):
     """What a worker tells the scheduler at the end of a step.
 
-    `failed`: executors that failed in it. `pids`: their processes. `down`: executors that are away. Then the seconds
-    of the step: `local` in attention here, `remote` in each executor's that had any, `exposed` waiting for executors
-    with nothing else to do. A step with no offloaded row has none.
+    `failed`: executors that failed in it. `pids`: the processes of those that may still write, for they did not say
+    that they are done with us. `down`: executors that are away. Then the seconds of the step: `local` in attention
+    here, `remote` in each executor's that had any, `exposed` waiting for executors with nothing else to do. A step with
+    no offloaded row has none.
     """
 
     failed: frozenset[int]
@@ -94,6 +95,7 @@ class RemoteAttention:
         self._split: SplitRows | None = None
         self._failed: set[int] = set()  # since the last report
         self._failed_in_step: set[int] = set()
+        self._hanging: set[int] = set()  # processes, since the last report
         self._ever_failed = False
         self._attended = [0] * len(links)
         self._busy_ns = [0] * len(links)
@@ -130,6 +132,8 @@ class RemoteAttention:
         """These executors (bits) failed in a layer: give their channels up."""
         for executor, link in enumerate(self.links):
             if executors >> executor & 1:
+                if link.channel is not None and not link.channel.is_closed:
+                    self._hanging.add(link.pid)
                 link.fail()
                 self.note_failure(executor)
 
@@ -157,7 +161,7 @@ class RemoteAttention:
         if self._split is None and not self._ever_failed:
             return None
         failed, self._failed = frozenset(self._failed), set()
-        pids = frozenset(self.links[executor].pid for executor in failed)
+        pids, self._hanging = frozenset(self._hanging), set()
         down = frozenset(i for i, link in enumerate(self.links) if link.channel is None)
         before, self._times_ns = self._times_ns, self.transport.times_ns
         local, exposed = (now - then for now, then in zip(self._times_ns, before, strict=True))

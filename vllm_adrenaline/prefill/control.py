@@ -4,7 +4,11 @@ It shares the block pool with vLLM's scheduler thread; `lock` is the fence betwe
 it schedules or frees and by this thread for the microseconds that a claim or a lease takes.
 """
 
+from __future__ import annotations
+
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,12 +22,18 @@ from vllm_adrenaline.prefill.lender import Lender
 logger = logging.getLogger("vllm.adrenaline")
 
 POLL_MS = 500
+FAILED = 70
+"""Exit code of an engine core whose control thread ended (EX_SOFTWARE)."""
 
 
 class ControlServer(threading.Thread):
-    """Serves one ROUTER socket until `stop`. `welcome` is computed per answer, for executors may restart. `tick`
-    is called twice a second. `tpot`: what
-    each decode engine said of its steps, in seconds."""
+    """Serves one ROUTER socket until `stop`. `welcome` is computed per answer, for executors may restart. `tick` is
+    called twice a second. `kill_executors`: those that failed a decode engine, by process id. `revoke`: return when no
+    executor can write for a decode engine any more. `beats`: what each decode engine said last of itself.
+
+    Whatever arrives, the thread goes on; `bad_frames` counts what was no message. If it ends all the same, the engine
+    core ends with it: decode engines would wait for it for ever.
+    """
 
     def __init__(
         self,
@@ -34,27 +44,29 @@ class ControlServer(threading.Thread):
         welcome: Callable[[], messages.Welcome],
         load: Callable[[], messages.Load],
         tick: Callable[[], None],
-        kill_executors: Callable[[list[int] | None], None],
+        kill_executors: Callable[[list[int]], None],
+        revoke: Callable[[str], None],
+        end_engine: Callable[[int], None] = os._exit,
     ) -> None:
         super().__init__(name="adrenaline-control", daemon=True)
         self.identity, self.lender, self.lock, self.welcome = identity, lender, lock, welcome
-        self.load, self.tick, self.kill_executors = load, tick, kill_executors
+        self.load, self.tick, self.kill_executors, self.revoke = load, tick, kill_executors, revoke
         self.beats: dict[bytes, messages.Beat] = {}
         self.bad_frames = 0
+        self._end_engine = end_engine
+        self._engines: dict[bytes, str] = {}  # of those that borrow
+        self._processes: dict[int, bytes] = {}  # by pidfd
         self._socket, self.address = sockets.bind(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        ticked = 0.0
         try:
-            while not self._stopping.is_set():
-                if self._socket.poll(POLL_MS):
-                    self._serve_one()
-                if (now := time.monotonic()) - ticked >= POLL_MS / 1000:
-                    ticked = now
-                    self.tick()
-                    with self.lock:
-                        self._evict_silent()
+            self._serve()
+        except BaseException:
+            logger.critical("the control thread of this prefill engine ended, and so does the engine", exc_info=True)
+            self._end_engine(FAILED)
         finally:
             sockets.unbind(self._socket, self.address)
 
@@ -64,48 +76,114 @@ class ControlServer(threading.Thread):
         if self.is_alive():
             self.join(timeout=2 * POLL_MS / 1000)
 
-    def _evict_silent(self) -> None:
-        """Take back what silent decode engines have. One that only slept may wake up in the middle of a step, so the
-        executors are ended before any of its blocks can become somebody else's."""
-        silent = self.lender.silent()
-        if any(self.lender.borrowers[name].has_blocks for name in silent):
-            self.kill_executors(None)
-        for name in silent:
-            logger.warning("decode engine %s is silent: taking back all it had borrowed", name.hex())
-            self.lender.evict(name)
-            self.beats.pop(name, None)
+    def _serve(self) -> None:
+        ticked = 0.0
+        while not self._stopping.is_set():
+            for source, _ in self._poller.poll(POLL_MS):
+                if source is self._socket:
+                    self._serve_one()
+                else:
+                    self._depart(self._processes[source], "has ended")
+            if (now := time.monotonic()) - ticked >= POLL_MS / 1000:
+                ticked = now
+                try:
+                    self.tick()
+                except Exception:
+                    logger.exception("the executors' share is not adjusted")
+                with self.lock:
+                    silent = self.lender.silent()
+                for name in silent:
+                    self._depart(name, "is silent")
+
+    # Decode engines that go
+
+    def _depart(self, borrower: bytes, why: str) -> None:
+        """Take back what a decode engine had, when no executor can write for it any more. That is waited for elsewhere:
+        other decode engines are answered meanwhile."""
+        for pidfd in [fd for fd, name in self._processes.items() if name == borrower]:
+            self._poller.unregister(pidfd)
+            os.close(pidfd)
+            del self._processes[pidfd]
+        engine = self._engines.pop(borrower, "")
+        self.beats.pop(borrower, None)
+        with self.lock:
+            if borrower not in self.lender.borrowers:
+                return
+            has_blocks = self.lender.leave(borrower)
+        logger.warning("decode engine %s %s: taking back all it had borrowed", engine or borrower.hex(), why)
+        if has_blocks:
+            threading.Thread(
+                target=self._take_back, args=(borrower, engine), name="adrenaline-revoke", daemon=True
+            ).start()
+        else:
+            with self.lock:
+                self.lender.evict(borrower)
+
+    def _take_back(self, borrower: bytes, engine: str) -> None:
+        try:
+            self.revoke(engine)
+        except Exception:
+            logger.critical("blocks of decode engine %s stay out: it may still be attended for", engine, exc_info=True)
+            return
+        with self.lock:
+            self.lender.evict(borrower)
+
+    def _join(self, borrower: bytes, hello: messages.Hello) -> None:
+        """A decode engine says hello. What it had over another connection it does not know of any more."""
+        for other in [name for name, engine in self._engines.items() if engine == hello.engine and name != borrower]:
+            self._depart(other, "came back")
+        with self.lock:
+            self.lender.join(borrower)
+        if borrower in self._engines:
+            return
+        self._engines[borrower] = hello.engine
+        if hello.pid:
+            with contextlib.suppress(OSError):  # it cannot be seen from here: its lease tells when it is gone
+                pidfd = os.pidfd_open(hello.pid)
+                self._processes[pidfd] = borrower
+                self._poller.register(pidfd, zmq.POLLIN)
+
+    # Messages
 
     def _serve_one(self) -> None:
         frames = self._socket.recv_multipart()
         try:
             borrower, frame = frames
             message = messages.decode(frame)
-        except (ValueError, msgspec.ValidationError, msgspec.DecodeError):
+        except (ValueError, msgspec.DecodeError):
             self.bad_frames += 1
             return
         try:
-            with self.lock:
-                answer = self._answer(borrower, message)
+            answer = self._answer(borrower, message)
         except Exception:
             logger.exception("cannot serve %s", type(message).__name__)
             return
         if answer is not None:
-            try:
-                self._socket.send_multipart([borrower, messages.encode(answer)], zmq.NOBLOCK)
-            except zmq.ZMQError as error:
-                logger.warning("cannot answer decode engine %s: %s", borrower.hex(), error)
+            sockets.answer(self._socket, borrower, answer)
 
     def _answer(self, borrower: bytes, message: messages.AnyMessage) -> messages.Message | None:
-        lender = self.lender
         if isinstance(message, messages.Hello):
             reason = messages.mismatch(self.identity, message.identity, "prefill engine", "decode engine")
             if reason is not None:
                 return messages.Refused(reason)
+            welcome = self.welcome()
             if message.borrows:
-                lender.join(borrower)
-            return self.welcome()
-        if not lender.beat(borrower):
-            return messages.Refused("unknown decode engine: say hello first")
+                self._join(borrower, message)
+            return welcome
+        with self.lock:
+            if not self.lender.beat(borrower):
+                return messages.Refused("unknown decode engine: say hello first")
+        if isinstance(message, messages.Leave):
+            self._depart(borrower, "leaves")
+            return None
+        if isinstance(message, messages.Fault):
+            self.kill_executors(message.pids)
+            return None
+        with self.lock:
+            return self._lend(borrower, message)
+
+    def _lend(self, borrower: bytes, message: messages.AnyMessage) -> messages.Message | None:
+        lender = self.lender
         if isinstance(message, messages.Claim):
             offer = lender.claim(borrower, message.request)
             if offer is None:
@@ -114,15 +192,10 @@ class ControlServer(threading.Thread):
             return messages.Claimed(message.request, blocks, offer.num_tokens, offer.digest)
         if isinstance(message, messages.Lease):
             return messages.Leased(lender.lease(borrower, message.want))
-        if isinstance(message, messages.Fault):
-            self.kill_executors(message.pids)
-            return None
         if isinstance(message, messages.Drop):
             lender.drop(message.requests)
-            return None
         if isinstance(message, messages.Release):
             lender.release(borrower, message.requests, message.blocks)
-            return None
         if isinstance(message, messages.Beat):
             self.beats[borrower] = message
             return self.load()

@@ -6,15 +6,18 @@ Runs in the engine core process. Checked against vllm/v1/executor/multiproc_exec
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import zmq
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_adrenaline import identity
@@ -22,14 +25,17 @@ from vllm_adrenaline.attention.spec import READY, ExecutorSpec, KVExport
 from vllm_adrenaline.child import dying_with_parent
 from vllm_adrenaline.colocation import cpu
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.control import sockets
-from vllm_adrenaline.cores import parse
+from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.cores import parse, ranges
 from vllm_adrenaline.errors import AdrenalineError
 
 logger = logging.getLogger("vllm.adrenaline")
 
 START_TIMEOUT_S = 120.0
-MAX_BACKOFF_S = 30.0
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
+HEALTHY_S = 60.0
+"""An executor that lived so long is started again as promptly as the first time."""
+REVOKE_S = 2.0
 
 _site: AttentionSite | None = None
 
@@ -42,11 +48,19 @@ def addresses() -> list[str]:
 
 
 def share() -> str:
-    """Return in words what the executors run on."""
+    """Return in words, and at most MAX_NAME characters, what the executors run on."""
     if _site is None:
         raise AdrenalineError("the attention executors are not started yet")
-    specs = [process.spec for process in _site.processes]
-    return "; ".join(f"{s.threads} thread(s) on cores {s.cpus}, share {s.share:g}" for s in specs)
+    return in_words([process.spec for process in _site.processes])
+
+
+def in_words(specs: Sequence[ExecutorSpec]) -> str:
+    """Return what executors run on, the same for the same ones: decode engines keep their profiles by it."""
+    text = "; ".join(f"{s.threads} thread(s) on cores {ranges(s.cpus)}, share {s.share:g}" for s in specs)
+    if len(text) <= messages.MAX_NAME:
+        return text
+    short = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return f"{text[: messages.MAX_NAME - 40]}... ({len(specs)} executors, {short})"
 
 
 def set_share(share: float) -> str:
@@ -62,13 +76,40 @@ def set_share(share: float) -> str:
     return ", ".join(sorted(words))
 
 
-def kill(pids: list[int] | None) -> None:
-    """Kill those attention executors that still run under one of `pids` (None: all) and wait for their end: after this
-    they write nothing. They are started anew. A process that came in their place meanwhile is left alone."""
+def kill(pids: list[int]) -> None:
+    """Kill those attention executors that still run under one of `pids` and wait for their end: after this they write
+    nothing. They are started anew. A process that came in their place meanwhile is left alone."""
     if _site is not None:
         for process in _site.processes:
-            if pids is None or process.pid in pids:
+            if process.pid in pids:
                 process.kill()
+
+
+def revoke(engine: str) -> None:
+    """Have no executor attend for a decode engine any more; return when none can write for it.
+
+    An executor that does not acknowledge within REVOKE_S is killed: nobody knows what it still does. Those of others go
+    on. One that has no address yet was just started, and serves nobody.
+    """
+    waiting = [(p, sockets.connect(p.address)) for p in (_site.processes if _site is not None else []) if p.address]
+    for _, socket in waiting:
+        socket.send(messages.encode(messages.Revoke(engine)))
+    deadline = time.monotonic() + REVOKE_S
+    for process, socket in waiting:
+        try:
+            if not _acknowledges(socket, engine, deadline):
+                logger.error("attention executor %d does not let go of decode engine %s", process.pid, engine)
+                process.kill()
+        finally:
+            socket.close()
+
+
+def _acknowledges(socket: zmq.Socket[bytes], engine: str, deadline: float) -> bool:
+    while socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
+        with contextlib.suppress(msgspec.DecodeError):
+            if messages.decode(b"".join(socket.recv_multipart())) == messages.Revoked(engine):
+                return True
+    return False
 
 
 class ExecutorProcess:
@@ -138,17 +179,19 @@ class AttentionSite:
             threading.Thread(target=self._watch, args=(rank,), name=f"adrenaline-watch-{rank}", daemon=True).start()
 
     def _watch(self, rank: int) -> None:
-        backoff = 0.5
+        backoff, started = MIN_BACKOFF_S, time.monotonic()
         while True:
             code = self.processes[rank].wait()
             if self._stopping.is_set():
                 return
+            if time.monotonic() - started > HEALTHY_S:
+                backoff = MIN_BACKOFF_S
             logger.error("attention executor %d ended with exit code %d: starting it again", rank, code)
             time.sleep(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF_S)
             try:
                 process = ExecutorProcess(msgspec.structs.replace(self.processes[rank].spec, share=self.share))
-                self.processes[rank] = process
+                self.processes[rank], started = process, time.monotonic()
                 if self._stopping.is_set():
                     process.stop()
                     return

@@ -56,6 +56,7 @@ class Lender:
         self.offers: dict[str, Offer] = {}
         self._let_go: set[str] = set()
         self.borrowers: dict[bytes, Borrower] = {}
+        self._leaving: dict[bytes, Borrower] = {}
 
     def offer(self, request_id: str, offer: Offer) -> None:
         """Make a finished prompt claimable; something else keeps its blocks until `withdraw`."""
@@ -129,14 +130,20 @@ class Lender:
         deadline = self.clock() - self.expiry_s
         return [name for name, known in self.borrowers.items() if known.last_beat < deadline]
 
+    def leave(self, borrower: bytes) -> bool:
+        """From now on the borrower is not known; return whether it has blocks, which stay out until `evict`."""
+        known = self._leaving[borrower] = self.borrowers.pop(borrower)
+        return known.has_blocks
+
     def evict(self, borrower: bytes) -> None:
-        """Take everything back. The caller has made sure that nobody attends for this borrower any more."""
-        known = self.borrowers[borrower]
-        self.release(borrower, list(known.claims), list(known.leased))
-        del self.borrowers[borrower]
+        """Take back what a borrower that left has. The caller has made sure that nobody attends for it any more."""
+        known = self._leaving.pop(borrower)
+        for blocks in known.claims.values():
+            self.pool.free_blocks(reversed(blocks))
+        self.pool.free_blocks(list(known.leased.values()))
 
     @property
     def lent(self) -> tuple[int, int]:
         """Return how many claims and how many leased blocks are out."""
-        known = self.borrowers.values()
+        known = [*self.borrowers.values(), *self._leaving.values()]
         return sum(len(b.claims) for b in known), sum(len(b.leased) for b in known)

@@ -52,6 +52,7 @@ class PrefillScheduler(Scheduler):
             self._load,
             self._tick,
             executor.kill,
+            executor.revoke,
         )
         self._busy = BusyShare(time.monotonic)
         known = profile.cached(measure.key(self.vllm_config, options, ()))

@@ -1,0 +1,162 @@
+"""The attention executor's door, and the prefill engine's hold on its executors: who is let in, who is let go of."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.unit.test_control import IDENTITY
+from vllm_adrenaline import memory_file
+from vllm_adrenaline.attention.executor import Server
+from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport, LayerSpec
+from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmSteps
+from vllm_adrenaline.decode.split import split_rows
+from vllm_adrenaline.kv_space import remote_id
+from vllm_adrenaline.prefill import executor
+
+BLOCKS, BLOCK, LAYERS = 4, 32, 2
+SHAPE = Shape(4, 4, 2, num_heads=2, num_kv_heads=2, head_size=32, dtype=torch.float32)
+
+
+class Decode:
+    """A worker of a decode engine, attached to the executor at `address`."""
+
+    def __init__(self, address: str, engine: str) -> None:
+        self.channel, self.steps = ShmDecodeChannel(SHAPE), ShmSteps(SHAPE)
+        identity, pid, channel = IDENTITY, os.getpid(), self.channel
+        sizes = (SHAPE.max_rows, SHAPE.max_tokens, SHAPE.max_blocks)
+        hello = messages.Attach(identity, engine, 0, pid, channel.fd, channel.epoch, [0], *sizes)
+        answer = sockets.ask_once(address, hello, 5)
+        assert isinstance(answer, messages.Attached), answer
+        channel.watch(-1, 5.0, shared_core=True)
+
+    def begin(self, block: int = 1) -> None:
+        """Begin a step of one row of 5 tokens in `block`."""
+        table = torch.full((1, 2), remote_id(0, block), dtype=torch.int32)
+        starts, lens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
+        split = split_rows(table, starts, lens, torch.zeros(1, dtype=torch.int64), [], BLOCK)
+        self.steps.begin(split.handle, {0: self.channel})
+
+    def layer(self, index: int) -> bool:
+        """Say whether the executor answers a layer."""
+        ones = torch.ones(1, 2, 32)
+        self.steps.send(index, ones, ones, ones)
+        return self.steps.receive(index, ones) == 0
+
+    def step(self) -> bool:
+        """Say whether the executor answers a whole step."""
+        self.begin()
+        return all(self.layer(index) for index in range(LAYERS))
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Where an executor listens that serves for the time of a test."""
+    layer_bytes = 4 * BLOCKS * 2 * 2 * BLOCK * 32
+    fd = memory_file.create("kv", LAYERS * layer_bytes)
+    layers = [LayerSpec(str(index), index * layer_bytes, 1.0) for index in range(LAYERS)]
+    strides = [2 * 2 * BLOCK * 32, 2 * BLOCK * 32, 32, 1]
+    kv = KVExport(
+        os.getpid(), fd, LAYERS * layer_bytes, [BLOCKS, 2, 2 * BLOCK, 32], strides, "float32", "vec", 2, layers, [0], 1
+    )
+    server = Server(ExecutorSpec(0, f"ipc://{tmp_path}/e", IDENTITY, kv, [0], 1, 5.0))
+    threading.Thread(target=server.serve, daemon=True).start()
+    yield f"ipc://{tmp_path}/e"
+    os.close(fd)
+
+
+def test_one_decode_engine_is_let_go_of_and_another_served_as_before(address: str) -> None:
+    first, second, other = Decode(address, "a"), Decode(address, "a"), Decode(address, "b")
+    assert first.step()
+    first.begin()  # it is in the middle of a step
+    assert first.layer(0)
+    assert sockets.ask_once(address, messages.Revoke("a"), 5) == messages.Revoked("a")
+    began = time.monotonic()
+    assert not first.layer(1)
+    assert not second.step()
+    assert time.monotonic() - began < 2, "it learns that at once"
+    assert other.step()
+    assert Decode(address, "a").step(), "it may come back"
+
+
+def test_a_step_that_cannot_be_served_costs_its_own_decode_engine_its_channel(address: str) -> None:
+    wrong, other = Decode(address, "a"), Decode(address, "b")
+    wrong.begin(block=BLOCKS)  # beyond the KV cache
+    began = time.monotonic()
+    assert not wrong.layer(0)
+    assert time.monotonic() - began < 2
+    assert wrong.channel.is_closed, "nothing is written for it any more, so the executor need not be killed"
+    assert other.step()
+
+
+def test_an_executor_survives_whatever_it_is_sent(address: str) -> None:
+    socket = sockets.connect(address)
+    for frames in ([b"\x91" * 5000], [b""], [b"a", b"b"], [messages.encode(messages.Leave())]):
+        socket.send_multipart(frames)
+    assert sockets.ask(socket, messages.Revoke("nobody"), 5) == messages.Revoked("nobody")
+    assert Decode(address, "a").step()
+
+
+def test_channels_that_failed_do_not_fill_an_executor(address: str) -> None:
+    for _ in range(80):
+        decode = Decode(address, "a")
+        decode.begin(block=BLOCKS)
+        assert not decode.layer(0)
+    assert Decode(address, "a").step()
+
+
+class Executor:
+    """An executor process as the prefill engine sees it; what it says to Revoke is the test's."""
+
+    def __init__(self, address: str, answers: Callable[[str], messages.Message | None]) -> None:
+        self._socket, self.address = sockets.bind(address)
+        self._answers, self.killed, self.pid = answers, False, 1
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        peer, frame = self._socket.recv_multipart()
+        message = messages.decode(frame)
+        assert isinstance(message, messages.Revoke)
+        if (answer := self._answers(message.engine)) is not None:
+            sockets.answer(self._socket, peer, answer)
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_executors_that_acknowledge_live_and_deaf_ones_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "REVOKE_S", 0.3)
+    prompt = Executor(f"ipc://{tmp_path}/0", messages.Revoked)
+    deaf = Executor(f"ipc://{tmp_path}/1", lambda _: None)
+    confused = Executor(f"ipc://{tmp_path}/2", lambda _: messages.Revoked("another"))
+    starting = SimpleNamespace(address="", killed=False)
+    site = SimpleNamespace(processes=[prompt, deaf, confused, starting])
+    monkeypatch.setattr(executor, "_site", site)
+    began = time.monotonic()
+    executor.revoke("a")
+    assert time.monotonic() - began < 2
+    assert [each.killed for each in site.processes] == [False, True, True, False]
+
+
+def test_what_executors_run_on_fits_a_message_on_any_machine() -> None:
+    def specs(ranks: int, cores: list[int]) -> list[ExecutorSpec]:
+        kv = KVExport(1, 1, 1, [1], [1], "float32", "vec", 1, [], cores, 1)
+        return [ExecutorSpec(rank, "", IDENTITY, kv, cores, len(cores), 1.0) for rank in range(ranks)]
+
+    assert executor.in_words(specs(1, [0, 1, 2, 3, 8])) == "5 thread(s) on cores 0-3,8, share 1"
+    for ranks, cores in ((1, list(range(512))), (1, list(range(0, 1024, 2))), (64, list(range(0, 512, 3)))):
+        words = executor.in_words(specs(ranks, cores))
+        welcome = messages.Welcome("e", "h", 1, 1, [], words, 60.0)
+        assert messages.decode(messages.encode(welcome)) == welcome
+        assert words == executor.in_words(specs(ranks, cores)), "profiles are kept by it"
+        assert words != executor.in_words(specs(ranks, [*cores, 2000]))
