@@ -79,7 +79,7 @@ def main() -> None:
     folder = runtime_folder()
     common = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "2048", "--served-model-name", "m"]
     common += ["--kv-cache-memory-bytes", str(2 << 30), "--no-enable-prefix-caching"]
-    ports = iter(system.free_ports(1 + len(RATIOS)))
+    ports = iter(system.held_ports(1 + len(RATIOS)))
     specs = []
     for name, ratio in [("prefill", "0"), *RATIOS.items()]:
         role = "prefill" if name == "prefill" else "decode"

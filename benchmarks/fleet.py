@@ -56,7 +56,7 @@ class Fleet:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
         flags, specs = roles.adrenaline_args(folder, "auto"), []
         flags["prefill"] += prefill_flags
-        ports = system.free_ports(2)
+        ports = system.held_ports(2)
         for role, blocks, core, port in (
             ("prefill", prefill_blocks, "1", ports[0]),
             ("decode", decode_blocks, "0", ports[1]),

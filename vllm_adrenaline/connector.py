@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPullConnector
@@ -21,6 +22,7 @@ from vllm_adrenaline.digest import token_digest
 from vllm_adrenaline.metrics import AdrenalinePromMetrics, AdrenalineStats
 from vllm_adrenaline.nixl_pause import pause_progress_thread
 from vllm_adrenaline.prefill.lender import Lender, Offer
+from vllm_adrenaline.side_channel import SideChannel
 from vllm_adrenaline.stamp import stamped
 
 if TYPE_CHECKING:
@@ -46,10 +48,23 @@ class AdrenalineConnector(NixlPullConnector):
         self.offload: Offload | None = None
         self.remote: RemoteAttention | None = None
         self.shared_kv: Any = None
+        self.side_channel: SideChannel | None = None
+        if self.connector_scheduler is not None:
+            self.side_channel = SideChannel(self.connector_scheduler.side_channel_host)
+            self.connector_scheduler.side_channel_port = self.side_channel.port
         self.kv_caches: dict[str, torch.Tensor] = {}
         self._block_pool: Any = None
 
     # Scheduler side, both engines
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        assert self.side_channel is not None
+        self.side_channel.serve({rank: msgspec.msgpack.encode(each) for rank, each in metadata.items()})
+
+    def shutdown(self) -> None:
+        if self.side_channel is not None:
+            self.side_channel.stop()
+        super().shutdown()
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         super().bind_gpu_block_pool(gpu_block_pool)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-SIDE_CHANNEL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
+UCX_INTERFACES = "UCX_NET_DEVICES"
 
 
 def check_model(model: str) -> None:
@@ -37,7 +37,6 @@ def apply(args: EngineArgs, options: Options) -> None:
     """Set on `args` what the role needs; raises AdrenalineError where the user chose something that excludes it."""
     from vllm.config import KVTransferConfig
     from vllm.platforms import current_platform
-    from vllm.utils.network_utils import get_open_port
 
     versions.check_vllm(versions.installed_vllm())
     if not current_platform.is_cpu():
@@ -78,7 +77,9 @@ def apply(args: EngineArgs, options: Options) -> None:
         kv_load_failure_policy="recompute",
         kv_connector_extra_config={"kv_lease_duration": int(options.claim_seconds)} if prefill else {},
     )
-    os.environ.setdefault(SIDE_CHANNEL_PORT, str(get_open_port()))
+    # Else NIXL's UCX listens on every interface of the machine, five ports a worker. An operator who serves other
+    # machines names the interface; workers inherit it.
+    os.environ.setdefault(UCX_INTERFACES, "lo")
 
 
 def _unsupported(config: VllmConfig) -> Iterator[tuple[str, bool]]:

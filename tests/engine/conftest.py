@@ -167,7 +167,7 @@ def fleet(
         "decode": ["--plugin", "adrenaline", "--adrenaline-role", "decode", "--adrenaline-peers", address],
     }
     specs = []
-    for port, (name, (role, more)) in zip(system.free_ports(len(engines)), engines.items(), strict=True):
+    for port, (name, (role, more)) in zip(system.held_ports(len(engines)), engines.items(), strict=True):
         args = ["--served-model-name", "m", "--enforce-eager", *common, *flags[role], *more]
         threads = os.environ.get("ADRENALINE_TEST_CORES", "0" if role == "decode" else "1")
         specs.append(

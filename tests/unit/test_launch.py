@@ -179,7 +179,7 @@ def test_engine_that_ends_stops_the_others_and_says_why(tmp_path: Path) -> None:
 
 
 def test_ready_when_healthy(tmp_path: Path) -> None:
-    (port,) = system.free_ports(1)
+    (port,) = system.held_ports(1)
     spec = roles.EngineSpec("decode", port, [sys.executable, "-c", SERVER, str(port)])
     with Supervisor([spec], logs=tmp_path) as supervisor:
         supervisor.check()

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from vllm_adrenaline.launch.system import free_ports
+from vllm_adrenaline.launch.system import held_ports
 from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.proxy.app import create_app
 from vllm_adrenaline.proxy.errors import Refused
@@ -193,7 +193,7 @@ def test_engine_that_is_down_is_503(missing: str) -> None:
     async def run() -> None:
         engine = good_prefill() if missing == "decode" else good_decode()
         async with engine.serve():
-            down = f"http://127.0.0.1:{free_ports(1)[0]}"
+            down = f"http://127.0.0.1:{held_ports(1)[0]}"
             urls = (down, engine.url) if missing == "prefill" else (engine.url, down)
             listener = bind("127.0.0.1", 0)
             door = ServerThread(listener, [urls[0]], [urls[1]])

@@ -105,7 +105,7 @@ class Systems:
             cores_of = (b.decode_cores, b.prefill_cores)
             return [self._spec(f"vllm_two_{i}", half, cores, []) for i, cores in enumerate(cores_of)]
         if name == BASELINE:
-            env = roles.nixl_env(system.free_ports(2))
+            env = roles.nixl_env(system.held_ports(2))
             flags = roles.plain_args()
             return [
                 self._spec("pd_prefill", b.prefill_bytes, b.prefill_cores, flags["prefill"], env["prefill"]),
@@ -122,7 +122,7 @@ class Systems:
         self, name: str, kv_bytes: int, cores: str, flags: Sequence[str], env: dict[str, str] | None = None
     ) -> EngineSpec:
         if name not in self._specs:
-            (port,) = system.free_ports(1)
+            (port,) = system.held_ports(1)
             args = [*flags, *self._args, "--kv-cache-memory-bytes", str(kv_bytes)]
             env = {**(env or {}), system.CORES_ENV: cores, "HF_HUB_OFFLINE": "1"}
             if not name.startswith("adrenaline"):

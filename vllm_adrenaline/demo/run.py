@@ -50,7 +50,7 @@ def _measure(
 def _plain(model: Path, requests: Sequence[load.Work]) -> report.Result:
     name = "plain vLLM"
     say(f"{name}: starting one engine")
-    (port,) = system.free_ports(1)
+    (port,) = system.held_ports(1)
     spec = roles.engine_spec("plain", str(model), port, [*ENGINE_ARGS, *_kv(DECODE_KV_BYTES)], ENGINE_ENV)
     with Supervisor([spec]) as supervisor:
         result = _measure(name, spec.url, spec.url, requests, supervisor.check)

@@ -103,7 +103,7 @@ class Cluster(Running):
         self.url = url_of(self._listener)
 
     def _specs(self, runtime: Path) -> list[roles.EngineSpec]:
-        ports = system.free_ports(4)
+        ports = system.held_ports(4)
         env: dict[str, dict[str, str]] = {"prefill": {}, "decode": {}}
         if self.offload_ratio is None:
             flags = roles.plain_args()

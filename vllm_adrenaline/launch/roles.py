@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,9 @@ def plain_args() -> dict[str, list[str]]:
 
 
 def nixl_env(ports: Sequence[int]) -> dict[str, dict[str, str]]:
-    """Return each role's own NIXL side channel: two engines on one machine cannot share the default port."""
-    roles = ("prefill", "decode")
-    return {role: {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(port)} for role, port in zip(roles, ports, strict=True)}
+    """Return what two of vLLM's own disaggregated engines need on one machine: side channels at ports of their own, and
+    no port of NIXL's open to other machines."""
+    return {
+        role: {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(port), "UCX_NET_DEVICES": os.environ.get("UCX_NET_DEVICES", "lo")}
+        for role, port in zip(("prefill", "decode"), ports, strict=True)
+    }

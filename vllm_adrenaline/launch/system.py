@@ -24,16 +24,23 @@ def machine() -> dict[str, str | int | None]:
     return {"cpu": cpu_model(), "cores_count": os.cpu_count(), "kernel": kernel, "date": today}
 
 
-def free_ports(count: int) -> list[int]:
-    """Return different TCP ports that nothing listens on at 127.0.0.1."""
-    listeners = [socket.socket() for _ in range(count)]
-    try:
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [int(listener.getsockname()[1]) for listener in listeners]
-    finally:
-        for listener in listeners:
-            listener.close()
+_held: list[socket.socket] = []
+
+
+def held_ports(count: int) -> list[int]:
+    """Return different TCP ports of 127.0.0.1 that are ours as long as this process lives.
+
+    They are bound, so that nobody else gets them, and not listened at, so that an engine of ours can: it sets
+    SO_REUSEADDR, as servers do. A port that is only looked for and then left is soon somebody's: any connection that
+    any process makes may take it before an engine, half a minute later, binds it.
+    """
+    made = [socket.socket() for _ in range(count)]
+    for each in made:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # vLLM sets both
+            each.setsockopt(socket.SOL_SOCKET, option, 1)
+        each.bind(("127.0.0.1", 0))
+    _held.extend(made)
+    return [int(each.getsockname()[1]) for each in made]
 
 
 def is_cpu_build() -> bool:

@@ -1,0 +1,93 @@
+"""Ports of engines: bound from the beginning, and what listens there survives whatever it is asked."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import zmq
+
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.launch import system
+from vllm_adrenaline.side_channel import PORT, SideChannel
+
+
+@pytest.fixture(autouse=True)
+def no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PORT, raising=False)
+
+
+@pytest.fixture
+def channel() -> Iterator[SideChannel]:
+    made = SideChannel("localhost")
+    yield made
+    made.stop()
+
+
+def ask(port: int, *frames: bytes) -> list[bytes] | None:
+    """Ask as vLLM's worker does; return the answer, None when there is none in a second."""
+    with zmq.Context.instance().socket(zmq.REQ if len(frames) == 1 else zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(f"tcp://127.0.0.1:{port}")
+        socket.send_multipart(frames)
+        return socket.recv_multipart() if socket.poll(1000) else None
+
+
+def test_every_engine_has_a_side_channel_of_its_own_from_the_beginning(channel: SideChannel) -> None:
+    others = [SideChannel("localhost") for _ in range(20)]
+    assert len({channel.port, *(each.port for each in others)}) == 21
+    for each in others:
+        each.serve({})
+    with socket.socket() as thief, pytest.raises(OSError, match="in use"):
+        thief.bind(("127.0.0.1", channel.port))
+    for each in others:
+        each.stop()
+
+
+def test_vllms_question_is_answered_with_the_ranks_metadata_and_our_clock(channel: SideChannel) -> None:
+    channel.serve({(0, 0): b"first", (0, 1): b"second"})
+    answer = ask(channel.port, msgspec.msgpack.encode((b"get_meta_msg", 0, 1)))
+    assert answer is not None
+    assert answer[0] == b"second"
+    assert msgspec.msgpack.decode(answer[1], type=float) > 0
+
+
+def test_what_cannot_be_answered_is_counted_and_ends_nothing(channel: SideChannel) -> None:
+    channel.serve({(0, 0): b"first"})
+    wrong = [b"", b"\xff", b"\x91" * 5000, msgspec.msgpack.encode((b"x", 0, 7)), msgspec.msgpack.encode({"a": 1})]
+    for frame in wrong:
+        assert ask(channel.port, frame) is None
+    assert ask(channel.port, b"one", b"two", b"three", b"four") is None
+    assert channel.bad_frames == len(wrong) + 1
+    assert ask(channel.port, msgspec.msgpack.encode((b"get_meta_msg", 0, 0))) is not None
+
+
+def test_a_port_that_an_operator_chose_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    (port,) = system.held_ports(1)
+    monkeypatch.setenv(PORT, str(port))
+    chosen = SideChannel("localhost")
+    assert chosen.port == port
+    with pytest.raises(AdrenalineError, match=f"port {port}: Address already in use.*{PORT}"):
+        SideChannel("localhost")
+    chosen.serve({})
+    chosen.stop()
+
+
+def test_a_held_port_is_nobody_elses_until_an_engine_of_ours_listens_there() -> None:
+    ports = system.held_ports(50)
+    code = "import socket, sys; s = socket.socket(); s.bind(('127.0.0.1', int(sys.argv[1]))); s.listen()"
+    stolen = subprocess.run([sys.executable, "-c", code, str(ports[0])], capture_output=True, text=True)
+    assert "Address already in use" in stolen.stderr
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = set()
+        for _ in range(200):  # ports of connections come from the same range
+            with socket.create_connection(server.getsockname()) as connection:
+                taken.add(connection.getsockname()[1])
+                server.accept()[0].close()
+    assert not taken & set(ports)
+    with socket.create_server(("127.0.0.1", ports[0])) as engine:
+        socket.create_connection(engine.getsockname()).close()
