@@ -121,7 +121,7 @@ def test_stop_kills_the_whole_group(tmp_path: Path) -> None:
 
 
 def test_shared_memory_of_killed_processes_is_removed(tmp_path: Path) -> None:
-    name = f"/dev/shm/adrenaline-test-{os.getpid()}"
+    name = f"/dev/shm/psm_adrenaline{os.getpid()}"
     code = f"""
 import mmap, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -253,3 +253,105 @@ with ending_signals_raise():
     process.send_signal(signal.SIGTERM)
     assert process.communicate()[0] in {"clean 130\n", "clean 143\n"}
     assert process.returncode == 0
+
+
+MAPS = """
+import mmap, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+maps = []
+for name in sys.argv[1:]:
+    file = open(name, "r+b")
+    maps.append(mmap.mmap(file.fileno(), 4096))
+print("mapped", flush=True)
+time.sleep(60)
+"""
+
+
+def test_shared_memory_that_was_there_before_or_is_anothers_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, before, others = (Path(f"/dev/shm/{n}{os.getpid()}") for n in ("weights-", "psm_before", "psm_others"))
+    for path in (before, weights):
+        path.write_bytes(bytes(4096))
+    env = dict(os.environ)
+    command = [sys.executable, "-c", f"import time; time.sleep(2)\n{MAPS}", *map(str, (weights, before, others))]
+    process = EngineProcess("d", command, env, tmp_path / "log")
+    others.write_bytes(bytes(4096))
+    weights.touch()
+    wait_until(lambda: process.log.read_text() == "mapped\n")
+    process.remember_shared_memory()
+    os.chown(others, 1, 1) if os.getuid() == 0 else monkeypatch.setattr(os, "getuid", lambda: -1)
+    process.terminate()
+    process.finish(time.monotonic())
+    left = [path.exists() for path in (weights, before, others)]
+    for path in (weights, before, others):
+        path.unlink(missing_ok=True)
+    assert left == [True, True, True]
+
+
+def test_every_part_of_a_cluster_is_stopped_whatever_another_one_does(tmp_path: Path) -> None:
+    cluster, stopped = Cluster(tmp_path), []
+
+    class Part:
+        def stop(self) -> None:
+            stopped.append(self)
+            raise PermissionError("not yours")
+
+        close = stop
+
+    cluster._door, cluster._listener, cluster._supervisor = parts = (Part(), Part(), Part())  # type: ignore[assignment]
+    cluster._runtime = tmp_path / "runtime"
+    cluster._runtime.mkdir()
+    with pytest.raises(PermissionError):
+        cluster.stop()
+    assert stopped == [*parts]
+    assert not (tmp_path / "runtime").exists()
+    cluster.stop()
+
+
+def test_an_engine_whose_log_is_gone_can_still_be_explained(tmp_path: Path) -> None:
+    process = EngineProcess("d", [sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ), tmp_path / "log")
+    wait_until(lambda: process.exit_status is not None)
+    process.log.unlink()
+    assert process.failure() == f"the d engine ended with status 3; its log: {tmp_path}/log"
+    process.finish(time.monotonic())
+
+
+STUCK = """
+import sys, threading, time
+threading.Thread(target=lambda: 1 / 0, name="listener").start()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "said"),
+    [
+        (STUCK, "the decode engine does not start: one of its threads ended", "ZeroDivisionError: division by zero"),
+        ("import time; print('loading', flush=True); time.sleep(60)", "the decode engine said nothing for ", "loading"),
+    ],
+)
+def test_a_start_that_stands_still_is_given_up_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str, said: str
+) -> None:
+    monkeypatch.setattr("vllm_adrenaline.launch.supervisor.STUCK_S", 1.0)
+    spec = roles.EngineSpec("decode", 1, [sys.executable, "-c", code])
+    started = time.monotonic()
+    with pytest.raises(AdrenalineError) as error, Supervisor([spec], logs=tmp_path, silence_limit=4):
+        pass
+    assert time.monotonic() - started < 30
+    assert str(error.value).startswith(reason)
+    assert str(error.value).splitlines()[-1] == f"  | {said}"
+
+
+def test_what_engines_are_at_is_shown_while_they_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vllm_adrenaline.launch.supervisor.PROGRESS_S", 0.1)
+    (port,) = system.held_ports(1)
+    line = "(Worker pid=7) INFO 11-20 22:13:22 [x.py:9] Loading weights"
+    code = f"print({line!r}, flush=True); import time; time.sleep(1)\n{SERVER}"
+    spec = roles.EngineSpec("decode", port, [sys.executable, "-c", code, str(port)])
+    with Supervisor([spec], logs=tmp_path):
+        pass
+    assert "s, decode: Loading weights\n" in capsys.readouterr().out

@@ -7,14 +7,15 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from vllm_adrenaline.config import ratio_of
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch import roles, system
+from vllm_adrenaline.launch import memory, roles, system
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.running import Running
-from vllm_adrenaline.launch.supervisor import Supervisor
+from vllm_adrenaline.launch.supervisor import Supervisor, say
 from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
 from vllm_adrenaline.roles import check_model
 
@@ -73,15 +74,16 @@ class Cluster(Running):
 
     def stop(self) -> None:
         """Stop everything; may be called again."""
-        if self._door:
-            self._door.stop()
-        if self._listener:
-            self._listener.close()
-        if self._supervisor:
-            self._supervisor.stop()
-        if self._runtime:
-            shutil.rmtree(self._runtime, ignore_errors=True)
-        self._door = self._listener = self._supervisor = self._runtime = None
+        with ExitStack() as stack:  # in turn from the last, whatever one of them raises
+            if self._runtime:
+                stack.callback(shutil.rmtree, self._runtime, ignore_errors=True)
+            if self._supervisor:
+                stack.callback(self._supervisor.stop)
+            if self._listener:
+                stack.callback(self._listener.close)
+            if self._door:
+                stack.callback(self._door.stop)
+            self._door = self._listener = self._supervisor = self._runtime = None
 
     def start(self) -> None:
         """Start engines and front door; return when they are ready."""
@@ -113,7 +115,23 @@ class Cluster(Running):
         if system.is_cpu_build() and system.CORES_ENV not in {**os.environ, **self._env}:
             decode, prefill = system.split_cores(system.physical_cores())
             env["decode"][system.CORES_ENV], env["prefill"][system.CORES_ENV] = decode, prefill
+        for role, args in self._shared_memory({role: {**os.environ, **env[role], **self._env} for role in env}).items():
+            flags[role] = [*flags[role], *args]
         return [
             roles.engine_spec(role, self.model, port, [*flags[role], *self._args[role]], env={**env[role], **self._env})
             for role, port in zip(("prefill", "decode"), ports, strict=False)
         ]
+
+    def _shared_memory(self, env: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
+        """Return the flags by which engines share this machine's memory, for those whose user chose nothing."""
+        free = [role for role in env if not memory.is_chosen(self._args[role], env[role])]
+        if not free or not system.is_cpu_build():
+            return {}
+        found = memory.machine()
+        share = memory.share(found, len(env))
+        say(
+            f"memory: {found.available / memory.GIB:.1f} of {found.total / memory.GIB:.1f} GiB are available; the "
+            f"{' and the '.join(free)} engine may take {share * found.total / memory.GIB:.1f} GiB each for weights and "
+            f"KV cache (--gpu-memory-utilization {share:g})"
+        )
+        return dict.fromkeys(free, ["--gpu-memory-utilization", f"{share:g}"])

@@ -14,11 +14,16 @@ from pathlib import Path
 from vllm_adrenaline.child import dying_with_parent
 
 SHM = "/dev/shm/"
+MADE_BY_ENGINES = ("psm_", "sem.mp-", "ucx_", "torch_")
+"""How the names begin of what Python's multiprocessing, UCX and torch make there. An engine maps files of others, too:
+a user's weights, say."""
+LOG_TAIL = 200_000
 TRACKER_S = 3.0
 """How long a resource tracker may take to end once all others of its group are gone."""
 # vLLM puts "(EngineCore pid=7)" and "ERROR 11-20 22:13:22 [core.py:99]" before each line.
 LOG_PREFIX = re.compile(r"^(\([^)]* pid=\d+\)\s*)?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] ?)?)?")
 FAILURE = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b:? |^[\w./-]+: error: |^adrenaline: ")
+THREAD_DIED = "Exception in thread "
 # Says only that something else, printed before it, went wrong.
 CONSEQUENCE = "Engine core initialization failed"
 
@@ -58,6 +63,7 @@ class EngineProcess:
     def __init__(self, name: str, command: Sequence[str], env: dict[str, str], log: Path) -> None:
         self.name, self.log = name, log
         self._shm: set[str] = set()
+        self._there_before = set(os.listdir(SHM))
         with log.open("wb") as output:
             self._popen = subprocess.Popen(
                 dying_with_parent(command),
@@ -86,17 +92,47 @@ class EngineProcess:
         how = (
             f"was killed by {signal.Signals(-status).name}" if status and status < 0 else f"ended with status {status}"
         )
-        lines = meaningful_lines(self.log.read_text(errors="replace")[-200_000:])
-        return "\n".join([f"the {self.name} engine {how}; its log: {self.log}", *(f"  | {line}" for line in lines)])
+        return self.explained(f"the {self.name} engine {how}")
+
+    def explained(self, what: str) -> str:
+        """Return one message for the user: what happened, and what the log says of it."""
+        return "\n".join([f"{what}; its log: {self.log}", *(f"  | {line}" for line in meaningful_lines(self._said()))])
+
+    @property
+    def last_line(self) -> str:
+        """Return what the engine said last."""
+        lines = [line for line in (LOG_PREFIX.sub("", each).strip() for each in self._said().splitlines()) if line]
+        return lines[-1] if lines else ""
+
+    @property
+    def thread_died(self) -> bool:
+        """Return whether the log tells of a thread that ended by an exception: nobody may wait for what it did."""
+        return THREAD_DIED in self._said()
+
+    @property
+    def silent_s(self) -> float:
+        """Return since how many seconds the log has not grown."""
+        try:
+            return max(0.0, time.time() - self.log.stat().st_mtime)
+        except OSError:  # removed: later runs keep only so many
+            return 0.0
+
+    def _said(self) -> str:
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL))
+                return log.read().decode(errors="replace")
+        except OSError:
+            return ""
 
     def remember_shared_memory(self) -> None:
-        """Note the files in /dev/shm that the group has mapped, for a killed process leaves them behind."""
+        """Note the files in /dev/shm that the group made and has mapped, for a killed process leaves them behind."""
         for pid in group_members(self.pid):
             with contextlib.suppress(OSError):
                 for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-                    path = line[line.find(SHM) :] if SHM in line else ""
-                    if path and not path.endswith(" (deleted)"):
-                        self._shm.add(path)
+                    name = line.partition(SHM)[2]
+                    if name.startswith(MADE_BY_ENGINES) and name not in self._there_before:
+                        self._shm.add(SHM + name)
 
     def terminate(self) -> None:
         """Ask the engine to stop; it stops its own children."""
@@ -120,4 +156,6 @@ class EngineProcess:
             time.sleep(0.05)
         self._popen.wait()
         for path in self._shm:
-            Path(path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_uid == os.getuid():
+                    os.unlink(path)

@@ -8,7 +8,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from vllm_adrenaline.errors import AdrenalineError
@@ -19,6 +20,10 @@ from vllm_adrenaline.launch.running import Running
 STOP_S = 15.0
 PROBE_S = 0.5
 PROGRESS_S = 10.0
+STUCK_S = 20.0
+"""How long an engine, one of whose threads has ended, may say nothing before it counts as stuck."""
+LAST_LINE = 70
+"""Characters of an engine's log that are shown while it starts."""
 LOG_FOLDERS_KEPT = 10
 
 
@@ -50,12 +55,50 @@ def is_ready(port: int) -> bool:
         connection.close()
 
 
+class Progress:
+    """What starting engines are at: one line that changes on a terminal, else a line in PROGRESS_S."""
+
+    def __init__(self) -> None:
+        self._live = sys.stdout.isatty()
+        self._shown = 0.0
+
+    def show(self, doing: Mapping[str, str], seconds: float) -> None:
+        """Show what each engine said last, `seconds` after the start."""
+        if not doing:
+            return
+        if self._live:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\033[K{self._line(doing, seconds)[:width]}", end="", flush=True)
+        elif seconds - self._shown >= PROGRESS_S:
+            self._shown = seconds
+            print(self._line(doing, seconds), flush=True)
+
+    def done(self, text: str) -> None:
+        """Show a line that stays."""
+        print("\r\033[K" if self._live else "", end="")
+        say(text)
+
+    @staticmethod
+    def _line(doing: Mapping[str, str], seconds: float) -> str:
+        engines = "; ".join(f"{name}: {last[:LAST_LINE] or 'starting'}" for name, last in doing.items())
+        return f"[adrenaline] {seconds:.0f} s, {engines}"
+
+
 class Supervisor(Running):
     """Engines that live and die together; a context manager that leaves no process behind."""
 
-    def __init__(self, specs: Sequence[EngineSpec], *, logs: Path | None = None, ready_timeout: float = 1800) -> None:
+    def __init__(
+        self,
+        specs: Sequence[EngineSpec],
+        *,
+        logs: Path | None = None,
+        ready_timeout: float = 1800,
+        silence_limit: float = 600,
+    ) -> None:
+        """`ready_timeout`, `silence_limit`: seconds after which a start is given up, in all, and without a new line in
+        the log of an engine."""
         self.specs = list(specs)
-        self.ready_timeout = ready_timeout
+        self.ready_timeout, self.silence_limit = ready_timeout, silence_limit
         self.logs = logs
         self.processes: dict[str, EngineProcess] = {}
 
@@ -76,35 +119,36 @@ class Supervisor(Running):
 
     def stop(self) -> None:
         """Stop all engines and everything that they started; may be called again."""
-        if not self.processes:
-            return
         for process in self.processes.values():
             process.terminate()
         deadline = time.monotonic() + STOP_S
-        for process in self.processes.values():
-            process.finish(deadline)
-        self.processes.clear()
+        with ExitStack() as stack:  # one that cannot be stopped keeps no other from it
+            for process in self.processes.values():
+                stack.callback(process.finish, deadline)
+            self.processes = {}
 
     def _wait_until_ready(self) -> None:
         started = time.monotonic()
         waiting = {spec.name: spec for spec in self.specs}
-        live = sys.stdout.isatty()
-        shown = started
+        progress = Progress()
         while waiting:
             time.sleep(PROBE_S)
             self.check()
-            now = time.monotonic()
-            seconds = f"{now - started:.0f} s"
-            if live:
-                print(f"\r\033[K[adrenaline] {', '.join(waiting)}: starting, {seconds}", end="", flush=True)
-            elif now - shown >= PROGRESS_S:
-                shown = now
-                say(f"{', '.join(waiting)}: starting, {seconds}")
+            seconds = time.monotonic() - started
             for name in [name for name, spec in waiting.items() if is_ready(spec.port)]:
                 del waiting[name]
                 self.processes[name].remember_shared_memory()
-                print("\r\033[K" if live else "", end="")
-                say(f"{name} engine: ready after {seconds}")
-            if now - started > self.ready_timeout:
-                logs = ", ".join(str(self.processes[name].log) for name in waiting)
-                raise AdrenalineError(f"not ready after {seconds}: {', '.join(waiting)}; see {logs}")
+                progress.done(f"{name} engine: ready after {seconds:.0f} s")
+            progress.show({name: self.processes[name].last_line for name in waiting}, seconds)
+            for process in (self.processes[name] for name in waiting):
+                if process.thread_died and process.silent_s > STUCK_S:
+                    raise AdrenalineError(
+                        process.explained(f"the {process.name} engine does not start: one of its threads ended")
+                    )
+                if process.silent_s > self.silence_limit or seconds > self.ready_timeout:
+                    what = (
+                        f"said nothing for {process.silent_s:.0f} s" if seconds <= self.ready_timeout else "is not up"
+                    )
+                    raise AdrenalineError(
+                        process.explained(f"the {process.name} engine {what}, and is given up after {seconds:.0f} s")
+                    )

@@ -1,0 +1,111 @@
+"""How engines on one machine share its memory, on machines and in containers of other sizes than this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.launch import roles
+from vllm_adrenaline.launch.cluster import Cluster
+from vllm_adrenaline.launch.memory import GIB, PROCESSES_BYTES, Memory, is_chosen, machine, share
+
+ENGINES = ["prefill", "decode"]
+
+
+def there(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+MEMINFO = {"proc/meminfo": f"MemTotal: {64 * 2**20} kB\nMemFree: 1 kB\nMemAvailable: {40 * 2**20} kB\n"}
+V1, V2 = "sys/fs/cgroup/memory/memory", "sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        ({}, Memory(64 * GIB, 40 * GIB)),
+        ({f"{V2}.max": "max", f"{V2}.current": "5"}, Memory(64 * GIB, 40 * GIB)),
+        ({f"{V2}.max": str(16 * GIB), f"{V2}.current": str(GIB)}, Memory(16 * GIB, 15 * GIB)),
+        ({f"{V2}.max": str(50 * GIB), f"{V2}.current": str(GIB)}, Memory(50 * GIB, 40 * GIB)),
+        ({f"{V2}.max": str(99 * GIB), f"{V2}.current": str(GIB)}, Memory(64 * GIB, 40 * GIB)),
+        ({f"{V1}.limit_in_bytes": str(8 * GIB), f"{V1}.usage_in_bytes": "0"}, Memory(8 * GIB, 8 * GIB)),
+        ({f"{V1}.limit_in_bytes": str(2**63 - 4096)}, Memory(64 * GIB, 40 * GIB)),
+    ],
+)
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path, group: dict[str, str], expected: Memory) -> None:
+    assert machine(there(tmp_path, MEMINFO | group)) == expected
+
+
+@given(total=st.integers(2 * GIB, 4096 * GIB), used=st.floats(0, 1), engines=st.integers(1, 8))
+def test_parts_fit_together_or_are_refused(total: int, used: float, engines: int) -> None:
+    memory = Memory(total, int(total * (1 - used)))
+    try:
+        part = share(memory, engines)
+    except AdrenalineError:
+        assert memory.available < engines * (PROCESSES_BYTES + 1.1 * GIB) + 0.1 * total
+        return
+    assert engines * (part * total + PROCESSES_BYTES) <= memory.available
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "chosen"),
+    [
+        ([], {}, False),
+        (["--max-model-len", "100"], {}, False),
+        (["--gpu-memory-utilization", "0.3"], {}, True),
+        (["--gpu_memory_utilization=0.3"], {}, True),
+        (["--kv-cache-memory-bytes", "100"], {}, True),
+        ([], {"VLLM_CPU_KVCACHE_SPACE": "4"}, True),
+    ],
+)
+def test_vllms_own_flags_are_in_charge(args: list[str], env: dict[str, str], chosen: bool) -> None:
+    assert is_chosen(args, env) == chosen
+
+
+def commands(monkeypatch: pytest.MonkeyPatch, model: Path, **options: list[str]) -> dict[str, list[str]]:
+    """Return how a cluster's engines would be started on a machine with 24 GiB, all free."""
+    monkeypatch.setattr("vllm_adrenaline.launch.memory.machine", lambda: Memory(24 * GIB, 23 * GIB))
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    made: dict[str, list[str]] = {}
+
+    class Nothing:
+        def __init__(self, specs: list[roles.EngineSpec], **_: object) -> None:
+            made.update({spec.name: spec.command for spec in specs})
+
+        def start(self) -> None:
+            raise AdrenalineError("far enough")
+
+        def stop(self) -> None: ...
+
+    monkeypatch.setattr("vllm_adrenaline.launch.cluster.Supervisor", Nothing)
+    with pytest.raises(AdrenalineError, match="far enough"), Cluster(model, **options):  # type: ignore[arg-type]
+        pass
+    return made
+
+
+def test_both_engines_of_a_cluster_fit_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = commands(monkeypatch, tmp_path)
+    for command in made.values():
+        assert float(command[command.index("--gpu-memory-utilization") + 1]) == pytest.approx(0.356, abs=0.002)
+    assert "the prefill and the decode engine may take 8.5 GiB each" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"args": ["--gpu-memory-utilization", "0.2"]}, {"decode_args": ["--kv-cache-memory-bytes", "1000"]}],
+)
+def test_a_choice_of_the_user_is_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, list[str]]
+) -> None:
+    made = commands(monkeypatch, tmp_path, **options)
+    ours = {name: "0.355" in command for name, command in made.items()}
+    assert ours == {"prefill": "decode_args" in options, "decode": False}

@@ -1,0 +1,76 @@
+"""How engines on one machine share its memory: vLLM on CPU takes 92 % of it for a single engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_adrenaline.errors import AdrenalineError
+
+GIB = 1 << 30
+PROCESSES_BYTES = 2 * GIB
+"""What an engine takes beside its worker, which alone counts its memory: API server, engine core, what compiles."""
+SPARE = 0.08
+"""Share of the memory that is left to others, as vLLM leaves it."""
+LEAST_BYTES = GIB
+CHOSEN_BY_FLAG = ("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--num-gpu-blocks-override")
+CHOSEN_BY_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What there is, in bytes: in all, as vLLM sees it, and free or easily freed."""
+
+    total: int
+    available: int
+
+
+def machine(root: Path = Path("/")) -> Memory:
+    """Return this machine's memory, or that of the container that this process runs in, if it has less.
+
+    As vLLM reads it (vllm/utils/cpu_resource_utils.py, get_memory_node_info; 0.32): cgroup v2, then v1. `root`: where
+    /proc and /sys are.
+    """
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    found = {line.partition(":")[0]: 1024 * int(line.split()[1]) for line in lines}
+    total, available = found["MemTotal"], found["MemAvailable"]
+    groups = root / "sys/fs/cgroup"
+    for limit, usage in (
+        (groups / "memory.max", groups / "memory.current"),
+        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"),
+    ):
+        if (most := _number(limit)) is not None:
+            if most < min(total, UNLIMITED):
+                total, available = most, max(0, min(available, most - (_number(usage) or 0)))
+            break
+    return Memory(total, available)
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+
+
+def is_chosen(args: Sequence[str], env: Mapping[str, str]) -> bool:
+    """Say whether the user says how much memory an engine takes: then vLLM's own options are in charge."""
+    return CHOSEN_BY_VARIABLE in env or any(
+        arg.replace("_", "-").startswith(flag) for arg in args for flag in CHOSEN_BY_FLAG if arg.startswith("--")
+    )
+
+
+def share(memory: Memory, engines: int) -> float:
+    """Return which part of the memory each of so many engines can have, as --gpu-memory-utilization wants it.
+
+    Raises AdrenalineError when that is too little for any engine.
+    """
+    part = int(memory.available - SPARE * memory.total) // engines - PROCESSES_BYTES
+    if part < LEAST_BYTES:
+        raise AdrenalineError(
+            f"{memory.available / GIB:.1f} GiB of memory are available, too little for {engines} engine(s): free "
+            "some, or say what each takes with --kv-cache-memory-bytes"
+        )
+    return int(1000 * part / memory.total) / 1000
