@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 UCX_INTERFACES = "UCX_NET_DEVICES"
+PEERS_START_TOO = "ADRENALINE_PEERS_START_TOO"
+"""Set by whoever starts prefill and decode engines together: a decode engine then loads and compiles its model while
+its peers do, and waits for them when it attaches to their executors."""
 
 
 def check_model(model: str) -> None:
@@ -121,7 +124,8 @@ def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
         raise AdrenalineError(f"at most {MAX_EXECUTORS} prefill engines can be peers of one decode engine")
     hello = messages.Hello(identity.of(config), borrows=False)
     for address in options.peer_addresses:
-        _await_welcome(address, hello, options.connect_timeout, say)
+        if PEERS_START_TOO not in os.environ:
+            _await_welcome(address, hello, options.connect_timeout, say)
 
 
 def _await_welcome(address: str, hello: messages.Hello, timeout_s: float, say: Any) -> messages.Welcome:

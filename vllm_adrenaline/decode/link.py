@@ -16,7 +16,11 @@ from vllm_adrenaline.errors import AdrenalineError
 logger = logging.getLogger("vllm.adrenaline")
 
 ANSWER_S = 5.0
-RETRY_S = 1.0
+RETRY_S, SOON_S = 1.0, 0.2
+
+
+class NoAnswer(AdrenalineError):
+    """The prefill engine or its executor is not there, or not yet."""
 
 
 class Link:
@@ -64,7 +68,7 @@ class Link:
             if isinstance(answer, messages.Refused):
                 raise AdrenalineError(f"the attention executor at {executor} refuses us: {answer.reason}")
             if not isinstance(answer, messages.Attached):
-                raise AdrenalineError(f"the attention executor at {executor} does not answer")
+                raise NoAnswer(f"the attention executor at {executor} does not answer")
             if answer.layers != self.layers:
                 raise AdrenalineError(f"the attention executor at {executor} has other layers than this engine")
             self._pidfd = os.pidfd_open(answer.pid)
@@ -75,12 +79,23 @@ class Link:
         channel.watch(self._pidfd, self.timeout_s, shared_core=bool({*cpus} & {*answer.cpus}))
         self.channel = channel
 
+    def attach_until(self, deadline: float) -> None:
+        """Attach to an executor that may still start; raises AdrenalineError at the deadline (seconds, monotonic), or
+        at once when we are refused."""
+        while True:
+            try:
+                return self.attach()
+            except NoAnswer:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(SOON_S)
+
     def _find(self) -> str:
         answer = sockets.ask_once(self.address, messages.Hello(self._identity, borrows=False), ANSWER_S)
         if isinstance(answer, messages.Refused):
             raise AdrenalineError(f"the prefill engine at {self.address} refuses us: {answer.reason}")
         if not isinstance(answer, messages.Welcome) or self._rank >= len(answer.executors):
-            raise AdrenalineError(f"the prefill engine at {self.address} does not answer")
+            raise NoAnswer(f"the prefill engine at {self.address} does not answer")
         self.num_blocks, self.executor_share = answer.num_blocks, answer.executor_share
         return answer.executors[self._rank]
 

@@ -5,6 +5,7 @@ Checked against vllm/v1/worker/cpu_worker.py of 0.32 (run) and 0.33 (read).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from typing import Any
 
@@ -58,8 +59,9 @@ class DecodeWorker(CPUWorker):
         links = [
             Link(a, us, engine, self.rank, layers, shape, options.executor_timeout) for a in options.peer_addresses
         ]
+        deadline = time.monotonic() + max(options.connect_timeout, 1.0)
         for link in links:
-            link.attach()
+            link.attach_until(deadline)
         self.remote = remote.RemoteAttention(
             links, ShmSteps(shape), layers, config.cache_config.block_size, counts_rows=self.rank == 0
         )

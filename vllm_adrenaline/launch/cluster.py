@@ -17,7 +17,7 @@ from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.running import Running
 from vllm_adrenaline.launch.supervisor import Supervisor, say
 from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
-from vllm_adrenaline.roles import check_model
+from vllm_adrenaline.roles import PEERS_START_TOO, check_model
 
 # The kernel's limit for the path of a Unix socket is 107 bytes; ours end in a short name.
 LONGEST_RUNTIME = 80
@@ -112,6 +112,7 @@ class Cluster(Running):
             env = roles.nixl_env(ports[2:])
         else:
             flags = roles.adrenaline_args(runtime, self.offload_ratio)
+            env["decode"][PEERS_START_TOO] = "1"
         if system.is_cpu_build() and system.CORES_ENV not in {**os.environ, **self._env}:
             decode, prefill = system.split_cores(system.physical_cores())
             env["decode"][system.CORES_ENV], env["prefill"][system.CORES_ENV] = decode, prefill
@@ -134,4 +135,4 @@ class Cluster(Running):
             f"{' and the '.join(free)} engine may take {share * found.total / memory.GIB:.1f} GiB each for weights and "
             f"KV cache (--gpu-memory-utilization {share:g})"
         )
-        return dict.fromkeys(free, ["--gpu-memory-utilization", f"{share:g}"])
+        return {role: ["--gpu-memory-utilization", f"{share:g}"] for role in free}
