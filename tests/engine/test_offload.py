@@ -133,11 +133,14 @@ def test_twice_the_requests_that_local_memory_holds_run_without_a_preemption(eng
     fitting = (SMALL_BLOCKS - 1) // per_request
     work = workload(2 * fitting, seed=4, prompts=[400], outputs=[100])
     wanted = engines["plain"].complete(work)
-    answers, _, running = run(watched(decode, engines.door("small"), work))
+    answers, usage, running = run(watched(decode, engines.door("small"), work))
     assert tokens(answers) == tokens(wanted)
-    assert running == 2 * fitting
+    # How many of them are seen at once depends on how fast they come and go; none is ever taken its memory.
+    assert 1 < running <= 2 * fitting
+    assert 0 < usage <= fitting * per_request / (SMALL_BLOCKS - 1)
     assert decode.metrics()["vllm:num_preemptions_total"] == 0
     assert decode.counter("offloaded_requests") == fitting
+    assert decode.counter("local_requests") == len(work) - fitting
 
 
 def test_a_shared_prefix_is_computed_once_and_shared_by_offloaded_requests(engines: Fleet) -> None:
@@ -200,7 +203,7 @@ def test_nothing_leaks_when_clients_go_away(engines: Fleet) -> None:
     processes, files = engines.processes(), engines.open_files()
     ended = run(abort_at_random(engines.door("half").url, workload(200, 10, PROMPTS, [20, 150, 200]), seed=11))
     assert 0 < ended < 200, "requests must both end and be aborted for this test to say anything"
-    # A client that goes away between prefill and decode leaves its prompt there until the lease of 30 seconds ends.
+    # A client that goes away in its prefill may leave a prompt there that nobody claims, for --adrenaline-claim-seconds.
     eventually(lambda: prefill.settle() == 0 and decode.settle() == 0, seconds=60)
     assert (prefill.settle(), decode.settle()) == (0, 0)
     assert engines.processes() == processes

@@ -308,9 +308,9 @@ def test_one_sequence_is_disaggregated(extra: dict[str, Any]) -> None:
 
 
 def test_prefill_that_kept_nothing_leaves_all_to_decode() -> None:
-    assert bodies.for_decode(BODY, b'{"kv_transfer_params": null}') == BODY
+    assert bodies.for_decode(BODY, bodies.params_of(b'{"kv_transfer_params": null}')) == BODY
     with pytest.raises(Refused):
-        bodies.for_decode(BODY, b"[]")
+        bodies.params_of(b"[]")
 
 
 def test_taken_port_is_one_sentence() -> None:
@@ -319,3 +319,105 @@ def test_taken_port_is_one_sentence() -> None:
         port = first.getsockname()[1]
         with pytest.raises(PortTaken, match=f"port {port} on 127.0.0.1 is in use"):
             bind("127.0.0.1", port)
+
+
+# Prompts that no decode engine took
+
+RELEASE = {"model": "m", "prompt": [0], "max_tokens": 1, "kv_transfer_params": PARAMS}
+
+
+async def released(d: FakeEngine, count: int = 1) -> list[dict[str, Any]]:
+    """Return the requests by which a decode engine was told to give a prompt up, after a moment for more to come."""
+    for _ in range(200):
+        if len(found := [body for _, body, _ in d.seen if body["prompt"] == [0]]) >= count > 0:
+            break
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
+    return [body for _, body, _ in d.seen if body["prompt"] == [0]] if count == 0 else found
+
+
+@pytest.mark.parametrize("status", [400, 404, 500, 503])
+def test_a_prompt_that_decode_refuses_is_given_up_once(status: int) -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        headers = {"Authorization": "Bearer k", "X-Request-Id": "r1"}
+        async with client.post("/v1/completions", json=BODY | {"min_tokens": 9}, headers=headers) as answer:
+            assert answer.status == status
+        assert await released(d) == [RELEASE]
+        assert d.seen[-1][2]["authorization"] == "Bearer k"
+        assert d.seen[-1][2].get("x-request-id") != "r1"
+
+    with_door(good_prefill, lambda: FakeEngine({"error": {}}, status=status), test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_decode_took_is_not_given_up(stream: bool) -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/chat/completions", json=BODY | {"stream": stream}) as answer:
+            assert answer.status == 200
+            await answer.read()
+        assert await released(d, 0) == []
+
+    with_door(good_prefill, good_decode, test)
+
+
+def test_a_prompt_whose_client_leaves_before_decode_answers_is_given_up() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        request = asyncio.create_task(client.post("/v1/completions", json=BODY))
+        await d.started.wait()
+        d.wait = False
+        request.cancel()
+        await d.cancelled.wait()
+        assert await released(d) == [RELEASE]
+
+    with_door(good_prefill, lambda: FakeEngine({}, wait=True), test)
+
+
+def test_a_prompt_is_given_up_through_another_decode_engine_when_its_own_is_down() -> None:
+    async def run() -> None:
+        p, d = good_prefill(), good_decode()
+        async with p.serve(), d.serve():
+            listener = bind("127.0.0.1", 0)
+            door = ServerThread(listener, [p.url], [f"http://127.0.0.1:{held_ports(1)[0]}", d.url])
+            door.start()
+            try:
+                async with aiohttp.ClientSession(url_of(listener)) as client:
+                    async with client.post("/v1/completions", json=BODY) as answer:
+                        assert answer.status == 503
+                    assert await released(d) == [RELEASE]
+            finally:
+                await asyncio.to_thread(door.stop)
+                listener.close()
+
+    asyncio.run(run())
+
+
+def test_a_prompt_that_prefill_did_not_keep_is_not_given_up() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", json=BODY) as answer:
+            assert answer.status == 400
+        assert await released(d, 0) == []
+
+    with_door(lambda: FakeEngine({"kv_transfer_params": None}), lambda: FakeEngine({}, status=400), test)
+
+
+@pytest.mark.parametrize("given", ["x" * 257, "x" * 4000, "", None])
+def test_a_request_id_that_is_too_long_for_engines_is_replaced(given: str | None) -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        headers = {} if given is None else {"X-Request-Id": given}
+        async with client.post("/v1/completions", json=BODY, headers=headers) as answer:
+            assert answer.status == 200
+        ids = {seen["x-request-id"] for _, _, seen in (*p.seen, *d.seen)}
+        assert len(ids) == 1
+        assert len(ids.pop()) == 32
+
+    with_door(good_prefill, good_decode, test)
+
+
+@pytest.mark.parametrize("answer", [{"kv_transfer_params": [1]}, {"kv_transfer_params": "x"}])
+def test_prefill_params_that_are_no_object_are_502(answer: dict[str, Any]) -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", json=BODY) as got:
+            assert got.status == 502
+        assert not d.seen
+
+    with_door(lambda: FakeEngine(answer), good_decode, test)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,9 +20,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from vllm_adrenaline.proxy import bodies
+from vllm_adrenaline.proxy import bodies, release
 from vllm_adrenaline.proxy.errors import Refused, error_response
 from vllm_adrenaline.proxy.upstream import (
+    UNREACHABLE,
     Engines,
     EngineUnreachable,
     Headers,
@@ -31,12 +31,12 @@ from vllm_adrenaline.proxy.upstream import (
     engine_headers,
     is_healthy,
     open_session,
+    with_request_id,
 )
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 2**20
-UNREACHABLE = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 
 
 class ClientGone(Exception):
@@ -50,6 +50,7 @@ class FrontDoor:
 
     def __init__(self, prefill: Engines, decode: Engines, max_body_bytes: int) -> None:
         self.prefill, self.decode, self.max_body_bytes = prefill, decode, max_body_bytes
+        self.releases = release.Releases(decode)
 
     async def health(self, _: Request) -> Response:
         """Answer 200 when every engine is healthy, else 503 with the names of those that are not."""
@@ -124,15 +125,21 @@ class Generate:
         body = bodies.parse(raw)
         headers = engine_headers(Request(scope).headers.items())
         headers.append(("Content-Type", "application/json"))
-        if not any(name.lower() == "x-request-id" for name, _ in headers):
-            headers.append(("X-Request-Id", uuid.uuid4().hex))
+        headers = with_request_id(headers)
         path: str = scope["path"]
-        if self.door.prefill.urls and bodies.can_disaggregate(body):
-            answer = await self._prefill(path, body, headers)
-            if isinstance(answer, Response):
-                return await answer(scope, receive, send)
-            raw = json.dumps(bodies.for_decode(body, answer)).encode()
-        await self._decode(path, raw, headers, send)
+        if not (self.door.prefill.urls and bodies.can_disaggregate(body)):
+            return await self._decode(path, raw, headers, send, asyncio.Event())
+        answer = await self._prefill(path, body, headers)
+        if isinstance(answer, Response):
+            return await answer(scope, receive, send)
+        params, taken = bodies.params_of(answer), asyncio.Event()
+        try:
+            raw = json.dumps(bodies.for_decode(body, params)).encode()
+            await self._decode(path, raw, headers, send, taken)
+        finally:  # also when the client is gone
+            if params is not None and not taken.is_set():
+                give_up = release.body_of(body.get("model"), params)
+                self.door.releases.start(self.door.session, give_up, headers)
 
     async def _prefill(self, path: str, body: dict[str, Any], headers: Headers) -> bytes | Response:
         """Return the prefill engine's answer, or, if it refused the request, the response for the client."""
@@ -151,11 +158,14 @@ class Generate:
         response.raw_headers = client_headers(answer.headers.items())
         return response
 
-    async def _decode(self, path: str, data: bytes, headers: Headers, send: Send) -> None:
+    async def _decode(self, path: str, data: bytes, headers: Headers, send: Send, taken: asyncio.Event) -> None:
+        """Send the decode engine's answer on; `taken` is set as soon as it has accepted the request."""
         url = self.door.decode.next()
         started = False
         try:
             async with self.door.session.post(url + path, data=data, headers=headers, allow_redirects=False) as answer:
+                if answer.status < 400:
+                    taken.set()
                 response_headers = client_headers(answer.headers.items())
                 await send({"type": "http.response.start", "status": answer.status, "headers": response_headers})
                 started = True

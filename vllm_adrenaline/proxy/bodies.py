@@ -70,11 +70,17 @@ def for_prefill(body: Body) -> Body:
     return prefill
 
 
-def for_decode(body: Body, prefill_answer: bytes) -> Body:
-    """Return the client's body together with where the prefill engine keeps the KV cache."""
+def params_of(prefill_answer: bytes) -> Body | None:
+    """Return where the prefill engine keeps the KV cache; None when it kept nothing, and decode computes all itself."""
     try:
         params = json.loads(prefill_answer)["kv_transfer_params"]
     except (ValueError, KeyError, TypeError):
         raise Refused(502, "the prefill engine's answer carries no kv_transfer_params") from None
-    # Null: the engine kept nothing (say, the prompt is shorter than a block); decode then computes it all by itself.
+    if params is not None and not isinstance(params, dict):
+        raise Refused(502, "the prefill engine's kv_transfer_params are no JSON object")
+    return params
+
+
+def for_decode(body: Body, params: Body | None) -> Body:
+    """Return the client's body together with where the prefill engine keeps the KV cache."""
     return body if params is None else body | {"kv_transfer_params": params}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import uuid
 from collections.abc import Iterable, Sequence
 
 import aiohttp
@@ -30,6 +32,10 @@ NOT_FOR_ENGINES = HOP_BY_HOP | {"host", "content-length", "content-type", "expec
 NOT_FOR_CLIENTS = HOP_BY_HOP | {"date", "server"}
 
 Headers = list[tuple[str, str]]
+UNREACHABLE = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
+"""What the session raises about an engine that does not answer."""
+LONGEST_ID = 256
+"""Characters of an X-Request-Id that engines are given: theirs is longer, and names a prompt in control messages."""
 
 
 class EngineUnreachable(Exception):
@@ -65,6 +71,15 @@ def open_session() -> aiohttp.ClientSession:
 def engine_headers(headers: Iterable[tuple[str, str]]) -> Headers:
     """Return the client's headers without those that belong to its connection to the front door."""
     return [(name, value) for name, value in headers if name.lower() not in NOT_FOR_ENGINES]
+
+
+def with_request_id(headers: Headers) -> Headers:
+    """Return the headers with one X-Request-Id that engines can use: the client's, or if it is too long, a new one."""
+    given = [value for name, value in headers if name.lower() == "x-request-id"]
+    if len(given) == 1 and 0 < len(given[0]) <= LONGEST_ID and given[0].isascii() and given[0].isprintable():
+        return headers
+    others = [(name, value) for name, value in headers if name.lower() != "x-request-id"]
+    return [*others, ("X-Request-Id", uuid.uuid4().hex)]
 
 
 def client_headers(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:

@@ -1,0 +1,59 @@
+"""Prompts that no decode engine took: the prefill engine is told at once, or they would keep its memory for a while.
+
+Over HTTP alone, as vLLM does it itself for requests that it refuses: a decode engine that gets the parameters of one
+prompt with another prompt tells the prefill engine that nobody wants that one. If it was taken after all, nothing
+happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import aiohttp
+
+from vllm_adrenaline.proxy.upstream import UNREACHABLE, Engines, Headers
+
+logger = logging.getLogger(__name__)
+
+PATH = "/v1/completions"
+TIMEOUT_S = 10.0
+AT_ONCE = 64
+"""Releases under way; beyond that the prefill engine lets prompts go by itself, some seconds later."""
+
+
+def body_of(model: Any, params: dict[str, Any]) -> bytes:
+    """Return the request that gives up the prompt of `params`: one token, that fits no prompt of more than that."""
+    body = {"prompt": [0], "max_tokens": 1, "kv_transfer_params": params}
+    return json.dumps(body if model is None else body | {"model": model}).encode()
+
+
+class Releases:
+    """Those under way, in the background."""
+
+    def __init__(self, decode: Engines) -> None:
+        self._decode = decode
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, session: aiohttp.ClientSession, data: bytes, headers: Headers) -> None:
+        """Give up a prompt; `data`: of `body_of`, `headers`: those of its request."""
+        if len(self._tasks) >= AT_ONCE:
+            logger.warning("%d prompts are being given up already", AT_ONCE)
+            return
+        own = [(name, value) for name, value in headers if name.lower() not in ("x-request-id", "accept-encoding")]
+        task = asyncio.create_task(self._release(session, data, own))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _release(self, session: aiohttp.ClientSession, data: bytes, headers: Headers) -> None:
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        for _ in self._decode.urls:  # any of them will do
+            url = self._decode.next()
+            try:
+                async with session.post(url + PATH, data=data, headers=headers, timeout=timeout) as answer:
+                    await answer.read()
+                    return
+            except UNREACHABLE as error:
+                logger.warning("the decode engine at %s cannot give up a prompt: %s", url, error)
