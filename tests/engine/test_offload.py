@@ -203,7 +203,7 @@ def test_nothing_leaks_when_clients_go_away(engines: Fleet) -> None:
     processes, files = engines.processes(), engines.open_files()
     ended = run(abort_at_random(engines.door("half").url, workload(200, 10, PROMPTS, [20, 150, 200]), seed=11))
     assert 0 < ended < 200, "requests must both end and be aborted for this test to say anything"
-    # A client that goes away in its prefill may leave a prompt there that nobody claims, for --adrenaline-claim-seconds.
+    # A client that goes away in its prefill may leave a prompt there: nobody claims it for --adrenaline-claim-seconds.
     eventually(lambda: prefill.settle() == 0 and decode.settle() == 0, seconds=60)
     assert (prefill.settle(), decode.settle()) == (0, 0)
     assert engines.processes() == processes

@@ -109,16 +109,13 @@ def eventually(condition: Callable[[], object], seconds: float = 5.0) -> None:
         time.sleep(0.002)
 
 
-class Decode:
-    """A decode engine's scheduler, and what its worker would answer: token 7 for every request whose prompt is done."""
+class Engine:
+    """A scheduler, and what its worker would answer: token 7 for every request whose prompt is done."""
 
-    def __init__(self, config: Any, kv_cache_config: Any, prefill: Prefill) -> None:
+    def __init__(self, scheduler: type[Any], config: Any, kv_cache_config: Any) -> None:
         from vllm.v1.structured_output import StructuredOutputManager
 
-        from vllm_adrenaline.decode.scheduler import DecodeScheduler
-
-        self.prefill = prefill
-        self.scheduler = DecodeScheduler(
+        self.scheduler = scheduler(
             vllm_config=config,
             kv_cache_config=kv_cache_config,
             structured_output_manager=StructuredOutputManager(config),
@@ -169,8 +166,15 @@ class Decode:
         """Return what vLLM would have its worker do."""
         return self.scheduler.schedule()
 
-    def update(self, scheduled: Any, report: Any = None, received: set[str] | None = None) -> Any:
-        """The worker did it. `report`: of its executors; `received`: requests whose KV NIXL has pulled."""
+    def update(
+        self,
+        scheduled: Any,
+        report: Any = None,
+        received: set[str] | None = None,
+        sent: set[str] | None = None,
+    ) -> Any:
+        """The worker did it. `report`: of its executors; `received`: requests whose KV NIXL has pulled; `sent`: those
+        whose KV it need not keep for anybody to pull."""
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
         names = list(scheduled.num_scheduled_tokens)
@@ -183,7 +187,9 @@ class Decode:
             req_ids=names,
             req_id_to_index={name: index for index, name in enumerate(names)},
             sampled_token_ids=done,
-            kv_connector_output=KVConnectorOutput(finished_recving=received, kv_connector_worker_meta=report),
+            kv_connector_output=KVConnectorOutput(
+                finished_recving=received, finished_sending=sent, kv_connector_worker_meta=report
+            ),
         )
         outputs = self.scheduler.update_from_output(scheduled, output)
         for each in outputs.values():
@@ -214,6 +220,15 @@ class Decode:
     def stop(self) -> None:
         """End, as an engine core does that is told to."""
         self.scheduler.shutdown()
+
+
+class Decode(Engine):
+    """A decode engine's."""
+
+    def __init__(self, config: Any, kv_cache_config: Any) -> None:
+        from vllm_adrenaline.decode.scheduler import DecodeScheduler
+
+        super().__init__(DecodeScheduler, config, kv_cache_config)
 
 
 @pytest.fixture(scope="session")
@@ -273,7 +288,7 @@ def decode(base: Callable[..., tuple[Any, Any]], prefill: Prefill, tmp_path: Pat
             profile.write_text(json.dumps(DEAR))
             options["profile"] = str(profile)
         config, kv_cache = base(blocks, role="decode", peers=prefill.address, offload_ratio=ratio, **options)
-        started.append(Decode(config, kv_cache, prefill))
+        started.append(Decode(config, kv_cache))
         return started[-1]
 
     yield start

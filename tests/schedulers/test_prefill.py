@@ -1,0 +1,141 @@
+"""What a prefill engine's scheduler does with finished prompts, and that it is quiet about it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from tests.schedulers.conftest import BLOCK, Engine, eventually
+from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.digest import token_digest
+from vllm_adrenaline.prefill import executor
+
+PROMPT = list(range(10, 10 + 3 * BLOCK + 5))
+KEEP = {"do_remote_decode": True}
+
+
+class Prefill(Engine):
+    """A prefill engine, and a decode engine's line to it."""
+
+    def __init__(self, config: Any, kv_cache_config: Any, address: str) -> None:
+        from vllm_adrenaline.prefill.scheduler import PrefillScheduler
+
+        super().__init__(PrefillScheduler, config, kv_cache_config)
+        self.line: zmq.Socket[bytes] = sockets.connect(address)
+        identity = self.scheduler.control.identity
+        assert isinstance(self.ask(messages.Hello(identity, True, "decode")), messages.Welcome)
+
+    def ask(self, message: messages.Message) -> messages.AnyMessage | None:
+        """Ask as the decode engine."""
+        return sockets.ask(self.line, message, 5)
+
+    def finish(self, name: str | None = None) -> dict[str, Any] | None:
+        """Compute a prompt to be kept; return what its client is told of where it is."""
+        request = self.arrive(PROMPT, KEEP, name=name, max_tokens=1)
+        for _ in range(5):
+            scheduled = self.schedule()
+            for outputs in self.update(scheduled).values():
+                for output in outputs.outputs:
+                    if output.request_id == request.request_id:
+                        return dict(output.kv_transfer_params) if output.kv_transfer_params else None
+        raise AssertionError("the prompt is not done")
+
+    def let_go(self) -> None:
+        """A step in which the worker ends NIXL's hold on what it is told."""
+        scheduled = self.schedule()
+        self.update(scheduled, sent=set(scheduled.kv_connector_metadata.let_go))
+
+
+@pytest.fixture
+def prefill(
+    base: Callable[..., tuple[Any, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Prefill]]:
+    monkeypatch.setattr(executor, "addresses", list)
+    monkeypatch.setattr(executor, "share", lambda: "none")
+    started: list[Prefill] = []
+
+    def start(**options: Any) -> Prefill:
+        address = f"ipc://{tmp_path}/p"
+        config, kv_cache = base(role="prefill", listen=address, **options)
+        started.append(Prefill(config, kv_cache, address))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.line.close()
+        each.stop()
+
+
+def test_a_finished_prompt_carries_the_proof_of_what_it_is(prefill: Any) -> None:
+    told = prefill().finish()
+    assert told["adrenaline"] == {
+        "version": 1,
+        "prompt_hash": token_digest(PROMPT).hex(),
+        "num_tokens": len(PROMPT),
+        "signature": "",
+    }
+
+
+def test_a_dropped_prompt_is_free_at_once(prefill: Any) -> None:
+    engine = prefill()
+    told = engine.finish()
+    assert engine.free_blocks < engine.free
+    engine.line.send(messages.encode(messages.Drop([told["remote_request_id"]])))
+    eventually(lambda: engine.let_go() or engine.free_blocks == engine.free)
+
+
+def test_a_claimed_prompt_is_kept_until_it_is_released_whatever_is_dropped(prefill: Any) -> None:
+    engine = prefill()
+    name = engine.finish()["remote_request_id"]
+    assert isinstance(engine.ask(messages.Claim(name)), messages.Claimed)
+    engine.line.send(messages.encode(messages.Drop([name])))
+    engine.let_go()
+    assert engine.free_blocks < engine.free
+    engine.line.send(messages.encode(messages.Release([name], [])))
+    assert isinstance(engine.ask(messages.Beat()), messages.Load)
+    assert engine.free_blocks == engine.free
+
+
+def test_a_prompt_whose_name_is_too_long_to_be_claimed_is_not_kept(prefill: Any) -> None:
+    engine = prefill()
+    assert engine.finish("x" * 600) is None
+    assert engine.free_blocks == engine.free
+
+
+@pytest.mark.parametrize("asked", ["UNPAUSED", "PAUSED_NEW", "PAUSED_ALL"])
+def test_steps_without_news_say_nothing_and_leave_a_pause_of_the_operator_alone(
+    prefill: Any, caplog: pytest.LogCaptureFixture, asked: str
+) -> None:
+    """This engine steps every millisecond while a prompt can be had."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    engine = prefill()
+    engine.finish()
+    engine.scheduler.set_pause_state(PauseState[asked])
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    vllm_logger = logging.getLogger("vllm")
+    vllm_logger.addHandler(handler)
+    for _ in range(100):
+        engine.step()
+    vllm_logger.removeHandler(handler)
+    assert said == []
+    assert engine.scheduler.pause_state is PauseState[asked]
+
+
+def test_prompts_that_would_take_what_offloaded_requests_grow_into_wait(prefill: Any) -> None:
+    engine = prefill(growth_reserve=0.9)
+    name = engine.finish()["remote_request_id"]
+    assert isinstance(engine.ask(messages.Claim(name)), messages.Claimed)
+    engine.let_go()
+    assert isinstance(engine.ask(messages.Lease(2)), messages.Leased)
+    waiting = engine.arrive(PROMPT[::-1], KEEP)
+    assert engine.step().num_scheduled_tokens == {}
+    engine.line.send(messages.encode(messages.Leave()))
+    eventually(lambda: engine.step().num_scheduled_tokens == {waiting.request_id: len(PROMPT)})
