@@ -5,10 +5,10 @@ BIN := .venv/bin
 SOURCES := vllm_adrenaline tests tools benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-all test-fast lint format clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## Make .venv with vLLM for CPU, this package and its tools (at once if it is up to date)
 	@$(PYTHON) tools/setup_env.py
@@ -16,8 +16,14 @@ setup:  ## Make .venv with vLLM for CPU, this package and its tools (at once if 
 demo: setup  ## Compare plain vLLM, disaggregation and offloading on a small model, on this machine
 	@$(BIN)/adrenaline demo
 
-test: setup lint  ## Check style and types, then run all tests
+test: setup lint  ## Check style and types, then run the tests, on real engines
+	@$(BIN)/pytest -m "not extended"
+
+test-all: setup lint  ## The same, with what takes longer
 	@$(BIN)/pytest
+
+test-fast: setup  ## Only what starts no engine
+	@$(BIN)/pytest tests/unit tests/schedulers
 
 lint: setup  ## Check style, formatting and types
 	@$(BIN)/ruff check $(SOURCES)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,6 +68,7 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.model = "m"
 
     def complete(self, work: Sequence[Work], **extra: Any) -> list[Answer]:
         """Send all requests at once and return their answers."""
@@ -80,7 +81,7 @@ class Client:
     def body(self, work: Work, **extra: Any) -> dict[str, Any]:
         """Return the JSON body of a request."""
         return {
-            "model": "m",
+            "model": self.model,
             "prompt": work.prompt,
             "max_tokens": work.tokens,
             "temperature": 0,
@@ -196,6 +197,25 @@ def executors_of(prefill: int) -> list[int]:
         if b"vllm_adrenaline.attention" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     return sorted(pids)
+
+
+def listening_beyond_loopback(processes: Sequence[int]) -> list[tuple[int, str]]:
+    """Return (process, address in /proc/net's form) of every TCP socket that other machines could reach."""
+    listening = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, address, _, state, *rest = line.split()
+            if state == "0A":
+                listening[rest[5]] = address
+    loopback = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
+    found = []
+    for pid in processes:
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                inode = os.readlink(fd).removeprefix("socket:[").removesuffix("]")
+                if inode in listening and not listening[inode].startswith(loopback):
+                    found.append((pid, listening[inode]))
+    return found
 
 
 @contextmanager

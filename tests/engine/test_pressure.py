@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import Fleet, executors_of, fleet, kill_when, kv_bytes, serve, workload
+from tests.engine.conftest import (
+    Fleet,
+    executors_of,
+    fleet,
+    kill_when,
+    kv_bytes,
+    listening_beyond_loopback,
+    serve,
+    workload,
+)
+from vllm_adrenaline.launch.process import group_members
 
 PREFILL_BLOCKS = 17  # 16 and vLLM's null block
 
@@ -26,6 +38,13 @@ def engines(model: Path, short_tmp: Path, tmp_path_factory: pytest.TempPathFacto
     }
     with fleet(short_tmp, tmp_path_factory.mktemp("logs"), model, common, wanted) as started:
         yield started
+
+
+def test_nothing_that_an_engine_opens_can_be_reached_from_other_machines(engines: Fleet) -> None:
+    ours = [pid for name in ("prefill", "remote") for pid in group_members(engines[name].pid)]
+    assert listening_beyond_loopback(ours) == []
+    with socket.create_server(("", 0)):
+        assert len(listening_beyond_loopback([os.getpid()])) == 1, "so that the line above can fail"
 
 
 def test_requests_that_cannot_grow_on_the_prefill_engine_finish_with_the_same_tokens(engines: Fleet) -> None:
