@@ -1,4 +1,4 @@
-"""`adrenaline up MODEL` with no other option: it starts here, and nobody beyond this machine can reach what it opens."""
+"""`adrenaline up MODEL` with no other option: it starts here, and nobody beyond this machine reaches what it opens."""
 
 from __future__ import annotations
 
