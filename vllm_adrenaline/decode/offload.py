@@ -21,7 +21,6 @@ from vllm_adrenaline.control import messages
 from vllm_adrenaline.decode import peers
 from vllm_adrenaline.decode.blocks import RemoteBlock, RemotePool
 from vllm_adrenaline.decode.borrower import Borrower
-from vllm_adrenaline.decode.growth import LOOKAHEAD, growth, lease_change
 from vllm_adrenaline.decode.placer import Batch, Placer
 from vllm_adrenaline.decode.remote import Report
 from vllm_adrenaline.decode.request import RemoteRequest, State
@@ -39,8 +38,6 @@ logger = logging.getLogger("vllm.adrenaline")
 
 CLAIM_WAIT_S = 0.002
 """How long a step waits for claims that were just made: an answer takes a tenth of that, a missed step much more."""
-STARVE_S = 1.0
-"""How long a request waits for a growth block before it moves to the decode engine."""
 
 
 @dataclass
@@ -152,7 +149,7 @@ class Offload:
         return any(each.state is State.OFFLOADED for each in self.requests.values())
 
     def blocks_for(self, request_id: str, held: int, needed: int) -> list[RemoteBlock]:
-        """Return the blocks that bring a request from `held` to `needed`; `reserve_growth` made sure they are there."""
+        """Return the blocks that bring a request from `held` to `needed`; leases.reserve made sure they are there."""
         offloaded = self.requests[request_id]
         new: list[RemoteBlock] = []
         if held == 0:
@@ -222,41 +219,6 @@ class Offload:
         """Tell the prefill engines what they may reuse. The last step's failures are reported by now."""
         for pool in self.pools:
             pool.settle()
-
-    def reserve_growth(self, running: list[Request]) -> tuple[list[Request], list[Request]]:
-        """Return the offloaded requests that must wait for a block in this step, and those that have waited enough."""
-        waiting, leaving = [], []
-        now = time.monotonic()
-        spare = {id(pool): len(pool.free) for pool in self.pools}
-        for request in running:
-            offloaded = self.requests.get(request.request_id)
-            if offloaded is None or offloaded.state is not State.OFFLOADED:
-                continue
-            needed = self._blocks(request.num_tokens_with_spec) - offloaded.held
-            key = id(offloaded.pool)
-            if needed <= spare.get(key, 0):
-                spare[key] = spare.get(key, 0) - max(0, needed)
-                offloaded.starved_since = None
-            elif offloaded.starved_since is None or now - offloaded.starved_since < STARVE_S:
-                offloaded.starved_since = offloaded.starved_since or now
-                waiting.append(request)
-            else:
-                leaving.append(request)
-        return waiting, leaving
-
-    def adjust_leases(self) -> None:
-        """Ask for blocks that will be needed soon, give back what will not be."""
-        for pool in self.pools:
-            mine = [e for e in self.requests.values() if e.pool is pool and e.state is State.OFFLOADED]
-            pool.borrower.offloads = bool(mine)
-            near = [self._growth(each, LOOKAHEAD) for each in mine]
-            far = [self._growth(each, 2 * LOOKAHEAD) for each in mine]
-            change = lease_change(len(pool.free), pool.asked, near, far)
-            if change > 0 and pool.peer is not None:
-                pool.asked = change
-                pool.post(messages.Lease(change))
-            elif change < 0:
-                pool.give_back(-change)
 
     @property
     def unsettled(self) -> bool:
@@ -427,12 +389,6 @@ class Offload:
                 self._leave(known)
         # What is still here was asked for and not answered.
         self._claims = {k: e for k, e in self._claims.items() if e.pool is not pool or e.name in self.requests}
-
-    def _growth(self, offloaded: RemoteRequest, ahead: int) -> int:
-        request = offloaded.request
-        held = offloaded.held + len(offloaded.blocks)
-        final = request.num_prompt_tokens + request.max_tokens
-        return growth(request.num_tokens, final, held, self._block_size, ahead)
 
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

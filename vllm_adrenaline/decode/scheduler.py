@@ -18,6 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_adrenaline import identity, measure
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.cores import come_first, wait_without_spinning
+from vllm_adrenaline.decode import leases
 from vllm_adrenaline.decode.blocks import KVSpaceManager
 from vllm_adrenaline.decode.borrower import Borrower
 from vllm_adrenaline.decode.offload import Offload
@@ -75,7 +76,7 @@ class DecodeScheduler(Scheduler):
             self._recompute_pulled(request)
         self._place()
         if offload.any_offloaded:
-            waiting, leaving = offload.reserve_growth(self.running)
+            waiting, leaving = leases.reserve(offload.requests, offload.pools, self.running, self.block_size)
             for request in leaving:
                 if self._blocks(request) > self._spare() or not self._pull(request, Reason.STARVED):
                     self._move_to_local(request)
@@ -84,7 +85,7 @@ class DecodeScheduler(Scheduler):
                 request.next_decode_eligible_step = self.current_step + 2
             # When local memory runs out vLLM preempts from the end: preempting an offloaded request would free none.
             self.running.sort(key=lambda request: not offload.is_offloaded(request.request_id))
-        offload.adjust_leases()
+        leases.adjust(offload.requests, offload.pools, self.block_size)
         offload.settle()
         output = super().schedule(*args, **kwargs)
         self._batch = offload.batch(self.running)
