@@ -1,0 +1,68 @@
+"""Blocks that offloaded requests grow into: leased ahead of need, and who must wait when there are too few."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from vllm_adrenaline.control import messages
+from vllm_adrenaline.decode.growth import LOOKAHEAD, growth, lease_change
+from vllm_adrenaline.decode.request import RemoteRequest, State
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from vllm_adrenaline.decode.blocks import RemotePool
+
+STARVE_S = 1.0
+"""How long a request waits for a growth block before it moves to the decode engine."""
+
+
+def reserve(
+    known: Mapping[str, RemoteRequest], pools: Iterable[RemotePool], running: Sequence[Request], block_size: int
+) -> tuple[list[Request], list[Request]]:
+    """Return the offloaded requests that must wait for a block in this step, and those that have waited enough.
+
+    For all others of `running` there are enough free leased blocks.
+    """
+    waiting, leaving = [], []
+    now = time.monotonic()
+    spare = {id(pool): len(pool.free) for pool in pools}
+    for request in running:
+        offloaded = known.get(request.request_id)
+        if offloaded is None or offloaded.state is not State.OFFLOADED:
+            continue
+        needed = -(-request.num_tokens_with_spec // block_size) - offloaded.held
+        key = id(offloaded.pool)
+        if needed <= spare.get(key, 0):
+            spare[key] = spare.get(key, 0) - max(0, needed)
+            offloaded.starved_since = None
+        elif offloaded.starved_since is None or now - offloaded.starved_since < STARVE_S:
+            offloaded.starved_since = offloaded.starved_since or now
+            waiting.append(request)
+        else:
+            leaving.append(request)
+    return waiting, leaving
+
+
+def adjust(known: Mapping[str, RemoteRequest], pools: Iterable[RemotePool], block_size: int) -> None:
+    """Ask for blocks that will be needed soon, give back what will not be."""
+    for pool in pools:
+        mine = [each for each in known.values() if each.pool is pool and each.state is State.OFFLOADED]
+        pool.borrower.offloads = bool(mine)
+        near = [_growth(each, LOOKAHEAD, block_size) for each in mine]
+        far = [_growth(each, 2 * LOOKAHEAD, block_size) for each in mine]
+        change = lease_change(len(pool.free), pool.asked, near, far)
+        if change > 0 and pool.peer is not None:
+            pool.asked = change
+            pool.post(messages.Lease(change))
+        elif change < 0:
+            pool.give_back(-change)
+
+
+def _growth(offloaded: RemoteRequest, ahead: int, block_size: int) -> int:
+    request = offloaded.request
+    held = offloaded.held + len(offloaded.blocks)
+    final = request.num_prompt_tokens + request.max_tokens
+    return growth(request.num_tokens, final, held, block_size, ahead)
