@@ -239,7 +239,7 @@ def test_a_channel_that_its_executor_closed_is_given_up_at_once() -> None:
     ones = torch.ones(8, 2, 4)
     steps.begin(batch({0: [0]}).handle, {0: decode})
     steps.send(0, ones, ones[:, :1], ones[:, :1])
-    threading.Timer(0.1, executor.stop).start()
+    threading.Timer(0.1, executor.close).start()
     started = time.monotonic()
     assert steps.receive(0, ones) == 1, "it was waiting"
     steps.begin(batch({0: [0]}).handle, {0: decode})

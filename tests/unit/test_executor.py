@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 from tests.unit.test_control import IDENTITY
 from vllm_adrenaline import memory_file
 from vllm_adrenaline.attention.executor import Server
+from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport, LayerSpec
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmSteps
@@ -27,11 +30,13 @@ SHAPE = Shape(4, 4, 2, num_heads=2, num_kv_heads=2, head_size=32, dtype=torch.fl
 
 
 class Decode:
-    """A worker of a decode engine, attached to the executor at `address`."""
+    """A worker of a decode engine, attached to the executor at `address`; `process` is one of its own that can end."""
 
-    def __init__(self, address: str, engine: str) -> None:
+    def __init__(self, address: str, engine: str, in_process: bool = True) -> None:
         self.channel, self.steps = ShmDecodeChannel(SHAPE), ShmSteps(SHAPE)
-        identity, pid, channel = IDENTITY, os.getpid(), self.channel
+        identity, channel = IDENTITY, self.channel
+        self.process = None if in_process else subprocess.Popen(["sleep", "100"], pass_fds=[channel.fd])
+        pid = os.getpid() if self.process is None else self.process.pid
         sizes = (SHAPE.max_rows, SHAPE.max_tokens, SHAPE.max_blocks)
         hello = messages.Attach(identity, engine, 0, pid, channel.fd, channel.epoch, [0], *sizes)
         answer = sockets.ask_once(address, hello, 5)
@@ -45,11 +50,20 @@ class Decode:
         split = split_rows(table, starts, lens, torch.zeros(1, dtype=torch.int64), [], BLOCK)
         self.steps.begin(split.handle, {0: self.channel})
 
+    def send(self, index: int) -> None:
+        """Send a layer."""
+        self.steps.send(index, *[torch.ones(1, 2, 32)] * 3)
+
     def layer(self, index: int) -> bool:
         """Say whether the executor answers a layer."""
-        ones = torch.ones(1, 2, 32)
-        self.steps.send(index, ones, ones, ones)
-        return self.steps.receive(index, ones) == 0
+        self.send(index)
+        return self.steps.receive(index, torch.ones(1, 2, 32)) == 0
+
+    def end(self) -> None:
+        """End the process."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
 
     def step(self) -> bool:
         """Say whether the executor answers a whole step."""
@@ -95,6 +109,51 @@ def test_a_step_that_cannot_be_served_costs_its_own_decode_engine_its_channel(ad
     assert time.monotonic() - began < 2
     assert wrong.channel.is_closed, "nothing is written for it any more, so the executor need not be killed"
     assert other.step()
+
+
+class Kernel:
+    """Attention that does not come back before it `may_go`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.entered, self.may_go = threading.Event(), threading.Event()
+        attend = CpuAttention.layer
+
+        def layer(*args: Any) -> None:
+            self.entered.set()
+            assert self.may_go.wait(20)
+            attend(*args)
+
+        patch.setattr(CpuAttention, "layer", layer)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+    made = Kernel(monkeypatch)
+    yield made
+    made.may_go.set()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_who_is_attended_for_is_let_go_of_only_when_the_kernel_has_come_back(
+    address: str, kernel: Kernel, ends: bool
+) -> None:
+    decode = Decode(address, "a", in_process=not ends)
+    decode.begin()
+    decode.send(0)
+    assert kernel.entered.wait(5)
+    if ends:
+        decode.end()
+        for _ in range(2):  # by now the executor has noticed
+            assert sockets.ask_once(address, messages.Revoke("nobody"), 5) == messages.Revoked("nobody")
+    asking = sockets.connect(address)
+    asking.send(messages.encode(messages.Revoke("a")))
+    assert not asking.poll(300), "it still writes into blocks that would be free"
+    assert not decode.channel.is_closed, "a decode engine would give the blocks back"
+    kernel.may_go.set()
+    assert asking.poll(5000)
+    assert messages.decode(asking.recv()) == messages.Revoked("a")
+    assert decode.channel.is_closed
+    asking.close()
 
 
 def test_an_executor_survives_whatever_it_is_sent(address: str) -> None:
