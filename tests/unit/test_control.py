@@ -304,6 +304,25 @@ def test_a_decode_engine_that_comes_back_has_nothing_of_before(prefill: Prefill)
         assert sockets.ask(socket, messages.Beat(), 5) == LOAD
 
 
+def test_a_decode_engine_that_leaves_and_ends_at_once_ends_no_prefill_engine(prefill: Prefill) -> None:
+    with subprocess.Popen(["sleep", "100"]) as process:
+        socket, other = prefill.connect("a", process.pid), prefill.connect("b")
+        with prefill.control.lock:  # vLLM schedules; the control thread waits, and then finds both
+            other.send(messages.encode(messages.Beat()))
+            time.sleep(0.1)
+            socket.send(messages.encode(messages.Leave()))
+            process.kill()
+            process.wait()
+            time.sleep(0.1)
+    eventually(lambda: prefill.pool.get_num_free_blocks() == 8)
+    assert messages.decode(other.recv()) == LOAD
+    time.sleep(0.1)
+    assert prefill.ended == []
+    assert sockets.ask(other, messages.Beat(), 5) == LOAD
+    for each in (socket, other):
+        each.close()
+
+
 def test_a_failing_step_ends_the_executor_that_may_still_write_and_no_other(prefill: Prefill) -> None:
     socket = prefill.connect("a")
     socket.send(messages.encode(messages.Fault([77])))

@@ -156,6 +156,31 @@ def test_who_is_attended_for_is_let_go_of_only_when_the_kernel_has_come_back(
     asking.close()
 
 
+def test_a_worker_that_ends_while_it_is_let_go_of_ends_no_executor(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, go_on, answer = threading.Event(), threading.Event(), sockets.answer
+
+    def slow(*args: Any) -> None:
+        busy.set()
+        assert go_on.wait(20)
+        answer(*args)
+
+    decode, asking = Decode(address, "a", in_process=False), sockets.connect(address)
+    monkeypatch.setattr(sockets, "answer", slow)
+    asking.send(messages.encode(messages.Revoke("nobody")))
+    assert busy.wait(5)
+    asking.send(messages.encode(messages.Revoke("a")))  # both are there when the executor looks again
+    decode.end()
+    time.sleep(0.1)
+    go_on.set()
+    for engine in ("nobody", "a"):
+        assert asking.poll(5000), "the executor answers nobody any more"
+        assert messages.decode(asking.recv()) == messages.Revoked(engine)
+    assert Decode(address, "b").step()
+    asking.close()
+
+
 def test_an_executor_survives_whatever_it_is_sent(address: str) -> None:
     socket = sockets.connect(address)
     for frames in ([b"\x91" * 5000], [b""], [b"a", b"b"], [messages.encode(messages.Leave())]):

@@ -102,11 +102,12 @@ class Server:
         print(f"{READY} {self._address}", flush=True)
         try:
             while True:
-                for source, _ in self._poller.poll(REVOKE_POLL_MS if self._revoking else None):
-                    if source is self._socket:
-                        self._serve_one()
-                    else:
-                        self._drop(source)
+                ready = dict(self._poller.poll(REVOKE_POLL_MS if self._revoking else None))
+                # Before messages: one may revoke a channel whose worker has ended, too.
+                for pidfd in self._threads.keys() & ready.keys():
+                    self._drop(pidfd)
+                if self._socket in ready:
+                    self._serve_one()
                 self._acknowledge()
         finally:
             sockets.unbind(self._socket, self._address)

@@ -79,11 +79,12 @@ class ControlServer(threading.Thread):
     def _serve(self) -> None:
         ticked = 0.0
         while not self._stopping.is_set():
-            for source, _ in self._poller.poll(POLL_MS):
-                if source is self._socket:
-                    self._serve_one()
-                else:
-                    self._depart(self._processes[source], "has ended")
+            ready = dict(self._poller.poll(POLL_MS))
+            # Before messages: one may say that its sender leaves, and close the descriptor that is ready, too.
+            for pidfd in self._processes.keys() & ready.keys():
+                self._depart(self._processes[pidfd], "has ended")
+            if self._socket in ready:
+                self._serve_one()
             if (now := time.monotonic()) - ticked >= POLL_MS / 1000:
                 ticked = now
                 try:
