@@ -17,7 +17,7 @@ import msgspec
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.prefill.lender import Lender
+from vllm_adrenaline.prefill.lender import Borrower, Lender
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -110,24 +110,18 @@ class ControlServer(threading.Thread):
         with self.lock:
             if borrower not in self.lender.borrowers:
                 return
-            has_blocks = self.lender.leave(borrower)
-        logger.warning("decode engine %s %s: taking back all it had borrowed", engine or borrower.hex(), why)
-        if has_blocks:
-            threading.Thread(
-                target=self._take_back, args=(borrower, engine), name="adrenaline-revoke", daemon=True
-            ).start()
-        else:
-            with self.lock:
-                self.lender.evict(borrower)
+            left = self.lender.leave(borrower)
+        logger.warning("decode engine %s %s: taking back all it had borrowed", engine, why)
+        if left is not None:
+            threading.Thread(target=self._take_back, args=(left, engine), name="adrenaline-revoke", daemon=True).start()
 
-    def _take_back(self, borrower: bytes, engine: str) -> None:
+    def _take_back(self, left: Borrower, engine: str) -> None:
         try:
             self.revoke(engine)
+            with self.lock:
+                self.lender.evict(left)
         except Exception:
             logger.critical("blocks of decode engine %s stay out: it may still be attended for", engine, exc_info=True)
-            return
-        with self.lock:
-            self.lender.evict(borrower)
 
     def _join(self, borrower: bytes, hello: messages.Hello) -> None:
         """A decode engine says hello. What it had over another connection it does not know of any more."""
@@ -167,6 +161,8 @@ class ControlServer(threading.Thread):
             reason = messages.mismatch(self.identity, message.identity, "prefill engine", "decode engine")
             if reason is not None:
                 return messages.Refused(reason)
+            if message.borrows and not message.engine:
+                return messages.Refused("a decode engine that borrows says its name: what it has is taken back by it")
             welcome = self.welcome()
             if message.borrows:
                 self._join(borrower, message)
