@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -251,6 +252,39 @@ def test_an_engine_whose_control_thread_ends_says_so_and_ends(prefill: Prefill) 
 
     prefill.tick = give_up
     eventually(lambda: prefill.ended == [FAILED])
+
+
+def test_a_process_whose_control_thread_ends_fails_and_says_why(tmp_path: Path) -> None:
+    code = """
+import sys, threading
+from tests.unit.test_control import IDENTITY, LOAD, WELCOME, Pool
+from vllm_adrenaline.prefill.control import ControlServer
+from vllm_adrenaline.prefill.lender import Lender
+lender = Lender(Pool(), 0, 60, lambda: 0.0)
+calls = [lambda: WELCOME, lambda: LOAD, lambda: sys.exit("the reason"), lambda pids: None, lambda engine: None]
+ControlServer(sys.argv[1], IDENTITY, lender, threading.RLock(), *calls).start()
+threading.Event().wait(30)
+"""
+    command = [sys.executable, "-c", code, f"ipc://{tmp_path}/c"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == FAILED
+    assert "control thread" in done.stderr
+    assert "the reason" in done.stderr
+
+
+def test_a_control_thread_that_ends_because_it_shall_ends_no_engine(prefill: Prefill) -> None:
+    stopping = threading.Event()
+
+    def interrupted() -> None:
+        assert stopping.wait(5)
+        raise SystemExit("the sockets are closed")
+
+    prefill.tick = interrupted
+    time.sleep(0.6)
+    prefill.control.stop()
+    stopping.set()
+    prefill.control.join(5)
+    assert prefill.ended == []
 
 
 # Decode engines that go

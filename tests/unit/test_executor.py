@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import zmq
 
 from tests.unit.test_control import IDENTITY
 from vllm_adrenaline import memory_file
@@ -22,6 +24,7 @@ from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport, LayerSpec
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmSteps
 from vllm_adrenaline.decode.split import split_rows
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv_space import remote_id
 from vllm_adrenaline.prefill import executor
 
@@ -181,6 +184,17 @@ def test_a_worker_that_ends_while_it_is_let_go_of_ends_no_executor(
     asking.close()
 
 
+def test_an_attachment_that_fails_in_an_unforeseen_way_is_refused_and_others_are_served(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Decode(address, "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_file, "check", lambda *_: {}["memory"])
+        hello = messages.Attach(IDENTITY, "a", 0, os.getpid(), 0, 1, [0], 4, 4, 2)
+        assert isinstance(sockets.ask_once(address, hello, 5), messages.Refused)
+    assert other.step()
+
+
 def test_an_executor_survives_whatever_it_is_sent(address: str) -> None:
     socket = sockets.connect(address)
     for frames in ([b"\x91" * 5000], [b""], [b"a", b"b"], [messages.encode(messages.Leave())]):
@@ -230,6 +244,68 @@ def test_executors_that_acknowledge_live_and_deaf_ones_are_killed(
     executor.revoke("a")
     assert time.monotonic() - began < 2
     assert [each.killed for each in site.processes] == [False, True, True, False]
+
+
+def test_an_executor_that_cannot_even_be_asked_is_killed_and_the_others_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (Executor(f"ipc://{tmp_path}/{i}", messages.Revoked) for i in range(2))
+    connect = sockets.connect
+
+    def too_many_files(address: str) -> zmq.Socket[bytes]:
+        if address == first.address:
+            raise zmq.ZMQError(errno.EMFILE)
+        return connect(address)
+
+    monkeypatch.setattr(sockets, "connect", too_many_files)
+    monkeypatch.setattr(executor, "_site", SimpleNamespace(processes=[first, second]))
+    executor.revoke("a")
+    assert (first.killed, second.killed) == (True, False)
+
+
+class Clock:
+    """Time that passes when somebody sleeps, or when a process runs."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 0.0, list[float]()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_only_health_makes_the_restart_of_an_executor_prompt_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, done = Clock(), threading.Event()
+    lives = iter([(1, 5), (1, 5), (1, 100), (1, 5), (119, 0), (1, 5), (1, 5)])  # seconds to be ready, and from then on
+
+    class Process:
+        pid = 1
+
+        def __init__(self, spec: object) -> None:
+            self.spec, self.left = spec, 0
+            if (life := next(lives, None)) is None:
+                done.set()
+                threading.Event().wait()
+            self.starting, self.lives = life
+
+        def wait_ready(self) -> None:
+            clock.now += self.starting
+            if not self.lives:
+                raise AdrenalineError("it hangs as it starts, and was killed")
+
+        def wait(self) -> int:
+            clock.now += self.lives
+            return -9
+
+    monkeypatch.setattr(executor, "time", clock)
+    monkeypatch.setattr(executor, "ExecutorProcess", Process)
+    kv = KVExport(1, 1, 1, [1], [1], "float32", "vec", 1, [], [0], 1)
+    executor.AttentionSite([ExecutorSpec(0, "", IDENTITY, kv, [0], 1, 1.0)])
+    assert done.wait(5)
+    assert clock.slept == [0.5, 1, 0.5, 1, 2, 4, 8]
 
 
 def test_what_executors_run_on_fits_a_message_on_any_machine() -> None:

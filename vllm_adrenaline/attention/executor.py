@@ -125,6 +125,9 @@ class Server:
                 answer: messages.Message = self._attach(message)
             except (AdrenalineError, OSError, RuntimeError, ValueError) as error:
                 answer = messages.Refused(str(error)[: messages.MAX_REASON])
+            except Exception:
+                logger.exception("cannot attach a worker of decode engine %s", message.engine)
+                answer = messages.Refused("the attention executor failed; its log says how")
             sockets.answer(self._socket, peer, answer)
         elif isinstance(message, messages.Revoke):
             for pidfd in [fd for fd, thread in self._threads.items() if thread.engine == message.engine]:

@@ -65,8 +65,9 @@ class ControlServer(threading.Thread):
         try:
             self._serve()
         except BaseException:
-            logger.critical("the control thread of this prefill engine ended, and so does the engine", exc_info=True)
-            self._end_engine(FAILED)
+            if not self._stopping.is_set():
+                logger.critical("the control thread of this prefill engine ended, and so does it", exc_info=True)
+                self._end_engine(FAILED)
         finally:
             sockets.unbind(self._socket, self.address)
 
