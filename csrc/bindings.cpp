@@ -453,6 +453,13 @@ PyObject* executor_stop(PyObject*, PyObject* capsule) {
   return none();
 }
 
+PyObject* executor_close(PyObject*, PyObject* capsule) {
+  auto* end = get<ExecutorEnd>(capsule, kExecutor);
+  if (end == nullptr) return nullptr;
+  end->close();
+  return none();
+}
+
 template <typename Function>
 PyCFunction cast(Function* function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -481,6 +488,7 @@ PyMethodDef methods[] = {
     {"executor_wait", cast(executor_wait), METH_FASTCALL, nullptr},
     {"executor_reply", cast(executor_reply), METH_FASTCALL, nullptr},
     {"executor_stop", executor_stop, METH_O, nullptr},
+    {"executor_close", executor_close, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -91,11 +91,15 @@ class ExecutorEnd {
     ring(header_->to_decode, header_->decode_sleeps);
   }
 
-  // From any thread: the waits of both ends are over.
+  // From any thread: the waits of this end are over.
   void stop() {
     stopped_.store(true, std::memory_order_seq_cst);
-    header_->closed.store(1, std::memory_order_seq_cst);
     ring(header_->to_executor, header_->executor_sleeps);
+  }
+
+  // From the thread that serves, which writes nothing after this: the waits of the decode worker are over.
+  void close() {
+    header_->closed.store(1, std::memory_order_seq_cst);
     ring(header_->to_decode, header_->decode_sleeps);
   }
 

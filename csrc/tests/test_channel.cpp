@@ -163,6 +163,9 @@ void an_end_that_sleeps_can_be_stopped_at_any_moment() {
     for (int spin = 0; spin < i * 50; ++spin) cpu_pause();
     end.stop();
     thread.join();
+    EXPECT(!decode.is_closed());
+    end.close();
+    EXPECT(decode.is_closed());
   }
 }
 

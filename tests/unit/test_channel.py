@@ -239,7 +239,7 @@ def test_a_channel_that_its_executor_closed_is_given_up_at_once() -> None:
     ones = torch.ones(8, 2, 4)
     steps.begin(batch({0: [0]}).handle, {0: decode})
     steps.send(0, ones, ones[:, :1], ones[:, :1])
-    threading.Timer(0.1, executor.stop).start()
+    threading.Timer(0.1, executor.close).start()
     started = time.monotonic()
     assert steps.receive(0, ones) == 1, "it was waiting"
     steps.begin(batch({0: [0]}).handle, {0: decode})
@@ -320,6 +320,7 @@ shape = Shape(4, 8, 3, num_heads=2, num_kv_heads=1, head_size=4, dtype=torch.flo
 channel, steps = ShmDecodeChannel(shape), ShmSteps(shape)
 channel.watch(-1, 30, True)
 print(channel.fd, channel.epoch, flush=True)
+sys.stdin.readline()  # the executor is there
 one = torch.ones(1, dtype=torch.int32)
 table = torch.full((1, 3), kv_space.remote_id(0, 1), dtype=torch.int32)
 split = split_rows(table, torch.tensor([0, 1], dtype=torch.int32), one, torch.zeros(1, dtype=torch.int64), [], 32)
@@ -334,12 +335,15 @@ while True:
 
 def test_a_decode_worker_killed_at_any_point_leaves_the_executor_alive() -> None:
     for seconds in (0.0, 0.05, 0.1):
-        with subprocess.Popen([sys.executable, "-c", DECODE], stdout=subprocess.PIPE, text=True) as peer:
+        command = [sys.executable, "-c", DECODE]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
+            assert peer.stdin is not None
             assert peer.stdout is not None
             fd, epoch = map(int, peer.stdout.readline().split())
             mapped = os.open(f"/proc/{peer.pid}/fd/{fd}", os.O_RDWR)
             executor = ShmExecutorChannel(mapped, SHAPE, epoch, shared_core=True)
             os.close(mapped)
+            print(file=peer.stdin, flush=True)
             layers = []
 
             def run(executor: ShmExecutorChannel = executor, layers: list[int] = layers) -> None:

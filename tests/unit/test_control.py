@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -217,7 +218,7 @@ def test_the_server_survives_nonsense_and_counts_it(server: ControlServer) -> No
     ]
     for frames in nonsense:
         socket.send_multipart(frames)
-    assert sockets.ask(socket, messages.Hello(IDENTITY, borrows=True), 5) == WELCOME
+    assert sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5) == WELCOME
     assert server.bad_frames == len(nonsense)
     socket.close()
 
@@ -251,6 +252,39 @@ def test_an_engine_whose_control_thread_ends_says_so_and_ends(prefill: Prefill) 
 
     prefill.tick = give_up
     eventually(lambda: prefill.ended == [FAILED])
+
+
+def test_a_process_whose_control_thread_ends_fails_and_says_why(tmp_path: Path) -> None:
+    code = """
+import sys, threading
+from tests.unit.test_control import IDENTITY, LOAD, WELCOME, Pool
+from vllm_adrenaline.prefill.control import ControlServer
+from vllm_adrenaline.prefill.lender import Lender
+lender = Lender(Pool(), 0, 60, lambda: 0.0)
+calls = [lambda: WELCOME, lambda: LOAD, lambda: sys.exit("the reason"), lambda pids: None, lambda engine: None]
+ControlServer(sys.argv[1], IDENTITY, lender, threading.RLock(), *calls).start()
+threading.Event().wait(30)
+"""
+    command = [sys.executable, "-c", code, f"ipc://{tmp_path}/c"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == FAILED
+    assert "control thread" in done.stderr
+    assert "the reason" in done.stderr
+
+
+def test_a_control_thread_that_ends_because_it_shall_ends_no_engine(prefill: Prefill) -> None:
+    stopping = threading.Event()
+
+    def interrupted() -> None:
+        assert stopping.wait(5)
+        raise SystemExit("the sockets are closed")
+
+    prefill.tick = interrupted
+    time.sleep(0.6)
+    prefill.control.stop()
+    stopping.set()
+    prefill.control.join(5)
+    assert prefill.ended == []
 
 
 # Decode engines that go
@@ -304,6 +338,69 @@ def test_a_decode_engine_that_comes_back_has_nothing_of_before(prefill: Prefill)
         assert sockets.ask(socket, messages.Beat(), 5) == LOAD
 
 
+def test_a_decode_engine_that_leaves_and_ends_at_once_ends_no_prefill_engine(prefill: Prefill) -> None:
+    with subprocess.Popen(["sleep", "100"]) as process:
+        socket, other = prefill.connect("a", process.pid), prefill.connect("b")
+        with prefill.control.lock:  # vLLM schedules; the control thread waits, and then finds both
+            other.send(messages.encode(messages.Beat()))
+            time.sleep(0.1)
+            socket.send(messages.encode(messages.Leave()))
+            process.kill()
+            process.wait()
+            time.sleep(0.1)
+    eventually(lambda: prefill.pool.get_num_free_blocks() == 8)
+    assert messages.decode(other.recv()) == LOAD
+    time.sleep(0.1)
+    assert prefill.ended == []
+    assert sockets.ask(other, messages.Beat(), 5) == LOAD
+    for each in (socket, other):
+        each.close()
+
+
+def test_who_says_hello_again_before_all_is_taken_back_has_a_second_account(prefill: Prefill) -> None:
+    socket = prefill.connect("a")
+    prefill.executors_hang.set()
+    for _ in range(2):
+        socket.send(messages.encode(messages.Leave()))
+        assert sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5) == WELCOME
+        assert sockets.ask(socket, messages.Lease(2), 5) != messages.Leased([])
+    assert prefill.pool.get_num_free_blocks() == 4
+    prefill.executors_hang.clear()
+    eventually(lambda: prefill.pool.get_num_free_blocks() == 8)
+    socket.send(messages.encode(messages.Leave()))
+    eventually(lambda: prefill.pool.get_num_free_blocks() == 10)
+    socket.close()
+
+
+def test_who_does_not_say_its_name_borrows_nothing(prefill: Prefill) -> None:
+    socket = sockets.connect(prefill.control.address)
+    answer = sockets.ask(socket, messages.Hello(IDENTITY, borrows=True), 5)
+    assert isinstance(answer, messages.Refused), "its channels could not be told from others' when it goes"
+    assert sockets.ask(socket, messages.Hello(IDENTITY, borrows=False), 5) == WELCOME
+    socket.close()
+
+
+@pytest.mark.parametrize("lends", [False, True])
+def test_books_that_cannot_be_closed_end_nobody_else(prefill: Prefill, lends: bool) -> None:
+    def fail(ordered_blocks: Iterable[Any]) -> None:
+        raise AssertionError("a reference too few")
+
+    socket, other = prefill.connect("a"), prefill.connect("b")
+    if not lends:
+        socket.send(messages.encode(messages.Release([], [0, 1])))
+        assert sockets.ask(socket, messages.Beat(), 5) == LOAD
+    prefill.pool.free_blocks = fail
+    prefill.now = 50
+    assert sockets.ask(other, messages.Beat(), 5) == LOAD
+    prefill.now = 70
+    eventually(lambda: b"a" not in prefill.lender.borrowers and len(prefill.lender.borrowers) == 1)
+    time.sleep(0.1)
+    assert prefill.ended == []
+    assert sockets.ask(other, messages.Beat(), 5) == LOAD
+    for each in (socket, other):
+        each.close()
+
+
 def test_a_failing_step_ends_the_executor_that_may_still_write_and_no_other(prefill: Prefill) -> None:
     socket = prefill.connect("a")
     socket.send(messages.encode(messages.Fault([77])))
@@ -329,7 +426,7 @@ def test_a_prompt_that_is_dropped_is_held_by_nobody_and_a_claimed_one_by_its_cla
 def test_a_prompt_can_be_claimed_once_and_only_after_hello(server: ControlServer) -> None:
     socket = sockets.connect(server.address)
     assert isinstance(sockets.ask(socket, messages.Claim("prompt"), 5), messages.Refused)
-    assert sockets.ask(socket, messages.Hello(IDENTITY, borrows=True), 5) == WELCOME
+    assert sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5) == WELCOME
     assert sockets.ask(socket, messages.Claim("prompt"), 5) == messages.Claimed("prompt", [], 7, b"d")
     assert sockets.ask(socket, messages.Claim("prompt"), 5) == messages.Gone("prompt")
     socket.close()

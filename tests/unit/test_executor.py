@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import zmq
 
 from tests.unit.test_control import IDENTITY
 from vllm_adrenaline import memory_file
 from vllm_adrenaline.attention.executor import Server
+from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport, LayerSpec
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmSteps
 from vllm_adrenaline.decode.split import split_rows
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv_space import remote_id
 from vllm_adrenaline.prefill import executor
 
@@ -27,11 +33,13 @@ SHAPE = Shape(4, 4, 2, num_heads=2, num_kv_heads=2, head_size=32, dtype=torch.fl
 
 
 class Decode:
-    """A worker of a decode engine, attached to the executor at `address`."""
+    """A worker of a decode engine, attached to the executor at `address`; `process` is one of its own that can end."""
 
-    def __init__(self, address: str, engine: str) -> None:
+    def __init__(self, address: str, engine: str, in_process: bool = True) -> None:
         self.channel, self.steps = ShmDecodeChannel(SHAPE), ShmSteps(SHAPE)
-        identity, pid, channel = IDENTITY, os.getpid(), self.channel
+        identity, channel = IDENTITY, self.channel
+        self.process = None if in_process else subprocess.Popen(["sleep", "100"], pass_fds=[channel.fd])
+        pid = os.getpid() if self.process is None else self.process.pid
         sizes = (SHAPE.max_rows, SHAPE.max_tokens, SHAPE.max_blocks)
         hello = messages.Attach(identity, engine, 0, pid, channel.fd, channel.epoch, [0], *sizes)
         answer = sockets.ask_once(address, hello, 5)
@@ -45,11 +53,20 @@ class Decode:
         split = split_rows(table, starts, lens, torch.zeros(1, dtype=torch.int64), [], BLOCK)
         self.steps.begin(split.handle, {0: self.channel})
 
+    def send(self, index: int) -> None:
+        """Send a layer."""
+        self.steps.send(index, *[torch.ones(1, 2, 32)] * 3)
+
     def layer(self, index: int) -> bool:
         """Say whether the executor answers a layer."""
-        ones = torch.ones(1, 2, 32)
-        self.steps.send(index, ones, ones, ones)
-        return self.steps.receive(index, ones) == 0
+        self.send(index)
+        return self.steps.receive(index, torch.ones(1, 2, 32)) == 0
+
+    def end(self) -> None:
+        """End the process."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
 
     def step(self) -> bool:
         """Say whether the executor answers a whole step."""
@@ -94,6 +111,87 @@ def test_a_step_that_cannot_be_served_costs_its_own_decode_engine_its_channel(ad
     assert not wrong.layer(0)
     assert time.monotonic() - began < 2
     assert wrong.channel.is_closed, "nothing is written for it any more, so the executor need not be killed"
+    assert other.step()
+
+
+class Kernel:
+    """Attention that does not come back before it `may_go`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.entered, self.may_go = threading.Event(), threading.Event()
+        attend = CpuAttention.layer
+
+        def layer(*args: Any) -> None:
+            self.entered.set()
+            assert self.may_go.wait(20)
+            attend(*args)
+
+        patch.setattr(CpuAttention, "layer", layer)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+    made = Kernel(monkeypatch)
+    yield made
+    made.may_go.set()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_who_is_attended_for_is_let_go_of_only_when_the_kernel_has_come_back(
+    address: str, kernel: Kernel, ends: bool
+) -> None:
+    decode = Decode(address, "a", in_process=not ends)
+    decode.begin()
+    decode.send(0)
+    assert kernel.entered.wait(5)
+    if ends:
+        decode.end()
+        for _ in range(2):  # by now the executor has noticed
+            assert sockets.ask_once(address, messages.Revoke("nobody"), 5) == messages.Revoked("nobody")
+    asking = sockets.connect(address)
+    asking.send(messages.encode(messages.Revoke("a")))
+    assert not asking.poll(300), "it still writes into blocks that would be free"
+    assert not decode.channel.is_closed, "a decode engine would give the blocks back"
+    kernel.may_go.set()
+    assert asking.poll(5000)
+    assert messages.decode(asking.recv()) == messages.Revoked("a")
+    assert decode.channel.is_closed
+    asking.close()
+
+
+def test_a_worker_that_ends_while_it_is_let_go_of_ends_no_executor(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, go_on, answer = threading.Event(), threading.Event(), sockets.answer
+
+    def slow(*args: Any) -> None:
+        busy.set()
+        assert go_on.wait(20)
+        answer(*args)
+
+    decode, asking = Decode(address, "a", in_process=False), sockets.connect(address)
+    monkeypatch.setattr(sockets, "answer", slow)
+    asking.send(messages.encode(messages.Revoke("nobody")))
+    assert busy.wait(5)
+    asking.send(messages.encode(messages.Revoke("a")))  # both are there when the executor looks again
+    decode.end()
+    time.sleep(0.1)
+    go_on.set()
+    for engine in ("nobody", "a"):
+        assert asking.poll(5000), "the executor answers nobody any more"
+        assert messages.decode(asking.recv()) == messages.Revoked(engine)
+    assert Decode(address, "b").step()
+    asking.close()
+
+
+def test_an_attachment_that_fails_in_an_unforeseen_way_is_refused_and_others_are_served(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Decode(address, "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_file, "check", lambda *_: {}["memory"])
+        hello = messages.Attach(IDENTITY, "a", 0, os.getpid(), 0, 1, [0], 4, 4, 2)
+        assert isinstance(sockets.ask_once(address, hello, 5), messages.Refused)
     assert other.step()
 
 
@@ -146,6 +244,68 @@ def test_executors_that_acknowledge_live_and_deaf_ones_are_killed(
     executor.revoke("a")
     assert time.monotonic() - began < 2
     assert [each.killed for each in site.processes] == [False, True, True, False]
+
+
+def test_an_executor_that_cannot_even_be_asked_is_killed_and_the_others_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (Executor(f"ipc://{tmp_path}/{i}", messages.Revoked) for i in range(2))
+    connect = sockets.connect
+
+    def too_many_files(address: str) -> zmq.Socket[bytes]:
+        if address == first.address:
+            raise zmq.ZMQError(errno.EMFILE)
+        return connect(address)
+
+    monkeypatch.setattr(sockets, "connect", too_many_files)
+    monkeypatch.setattr(executor, "_site", SimpleNamespace(processes=[first, second]))
+    executor.revoke("a")
+    assert (first.killed, second.killed) == (True, False)
+
+
+class Clock:
+    """Time that passes when somebody sleeps, or when a process runs."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 0.0, list[float]()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_only_health_makes_the_restart_of_an_executor_prompt_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, done = Clock(), threading.Event()
+    lives = iter([(1, 5), (1, 5), (1, 100), (1, 5), (119, 0), (1, 5), (1, 5)])  # seconds to be ready, and from then on
+
+    class Process:
+        pid = 1
+
+        def __init__(self, spec: object) -> None:
+            self.spec, self.left = spec, 0
+            if (life := next(lives, None)) is None:
+                done.set()
+                threading.Event().wait()
+            self.starting, self.lives = life
+
+        def wait_ready(self) -> None:
+            clock.now += self.starting
+            if not self.lives:
+                raise AdrenalineError("it hangs as it starts, and was killed")
+
+        def wait(self) -> int:
+            clock.now += self.lives
+            return -9
+
+    monkeypatch.setattr(executor, "time", clock)
+    monkeypatch.setattr(executor, "ExecutorProcess", Process)
+    kv = KVExport(1, 1, 1, [1], [1], "float32", "vec", 1, [], [0], 1)
+    executor.AttentionSite([ExecutorSpec(0, "", IDENTITY, kv, [0], 1, 1.0)])
+    assert done.wait(5)
+    assert clock.slept == [0.5, 1, 0.5, 1, 2, 4, 8]
 
 
 def test_what_executors_run_on_fits_a_message_on_any_machine() -> None:

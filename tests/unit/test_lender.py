@@ -96,8 +96,10 @@ class LenderMachine(RuleBasedStateMachine):
         self.now += seconds
         for name in self.lender.silent():
             had = self.lender.borrowers[name].has_blocks
-            assert self.lender.leave(name) == had
-            self.lender.evict(name)
+            left = self.lender.leave(name)
+            assert (left is not None) == had
+            if left is not None:
+                self.lender.evict(left)
         assert not self.lender.silent()
 
     @rule(who=borrowers)

@@ -39,16 +39,14 @@ class ChannelThread(threading.Thread):
         self._idle_timeout_ns = int(idle_timeout * 1e9)
 
     def run(self) -> None:
-        while True:
-            try:
-                if (found := self.channel.next_step()) is None:
-                    return
+        try:
+            while (found := self.channel.next_step()) is not None:
                 self._serve_step(*found)
-            except Exception:
-                # The decode engine learns it at once and recomputes; it attaches anew. Others are served as before.
-                logger.exception("a step of decode engine %s failed: its channel is closed", self.engine)
-                self.channel.stop()
-                return
+        except Exception:
+            # The decode engine learns it at once and recomputes; it attaches anew. Others are served as before.
+            logger.exception("a step of decode engine %s failed: its channel is closed", self.engine)
+        finally:
+            self.channel.close()
 
     def _serve_step(self, number: int, rows: int, step: dict[str, torch.Tensor]) -> None:
         channel, attention, timeout_ns = self.channel, self._attention, self._idle_timeout_ns
@@ -93,7 +91,8 @@ class Server:
         os.close(fd)
         self._socket, self._address = sockets.bind(spec.address)
         self._threads: dict[int, ChannelThread] = {}  # by the pidfd of the decode worker
-        self._revoking: list[tuple[bytes, str, list[ChannelThread]]] = []
+        self._ending: list[ChannelThread] = []  # told to end; perhaps still in a step
+        self._revoking: list[tuple[bytes, str]] = []  # who waits for the end of which decode engine's
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self.bad_frames = 0
@@ -103,11 +102,12 @@ class Server:
         print(f"{READY} {self._address}", flush=True)
         try:
             while True:
-                for source, _ in self._poller.poll(REVOKE_POLL_MS if self._revoking else None):
-                    if source is self._socket:
-                        self._serve_one()
-                    else:
-                        self._drop(source)
+                ready = dict(self._poller.poll(REVOKE_POLL_MS if self._revoking else None))
+                # Before messages: one may revoke a channel whose worker has ended, too.
+                for pidfd in self._threads.keys() & ready.keys():
+                    self._drop(pidfd)
+                if self._socket in ready:
+                    self._serve_one()
                 self._acknowledge()
         finally:
             sockets.unbind(self._socket, self._address)
@@ -125,24 +125,24 @@ class Server:
                 answer: messages.Message = self._attach(message)
             except (AdrenalineError, OSError, RuntimeError, ValueError) as error:
                 answer = messages.Refused(str(error)[: messages.MAX_REASON])
+            except Exception:
+                logger.exception("cannot attach a worker of decode engine %s", message.engine)
+                answer = messages.Refused("the attention executor failed; its log says how")
             sockets.answer(self._socket, peer, answer)
         elif isinstance(message, messages.Revoke):
-            pidfds = [fd for fd, thread in self._threads.items() if thread.engine == message.engine]
-            threads = [self._threads[fd] for fd in pidfds]
-            for pidfd in pidfds:
+            for pidfd in [fd for fd, thread in self._threads.items() if thread.engine == message.engine]:
                 self._drop(pidfd)
-            self._revoking.append((peer, message.engine, threads))
+            self._revoking.append((peer, message.engine))
 
     def _acknowledge(self) -> None:
         """Answer those whose decode engine is not attended for any more: its threads have left their last step."""
-        still = []
-        for peer, engine, threads in self._revoking:
-            if any(thread.is_alive() for thread in threads):
-                still.append((peer, engine, threads))
-            else:
+        self._ending = [thread for thread in self._ending if thread.is_alive()]
+        busy = {thread.engine for thread in self._ending}
+        for peer, engine in self._revoking:
+            if engine not in busy:
                 logger.info("decode engine %s is not attended for any more", engine)
                 sockets.answer(self._socket, peer, messages.Revoked(engine))
-        self._revoking = still
+        self._revoking = [(peer, engine) for peer, engine in self._revoking if engine in busy]
 
     def _attach(self, message: messages.Attach) -> messages.Attached:
         reason = messages.mismatch(self._spec.identity, message.identity, "attention executor", "decode worker")
@@ -187,4 +187,6 @@ class Server:
     def _drop(self, pidfd: int) -> None:
         self._poller.unregister(pidfd)
         os.close(pidfd)
-        self._threads.pop(pidfd).channel.stop()
+        thread = self._threads.pop(pidfd)
+        thread.channel.stop()
+        self._ending.append(thread)

@@ -176,3 +176,7 @@ class ShmExecutorChannel:
     def stop(self) -> None:
         """End the waits of this end, from any thread."""
         library.executor_stop(self._end)
+
+    def close(self) -> None:
+        """Tell the decode worker that nothing is written for it any more. The thread that serves it says so."""
+        library.executor_close(self._end)

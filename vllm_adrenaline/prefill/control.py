@@ -17,7 +17,7 @@ import msgspec
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.prefill.lender import Lender
+from vllm_adrenaline.prefill.lender import Borrower, Lender
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -65,8 +65,9 @@ class ControlServer(threading.Thread):
         try:
             self._serve()
         except BaseException:
-            logger.critical("the control thread of this prefill engine ended, and so does the engine", exc_info=True)
-            self._end_engine(FAILED)
+            if not self._stopping.is_set():
+                logger.critical("the control thread of this prefill engine ended, and so does it", exc_info=True)
+                self._end_engine(FAILED)
         finally:
             sockets.unbind(self._socket, self.address)
 
@@ -79,11 +80,12 @@ class ControlServer(threading.Thread):
     def _serve(self) -> None:
         ticked = 0.0
         while not self._stopping.is_set():
-            for source, _ in self._poller.poll(POLL_MS):
-                if source is self._socket:
-                    self._serve_one()
-                else:
-                    self._depart(self._processes[source], "has ended")
+            ready = dict(self._poller.poll(POLL_MS))
+            # Before messages: one may say that its sender leaves, and close the descriptor that is ready, too.
+            for pidfd in self._processes.keys() & ready.keys():
+                self._depart(self._processes[pidfd], "has ended")
+            if self._socket in ready:
+                self._serve_one()
             if (now := time.monotonic()) - ticked >= POLL_MS / 1000:
                 ticked = now
                 try:
@@ -109,24 +111,18 @@ class ControlServer(threading.Thread):
         with self.lock:
             if borrower not in self.lender.borrowers:
                 return
-            has_blocks = self.lender.leave(borrower)
-        logger.warning("decode engine %s %s: taking back all it had borrowed", engine or borrower.hex(), why)
-        if has_blocks:
-            threading.Thread(
-                target=self._take_back, args=(borrower, engine), name="adrenaline-revoke", daemon=True
-            ).start()
-        else:
-            with self.lock:
-                self.lender.evict(borrower)
+            left = self.lender.leave(borrower)
+        logger.warning("decode engine %s %s: taking back all it had borrowed", engine, why)
+        if left is not None:
+            threading.Thread(target=self._take_back, args=(left, engine), name="adrenaline-revoke", daemon=True).start()
 
-    def _take_back(self, borrower: bytes, engine: str) -> None:
+    def _take_back(self, left: Borrower, engine: str) -> None:
         try:
             self.revoke(engine)
+            with self.lock:
+                self.lender.evict(left)
         except Exception:
             logger.critical("blocks of decode engine %s stay out: it may still be attended for", engine, exc_info=True)
-            return
-        with self.lock:
-            self.lender.evict(borrower)
 
     def _join(self, borrower: bytes, hello: messages.Hello) -> None:
         """A decode engine says hello. What it had over another connection it does not know of any more."""
@@ -166,6 +162,8 @@ class ControlServer(threading.Thread):
             reason = messages.mismatch(self.identity, message.identity, "prefill engine", "decode engine")
             if reason is not None:
                 return messages.Refused(reason)
+            if message.borrows and not message.engine:
+                return messages.Refused("a decode engine that borrows says its name: what it has is taken back by it")
             welcome = self.welcome()
             if message.borrows:
                 self._join(borrower, message)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -34,7 +35,7 @@ logger = logging.getLogger("vllm.adrenaline")
 START_TIMEOUT_S = 120.0
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 HEALTHY_S = 60.0
-"""An executor that lived so long is started again as promptly as the first time."""
+"""An executor that served for so long is started again as promptly as the first time."""
 REVOKE_S = 2.0
 
 _site: AttentionSite | None = None
@@ -91,17 +92,27 @@ def revoke(engine: str) -> None:
     An executor that does not acknowledge within REVOKE_S is killed: nobody knows what it still does. Those of others go
     on. One that has no address yet was just started, and serves nobody.
     """
-    waiting = [(p, sockets.connect(p.address)) for p in (_site.processes if _site is not None else []) if p.address]
-    for _, socket in waiting:
-        socket.send(messages.encode(messages.Revoke(engine)))
-    deadline = time.monotonic() + REVOKE_S
-    for process, socket in waiting:
-        try:
-            if not _acknowledges(socket, engine, deadline):
+    with contextlib.ExitStack() as stack:
+        asked: list[tuple[ExecutorProcess, zmq.Socket[bytes] | None]] = []
+        for process in _site.processes if _site is not None else []:
+            if process.address:
+                asked.append((process, _ask_to_let_go(process, engine, stack)))
+        deadline = time.monotonic() + REVOKE_S
+        for process, socket in asked:
+            if socket is None or not _acknowledges(socket, engine, deadline):
                 logger.error("attention executor %d does not let go of decode engine %s", process.pid, engine)
                 process.kill()
-        finally:
-            socket.close()
+
+
+def _ask_to_let_go(process: ExecutorProcess, engine: str, stack: contextlib.ExitStack) -> zmq.Socket[bytes] | None:
+    try:
+        socket = sockets.connect(process.address)
+        stack.callback(socket.close)
+        socket.send(messages.encode(messages.Revoke(engine)))
+    except zmq.ZMQError as error:  # too many open files, say
+        logger.error("cannot talk to attention executor %d: %s", process.pid, error)
+        return None
+    return socket
 
 
 def _acknowledges(socket: zmq.Socket[bytes], engine: str, deadline: float) -> bool:
@@ -179,23 +190,25 @@ class AttentionSite:
             threading.Thread(target=self._watch, args=(rank,), name=f"adrenaline-watch-{rank}", daemon=True).start()
 
     def _watch(self, rank: int) -> None:
-        backoff, started = MIN_BACKOFF_S, time.monotonic()
+        backoff, ready = MIN_BACKOFF_S, time.monotonic()
         while True:
             code = self.processes[rank].wait()
             if self._stopping.is_set():
                 return
-            if time.monotonic() - started > HEALTHY_S:
+            if time.monotonic() - ready > HEALTHY_S:
                 backoff = MIN_BACKOFF_S
+            ready = math.inf
             logger.error("attention executor %d ended with exit code %d: starting it again", rank, code)
             time.sleep(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF_S)
             try:
                 process = ExecutorProcess(msgspec.structs.replace(self.processes[rank].spec, share=self.share))
-                self.processes[rank], started = process, time.monotonic()
+                self.processes[rank] = process
                 if self._stopping.is_set():
                     process.stop()
                     return
                 process.wait_ready()
+                ready = time.monotonic()
             except (AdrenalineError, OSError):
                 logger.exception("attention executor %d did not come back", rank)
 

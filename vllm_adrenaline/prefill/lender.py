@@ -31,7 +31,7 @@ class Offer:
     digest: bytes
 
 
-@dataclass
+@dataclass(eq=False)
 class Borrower:
     """What one decode engine has of ours, and when we last heard of it (seconds)."""
 
@@ -56,7 +56,7 @@ class Lender:
         self.offers: dict[str, Offer] = {}
         self._let_go: set[str] = set()
         self.borrowers: dict[bytes, Borrower] = {}
-        self._leaving: dict[bytes, Borrower] = {}
+        self._leaving: list[Borrower] = []
 
     def offer(self, request_id: str, offer: Offer) -> None:
         """Make a finished prompt claimable; something else keeps its blocks until `withdraw`."""
@@ -130,20 +130,23 @@ class Lender:
         deadline = self.clock() - self.expiry_s
         return [name for name, known in self.borrowers.items() if known.last_beat < deadline]
 
-    def leave(self, borrower: bytes) -> bool:
-        """From now on the borrower is not known; return whether it has blocks, which stay out until `evict`."""
-        known = self._leaving[borrower] = self.borrowers.pop(borrower)
-        return known.has_blocks
+    def leave(self, borrower: bytes) -> Borrower | None:
+        """From now on the borrower is not known. Return what it has, which stays out until `evict`; None: nothing."""
+        known = self.borrowers.pop(borrower)
+        if not known.has_blocks:
+            return None
+        self._leaving.append(known)
+        return known
 
-    def evict(self, borrower: bytes) -> None:
+    def evict(self, left: Borrower) -> None:
         """Take back what a borrower that left has. The caller has made sure that nobody attends for it any more."""
-        known = self._leaving.pop(borrower)
-        for blocks in known.claims.values():
+        self._leaving.remove(left)
+        for blocks in left.claims.values():
             self.pool.free_blocks(reversed(blocks))
-        self.pool.free_blocks(list(known.leased.values()))
+        self.pool.free_blocks(list(left.leased.values()))
 
     @property
     def lent(self) -> tuple[int, int]:
         """Return how many claims and how many leased blocks are out."""
-        known = [*self.borrowers.values(), *self._leaving.values()]
+        known = [*self.borrowers.values(), *self._leaving]
         return sum(len(b.claims) for b in known), sum(len(b.leased) for b in known)
