@@ -7,6 +7,7 @@ over a real socket. Nothing else of the plugin is touched.
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
 import time
@@ -229,6 +230,16 @@ class Decode(Engine):
         from vllm_adrenaline.decode.scheduler import DecodeScheduler
 
         super().__init__(DecodeScheduler, config, kv_cache_config)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What engines do to their own process is not done to the one of all tests: its priority, its environment."""
+    monkeypatch.setattr("vllm_adrenaline.decode.scheduler.come_first", lambda: None)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
