@@ -5,16 +5,16 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-digest = runpy.run_path(str(Path(__file__).parent / "vllm_adrenaline" / "sources.py"))["digest"]
+build_hash = runpy.run_path(str(Path(__file__).parent / "vllm_adrenaline" / "native" / "build_hash.py"))["build_hash"]
 
 setup(
     ext_modules=[
         Extension(
-            "vllm_adrenaline._native",
+            "vllm_adrenaline.native._native",
             sources=["csrc/bindings.cpp"],
             depends=[str(path) for path in Path("csrc").rglob("*.h")],
             language="c++",
-            define_macros=[("ADRENALINE_SOURCES", f'"{digest(Path("csrc"))}"'), ("Py_LIMITED_API", "0x030B0000")],
+            define_macros=[("ADRENALINE_SOURCES", f'"{build_hash(Path("csrc"))}"'), ("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=["-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden"],
             py_limited_api=True,
         )

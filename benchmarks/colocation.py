@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fleet
 import report
 
-from vllm_adrenaline.bench.load import Request
-from vllm_adrenaline.colocation import cpu
+from vllm_adrenaline.system import priority
+from vllm_adrenaline.workload.load import Request
 
 SHARES = {"unloaded": 1.0, "burst, real-time": 1.0, "burst, ordinary": 0.5}
 PROMPT_TOKENS, BURST = 1024, 12
@@ -56,7 +56,7 @@ async def burst(url: str, seed: int, count: int, gap: float) -> list[float]:
 
 def measure(engines: fleet.Fleet, share: float, has_burst: bool, tokens: int, seed: int) -> dict[str, Any]:
     """Decode with or without a burst; return the figures."""
-    cpu.take_share(engines.executor(), share)
+    priority.take_share(engines.executor(), share)
     took: list[float] = []
 
     def send() -> None:

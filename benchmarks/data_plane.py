@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import python_channel
 import report
 
-from vllm_adrenaline import kv_space
-from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps, Status
-from vllm_adrenaline.decode.split import SplitRows, split_rows
+from vllm_adrenaline.kv import space
+from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps, Status
+from vllm_adrenaline.transport.split import SplitRows, split_rows
 
 ROOT = Path(__file__).parent.parent
 HEADS, KV_HEADS, HEAD = 32, 8, 128
@@ -54,7 +54,7 @@ def forked(core: int, body: Callable[[], None]) -> Iterator[None]:
 
 def batch(rows: int) -> SplitRows:
     """Return the split of a batch whose rows are all the first executor's."""
-    table = torch.full((rows, 1), kv_space.remote_id(0, 0), dtype=torch.int32)
+    table = torch.full((rows, 1), space.remote_id(0, 0), dtype=torch.int32)
     starts, lens = torch.arange(rows + 1, dtype=torch.int32), torch.ones(rows, dtype=torch.int32)
     return split_rows(table, starts, lens, torch.zeros(rows, dtype=torch.int64), [], 128)
 

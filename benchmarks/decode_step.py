@@ -44,16 +44,17 @@ from torch.nn.functional import linear, silu  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: E402
 
-from vllm_adrenaline import kv_space, memory_file  # noqa: E402
 from vllm_adrenaline.attention.kernels import CpuAttention  # noqa: E402
 from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport, LayerSpec  # noqa: E402
 from vllm_adrenaline.control.messages import PROTOCOL, Identity  # noqa: E402
-from vllm_adrenaline.data.shm import Shape, ShmSteps  # noqa: E402
 from vllm_adrenaline.decode.link import Link  # noqa: E402
-from vllm_adrenaline.decode.remote import RemoteAttention, StepPlan  # noqa: E402
-from vllm_adrenaline.decode.split import split_rows  # noqa: E402
-from vllm_adrenaline.kv_memory import map_kv  # noqa: E402
+from vllm_adrenaline.decode.remote_attention import RemoteAttention, StepPlan  # noqa: E402
+from vllm_adrenaline.kv import space  # noqa: E402
+from vllm_adrenaline.kv.memory import map_kv  # noqa: E402
 from vllm_adrenaline.prefill.executor import ExecutorProcess  # noqa: E402
+from vllm_adrenaline.system import memory_file  # noqa: E402
+from vllm_adrenaline.transport.shm import Shape, ShmSteps  # noqa: E402
+from vllm_adrenaline.transport.split import split_rows  # noqa: E402
 
 BLOCK = 128
 DTYPE = torch.bfloat16
@@ -114,7 +115,7 @@ class Model:
         plan, table, lens, slots = None, self.table, self.lens, self.slots
         if offloaded:
             table = table.clone()
-            table[:offloaded] |= kv_space.remote_id(0, 0)
+            table[:offloaded] |= space.remote_id(0, 0)
             slots = slots.clone()
             split = split_rows(table, self.starts, lens, slots, [], BLOCK)
             self.remote._split = split

@@ -9,15 +9,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from vllm_adrenaline.bench import client, figures
-from vllm_adrenaline.bench.load import Load, Request, from_trace
-from vllm_adrenaline.demo.model import make_model
-from vllm_adrenaline.engine_metrics import EngineMetrics
-from vllm_adrenaline.launch import roles, system
+from vllm_adrenaline.bench import figures
+from vllm_adrenaline.launch import commands
 from vllm_adrenaline.launch.cluster import runtime_folder
+from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.process import group_members
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
+from vllm_adrenaline.system import machine
+from vllm_adrenaline.workload import client
+from vllm_adrenaline.workload.load import Load, Request, from_trace
+from vllm_adrenaline.workload.tiny_model import make_model
 
 VOCABULARY = 2048
 MODEL = {"layers": 12, "hidden": 512, "heads": 8, "kv_heads": 8}
@@ -54,15 +56,15 @@ class Fleet:
         here = str(Path(__file__).parent / "knob")
         env = {"HF_HUB_OFFLINE": "1", "ADRENALINE_KNOB": str(self._knob)}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        flags, specs = roles.adrenaline_args(folder, "auto"), []
+        flags, specs = commands.adrenaline_args(folder, "auto"), []
         flags["prefill"] += prefill_flags
-        ports = system.held_ports(2)
+        ports = machine.held_ports(2)
         for role, blocks, core, port in (
             ("prefill", prefill_blocks, "1", ports[0]),
             ("decode", decode_blocks, "0", ports[1]),
         ):
             more = [*flags[role], *common, "--kv-cache-memory-bytes", str(blocks * BLOCK_BYTES)]
-            specs.append(roles.engine_spec(role, str(model), port, more, {**env, system.CORES_ENV: core}))
+            specs.append(commands.engine_spec(role, str(model), port, more, {**env, machine.CORES_ENV: core}))
         supervisor = stack.enter_context(Supervisor(specs, logs=logs))
         self._prefill_pid = supervisor.processes["prefill"].pid
         listener = stack.enter_context(bind("127.0.0.1", 0))

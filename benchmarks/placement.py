@@ -24,11 +24,11 @@ import fleet
 import report
 
 from vllm_adrenaline.bench.figures import seconds_by_rows
-from vllm_adrenaline.bench.load import Load, from_trace
 from vllm_adrenaline.simulate import command
 from vllm_adrenaline.simulate.engines import Model
 from vllm_adrenaline.simulate.run import Setup, Simulation
-from vllm_adrenaline.simulate.trace import Arrival
+from vllm_adrenaline.workload.load import Load, from_trace
+from vllm_adrenaline.workload.trace import Arrival
 
 Runs = dict[str, dict[str, list[dict[str, Any]]]]
 """Figures of every run, by load and policy."""

@@ -13,8 +13,8 @@ from typing import Final
 
 import torch
 
-from vllm_adrenaline.data.shm import Shape
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.transport.shm import Shape
 
 MAGIC: Final = 0xAD2E_0001
 PAGE: Final = 4096

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_adrenaline.launch.system import machine
-from vllm_adrenaline.percentiles import percentile  # noqa: F401 - for the benchmarks
+from vllm_adrenaline.system.machine import machine
 
 
 def parser(description: str, quick: str = "under a minute, with fewer repeats") -> argparse.ArgumentParser:

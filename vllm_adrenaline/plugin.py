@@ -53,11 +53,11 @@ def register() -> None:
                 flag = f"{config.FLAG_PREFIX}{next(iter(values)).replace('_', '-')}"
                 raise SystemExit(f"adrenaline: {flag} needs --plugin {PLUGIN}")
             return from_cli_args(cls, args)
-        from vllm_adrenaline import roles
+        from vllm_adrenaline.engine import setup
 
         try:
             config.Options.parse(values)
-            roles.check_model(args.model)  # vLLM itself looks for the model while EngineArgs are made
+            setup.check_model(args.model)  # vLLM itself looks for the model while EngineArgs are made
         except AdrenalineError as error:
             raise SystemExit(f"adrenaline: {error}") from None
         engine_args = from_cli_args(cls, args)
@@ -70,14 +70,14 @@ def register() -> None:
             return create_engine_config(self, usage_context, headless)
         from vllm.usage.usage_lib import UsageContext
 
-        from vllm_adrenaline import roles
+        from vllm_adrenaline.engine import setup
 
         try:
             options = config.Options.parse(dict(self.additional_config[PLUGIN]))
-            roles.apply(self, options)
+            setup.apply(self, options)
             vllm_config = create_engine_config(self, usage_context, headless)
-            roles.check_supported(vllm_config)
-            roles.check_peers(options, vllm_config, logger.info)
+            setup.check_supported(vllm_config)
+            setup.check_peers(options, vllm_config, logger.info)
         except AdrenalineError as error:
             if usage_context is UsageContext.OPENAI_API_SERVER:
                 raise SystemExit(f"adrenaline: {error}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.conftest import Fleet, fleet, kv_bytes, workload
-from vllm_adrenaline.status import of_engine
+from vllm_adrenaline.launch.status import of_engine
 
 COMMON = ["--dtype", "float32", "--max-model-len", "1024"]
 LOCAL_BLOCKS, PREFILL_BLOCKS = 17, 21

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import pytest
 
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.demo.model import make_model
+from vllm_adrenaline.workload.tiny_model import make_model
 
 M = TypeVar("M", bound=messages.Message)
 BLOCK, LOCAL_BLOCKS, REMOTE_BLOCKS = 16, 65, 1000
@@ -58,7 +58,7 @@ class Prefill:
                     self.refusal = None
                     self.greetings += 1
                 self._socket.send_multipart([name, messages.encode(self._welcome())])
-            elif isinstance(message, messages.Beat):
+            elif isinstance(message, messages.Heartbeat):
                 if self.refusal is not None:
                     self._socket.send_multipart([name, messages.encode(messages.Refused(self.refusal))])
                 elif self.answers_beats:

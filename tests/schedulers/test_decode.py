@@ -9,9 +9,9 @@ import pytest
 
 from tests.schedulers.conftest import BLOCK, ENGINE, Decode, Prefill, eventually
 from vllm_adrenaline.control import messages
-from vllm_adrenaline.decode.remote import Report
-from vllm_adrenaline.digest import token_digest
-from vllm_adrenaline.stamp import stamped
+from vllm_adrenaline.decode.remote_attention import Report
+from vllm_adrenaline.kv.prompt_hash import prompt_hash
+from vllm_adrenaline.kv.stamp import stamped
 
 PROMPT = list(range(10, 10 + 3 * BLOCK + 5))
 BLOCKS = [11, 12, 13, 14]
@@ -29,11 +29,11 @@ def params(prompt: list[int], name: str = "prompt", **other: Any) -> dict[str, A
         "remote_port": 5600,
         "tp_size": 1,
     }
-    return stamped(made, token_digest(prompt), len(prompt)) | other
+    return stamped(made, prompt_hash(prompt), len(prompt)) | other
 
 
 def granted(prompt: list[int], name: str = "prompt", blocks: list[int] = BLOCKS) -> messages.Claimed:
-    return messages.Claimed(name, blocks, len(prompt), token_digest(prompt))
+    return messages.Claimed(name, blocks, len(prompt), prompt_hash(prompt))
 
 
 def offloaded(decode: Decode, prefill: Prefill, name: str = "prompt", max_tokens: int = 8) -> Any:
@@ -250,8 +250,8 @@ def test_a_release_follows_the_fault_of_the_step_in_which_it_happened(decode: An
     engine.abort(request)  # EngineCore.step takes aborts before it takes what the step gave
     engine.update(scheduled, failure(pid=77))
     eventually(lambda: released(prefill))
-    said = [m for m in prefill.heard if isinstance(m, (messages.Fault, messages.Release))]
-    assert said == [messages.Fault([77]), messages.Release(["prompt"], [])]
+    said = [m for m in prefill.heard if isinstance(m, (messages.KillExecutors, messages.Release))]
+    assert said == [messages.KillExecutors([77]), messages.Release(["prompt"], [])]
 
 
 # Prefill engines that go away
@@ -260,8 +260,8 @@ def test_a_release_follows_the_fault_of_the_step_in_which_it_happened(decode: An
 @pytest.mark.parametrize(
     "answer",
     [
-        messages.Gone("prompt"),
-        messages.Claimed("prompt", BLOCKS, len(PROMPT), token_digest(PROMPT)),
+        messages.ClaimRejected("prompt"),
+        messages.Claimed("prompt", BLOCKS, len(PROMPT), prompt_hash(PROMPT)),
         messages.Leased([1]),
     ],
 )

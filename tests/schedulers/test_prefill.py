@@ -12,7 +12,7 @@ import zmq
 
 from tests.schedulers.conftest import BLOCK, Engine, eventually
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.digest import token_digest
+from vllm_adrenaline.kv.prompt_hash import prompt_hash
 from vllm_adrenaline.prefill import executor
 
 PROMPT = list(range(10, 10 + 3 * BLOCK + 5))
@@ -75,7 +75,7 @@ def test_a_finished_prompt_carries_the_proof_of_what_it_is(prefill: Any) -> None
     told = prefill().finish()
     assert told["adrenaline"] == {
         "version": 1,
-        "prompt_hash": token_digest(PROMPT).hex(),
+        "prompt_hash": prompt_hash(PROMPT).hex(),
         "num_tokens": len(PROMPT),
         "signature": "",
     }
@@ -97,7 +97,7 @@ def test_a_claimed_prompt_is_kept_until_it_is_released_whatever_is_dropped(prefi
     engine.let_go()
     assert engine.free_blocks < engine.free
     engine.line.send(messages.encode(messages.Release([name], [])))
-    assert isinstance(engine.ask(messages.Beat()), messages.Load)
+    assert isinstance(engine.ask(messages.Heartbeat()), messages.Load)
     assert engine.free_blocks == engine.free
 
 

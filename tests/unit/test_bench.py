@@ -10,10 +10,10 @@ import pytest
 
 from vllm_adrenaline import cli
 from vllm_adrenaline.bench import figures, report, systems
-from vllm_adrenaline.bench.client import Answer
 from vllm_adrenaline.bench.run import Plan, Run
 from vllm_adrenaline.bench.workloads import LOADS, MODELS
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.workload.client import Answer
 
 ANSWERS = [
     Answer(sent=0.0, times=[0.5, 0.6, 0.7, 0.8], tokens=[1, 2, 3, 4]),

@@ -17,10 +17,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adrenaline import kv_space, memory_file
-from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps, Status
-from vllm_adrenaline.decode.split import SplitRows, split_rows
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.kv import space
+from vllm_adrenaline.system import memory_file
+from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps, Status
+from vllm_adrenaline.transport.split import SplitRows, split_rows
 
 BLOCK = 32
 SHAPE = Shape(4, 8, 3, num_heads=2, num_kv_heads=1, head_size=4, dtype=torch.float32)
@@ -30,7 +31,7 @@ def batch(remote: dict[int, list[int]], rows: int = 8) -> SplitRows:
     """A batch of one-token rows, split: executor -> its rows; the others are local."""
     table = torch.ones((rows, SHAPE.max_blocks), dtype=torch.int32)
     for executor, mine in remote.items():
-        table[mine] = kv_space.remote_id(executor, 1)
+        table[mine] = space.remote_id(executor, 1)
     starts, lens = torch.arange(rows + 1, dtype=torch.int32), torch.full((rows,), 5, dtype=torch.int32)
     return split_rows(table, starts, lens, torch.arange(rows), [], BLOCK)
 
@@ -183,7 +184,7 @@ def test_an_executor_leaves_a_step_that_the_decode_worker_left() -> None:
 
 def test_a_plan_of_another_width_is_refused() -> None:
     steps, decode, _ = channels()
-    table = torch.full((1, 2), kv_space.remote_id(0, 1), dtype=torch.int32)
+    table = torch.full((1, 2), space.remote_id(0, 1), dtype=torch.int32)
     one = torch.ones(1, dtype=torch.int32)
     split = split_rows(table, torch.tensor([0, 1], dtype=torch.int32), one, torch.zeros(1, dtype=torch.int64), [], 32)
     with pytest.raises(RuntimeError, match="as wide as"):
@@ -269,7 +270,7 @@ def test_ten_thousand_channels_leave_nothing_behind() -> None:
 
 EXECUTOR = """
 import os, sys, torch
-from vllm_adrenaline.data.shm import Shape, ShmExecutorChannel
+from vllm_adrenaline.transport.shm import Shape, ShmExecutorChannel
 shape = Shape(4, 8, 3, num_heads=2, num_kv_heads=1, head_size=4, dtype=torch.float32)
 channel = ShmExecutorChannel(int(sys.argv[1]), shape, int(sys.argv[2]), shared_core=True)
 print("up", flush=True)
@@ -313,16 +314,17 @@ def test_an_executor_killed_at_any_point_leaves_the_decode_worker_alive_and_no_w
 
 DECODE = """
 import sys, torch
-from vllm_adrenaline import kv_space, memory_file
-from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmSteps
-from vllm_adrenaline.decode.split import split_rows
+from vllm_adrenaline.kv import space
+from vllm_adrenaline.system import memory_file
+from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmSteps
+from vllm_adrenaline.transport.split import split_rows
 shape = Shape(4, 8, 3, num_heads=2, num_kv_heads=1, head_size=4, dtype=torch.float32)
 channel, steps = ShmDecodeChannel(shape), ShmSteps(shape)
 channel.watch(-1, 30, True)
 print(channel.fd, channel.epoch, flush=True)
 sys.stdin.readline()  # the executor is there
 one = torch.ones(1, dtype=torch.int32)
-table = torch.full((1, 3), kv_space.remote_id(0, 1), dtype=torch.int32)
+table = torch.full((1, 3), space.remote_id(0, 1), dtype=torch.int32)
 split = split_rows(table, torch.tensor([0, 1], dtype=torch.int32), one, torch.zeros(1, dtype=torch.int64), [], 32)
 x = torch.zeros(1, 2, 4)
 while True:
@@ -391,7 +393,7 @@ def test_a_split_batch_masks_remote_rows_and_loses_no_token(
     lens = [query + past for _, query, past in spec]
     blocks = st.integers(1, 50)
     table = torch.tensor(
-        [[place << kv_space.INDEX_BITS | data.draw(blocks) for _ in range(width)] for place, _, _ in spec],
+        [[place << space.INDEX_BITS | data.draw(blocks) for _ in range(width)] for place, _, _ in spec],
         dtype=torch.int32,
     )
     # As vLLM's: a view of a wider tensor, and a slot mapping longer than the batch.
@@ -419,12 +421,12 @@ def test_a_split_batch_masks_remote_rows_and_loses_no_token(
         assert count == len(mine)
         where = mine.index(row)
         assert plan["seq_lens"][where] == lens[row]
-        assert torch.equal(plan["block_table"][where], table[row] & (kv_space.MAX_BLOCKS - 1))
+        assert torch.equal(plan["block_table"][where], table[row] & (space.MAX_BLOCKS - 1))
         begin, end = plan["query_start_loc"][where : where + 2].tolist()
         assert end - begin == query
         for offset, slot in enumerate(plan["slot_mapping"][begin:end].tolist()):
             position = past + offset
-            block = kv_space.index_of(int(table[row, position // BLOCK]))
+            block = space.index_of(int(table[row, position // BLOCK]))
             assert slot == (-1 if row in received else block * BLOCK + position % BLOCK)
     assert [slot for slot in range(sum(queries)) if slots[slot] == -1] == masked
     assert all(slots[i] == 1000 + i for i in range(len(slots)) if i not in masked)

@@ -20,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control.server import FAILED, ControlServer
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.prefill.control import FAILED, ControlServer
-from vllm_adrenaline.prefill.lender import Lender, Offer
+from vllm_adrenaline.prefill.leases import LeaseManager, Offer
 
 IDENTITY = messages.Identity(
     protocol=messages.PROTOCOL,
@@ -73,7 +73,7 @@ class Pool:
         WELCOME,
         messages.Claimed("r", [1, 2], 200, b"digest"),
         messages.Release(["r"], [3]),
-        messages.Fault([17]),
+        messages.KillExecutors([17]),
         messages.Attach(IDENTITY, "d", 0, 1, 2, 3, [0], 4, 5, 6),
         messages.Drop(["r"]),
         messages.Leave(),
@@ -150,13 +150,13 @@ class Prefill:
     def __init__(self, address: str) -> None:
         self.pool, self.now, self.revoked, self.killed = Pool(), 0.0, [], []
         self.executors_hang, self.ended = threading.Event(), []
-        self.lender = Lender(self.pool, 0, 60, lambda: self.now)
-        self.lender.offer("prompt", Offer([], 7, b"d"))
+        self.leases = LeaseManager(self.pool, 0, 60, lambda: self.now)
+        self.leases.offer("prompt", Offer([], 7, b"d"))
         self.tick: Callable[[], None] = bool
         self.control = ControlServer(
             address,
             IDENTITY,
-            self.lender,
+            self.leases,
             threading.RLock(),
             lambda: WELCOME,
             lambda: LOAD,
@@ -258,11 +258,11 @@ def test_a_process_whose_control_thread_ends_fails_and_says_why(tmp_path: Path) 
     code = """
 import sys, threading
 from tests.unit.test_control import IDENTITY, LOAD, WELCOME, Pool
-from vllm_adrenaline.prefill.control import ControlServer
-from vllm_adrenaline.prefill.lender import Lender
-lender = Lender(Pool(), 0, 60, lambda: 0.0)
+from vllm_adrenaline.control.server import ControlServer
+from vllm_adrenaline.prefill.leases import LeaseManager
+leases = LeaseManager(Pool(), 0, 60, lambda: 0.0)
 calls = [lambda: WELCOME, lambda: LOAD, lambda: sys.exit("the reason"), lambda pids: None, lambda engine: None]
-ControlServer(sys.argv[1], IDENTITY, lender, threading.RLock(), *calls).start()
+ControlServer(sys.argv[1], IDENTITY, leases, threading.RLock(), *calls).start()
 threading.Event().wait(30)
 """
     command = [sys.executable, "-c", code, f"ipc://{tmp_path}/c"]
@@ -294,14 +294,14 @@ def test_what_a_silent_decode_engine_had_is_free_when_no_executor_can_write_for_
     gone, other = prefill.connect("a"), prefill.connect("b")
     prefill.executors_hang.set()
     prefill.now = 50
-    assert sockets.ask(other, messages.Beat(), 5) == LOAD
+    assert sockets.ask(other, messages.Heartbeat(), 5) == LOAD
     prefill.now = 70
     for _ in range(10):  # it is answered while executors let go of the other
         began = time.monotonic()
-        assert sockets.ask(other, messages.Beat(), 5) == LOAD
+        assert sockets.ask(other, messages.Heartbeat(), 5) == LOAD
         assert time.monotonic() - began < 1
         time.sleep(0.1)
-    assert isinstance(sockets.ask(gone, messages.Beat(), 5), messages.Refused)
+    assert isinstance(sockets.ask(gone, messages.Heartbeat(), 5), messages.Refused)
     assert prefill.pool.get_num_free_blocks() == 6, "an executor may still write"
     prefill.executors_hang.clear()
     eventually(lambda: prefill.pool.get_num_free_blocks() == 8)
@@ -333,16 +333,16 @@ def test_a_decode_engine_that_comes_back_has_nothing_of_before(prefill: Prefill)
     after = prefill.connect("a")
     eventually(lambda: prefill.pool.get_num_free_blocks() == 6, seconds=2)
     assert prefill.revoked == ["a"]
-    assert isinstance(sockets.ask(before, messages.Beat(), 5), messages.Refused)
+    assert isinstance(sockets.ask(before, messages.Heartbeat(), 5), messages.Refused)
     for socket in (other, after):
-        assert sockets.ask(socket, messages.Beat(), 5) == LOAD
+        assert sockets.ask(socket, messages.Heartbeat(), 5) == LOAD
 
 
 def test_a_decode_engine_that_leaves_and_ends_at_once_ends_no_prefill_engine(prefill: Prefill) -> None:
     with subprocess.Popen(["sleep", "100"]) as process:
         socket, other = prefill.connect("a", process.pid), prefill.connect("b")
         with prefill.control.lock:  # vLLM schedules; the control thread waits, and then finds both
-            other.send(messages.encode(messages.Beat()))
+            other.send(messages.encode(messages.Heartbeat()))
             time.sleep(0.1)
             socket.send(messages.encode(messages.Leave()))
             process.kill()
@@ -352,7 +352,7 @@ def test_a_decode_engine_that_leaves_and_ends_at_once_ends_no_prefill_engine(pre
     assert messages.decode(other.recv()) == LOAD
     time.sleep(0.1)
     assert prefill.ended == []
-    assert sockets.ask(other, messages.Beat(), 5) == LOAD
+    assert sockets.ask(other, messages.Heartbeat(), 5) == LOAD
     for each in (socket, other):
         each.close()
 
@@ -388,26 +388,26 @@ def test_books_that_cannot_be_closed_end_nobody_else(prefill: Prefill, lends: bo
     socket, other = prefill.connect("a"), prefill.connect("b")
     if not lends:
         socket.send(messages.encode(messages.Release([], [0, 1])))
-        assert sockets.ask(socket, messages.Beat(), 5) == LOAD
+        assert sockets.ask(socket, messages.Heartbeat(), 5) == LOAD
     prefill.pool.free_blocks = fail
     prefill.now = 50
-    assert sockets.ask(other, messages.Beat(), 5) == LOAD
+    assert sockets.ask(other, messages.Heartbeat(), 5) == LOAD
     prefill.now = 70
-    eventually(lambda: b"a" not in prefill.lender.borrowers and len(prefill.lender.borrowers) == 1)
+    eventually(lambda: b"a" not in prefill.leases.borrowers and len(prefill.leases.borrowers) == 1)
     time.sleep(0.1)
     assert prefill.ended == []
-    assert sockets.ask(other, messages.Beat(), 5) == LOAD
+    assert sockets.ask(other, messages.Heartbeat(), 5) == LOAD
     for each in (socket, other):
         each.close()
 
 
 def test_a_failing_step_ends_the_executor_that_may_still_write_and_no_other(prefill: Prefill) -> None:
     socket = prefill.connect("a")
-    socket.send(messages.encode(messages.Fault([77])))
-    assert sockets.ask(socket, messages.Beat(), 5) == LOAD
+    socket.send(messages.encode(messages.KillExecutors([77])))
+    assert sockets.ask(socket, messages.Heartbeat(), 5) == LOAD
     assert prefill.killed == [77]
     stranger = sockets.connect(prefill.control.address)
-    assert isinstance(sockets.ask(stranger, messages.Fault([78]), 5), messages.Refused)
+    assert isinstance(sockets.ask(stranger, messages.KillExecutors([78]), 5), messages.Refused)
     assert prefill.killed == [77], "only who was served can tell"
     stranger.close()
 
@@ -415,12 +415,12 @@ def test_a_failing_step_ends_the_executor_that_may_still_write_and_no_other(pref
 def test_a_prompt_that_is_dropped_is_held_by_nobody_and_a_claimed_one_by_its_claim(prefill: Prefill) -> None:
     socket = prefill.connect("a")
     assert isinstance(sockets.ask(socket, messages.Claim("prompt"), 5), messages.Claimed)
-    assert prefill.lender.take_let_go() == {"prompt"}
-    prefill.lender.offer("second", Offer([], 7, b"d"))
+    assert prefill.leases.take_let_go() == {"prompt"}
+    prefill.leases.offer("second", Offer([], 7, b"d"))
     socket.send(messages.encode(messages.Drop(["prompt", "second", "third"])))
-    assert sockets.ask(socket, messages.Claim("second"), 5) == messages.Gone("second")
-    assert prefill.lender.take_let_go() == {"second"}
-    assert prefill.lender.lent == (1, 2)
+    assert sockets.ask(socket, messages.Claim("second"), 5) == messages.ClaimRejected("second")
+    assert prefill.leases.take_let_go() == {"second"}
+    assert prefill.leases.lent == (1, 2)
 
 
 def test_a_prompt_can_be_claimed_once_and_only_after_hello(server: ControlServer) -> None:
@@ -428,7 +428,7 @@ def test_a_prompt_can_be_claimed_once_and_only_after_hello(server: ControlServer
     assert isinstance(sockets.ask(socket, messages.Claim("prompt"), 5), messages.Refused)
     assert sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5) == WELCOME
     assert sockets.ask(socket, messages.Claim("prompt"), 5) == messages.Claimed("prompt", [], 7, b"d")
-    assert sockets.ask(socket, messages.Claim("prompt"), 5) == messages.Gone("prompt")
+    assert sockets.ask(socket, messages.Claim("prompt"), 5) == messages.ClaimRejected("prompt")
     socket.close()
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from vllm_adrenaline import cores
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system import cores
 
 
 @pytest.mark.parametrize(

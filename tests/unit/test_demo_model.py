@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from vllm_adrenaline.demo import load, report
-from vllm_adrenaline.demo.model import cache_folder, make_model
-from vllm_adrenaline.demo.text import words
+from vllm_adrenaline.bench import demo_load, demo_report
+from vllm_adrenaline.workload.text import words
+from vllm_adrenaline.workload.tiny_model import cache_folder, make_model
 
 
 def tiny(folder: Path, seed: int = 0) -> Path:
@@ -82,8 +82,8 @@ def test_config_is_what_was_asked(tmp_path: Path) -> None:
 
 
 def test_requests_are_mixed_and_the_same_every_time() -> None:
-    requests = load.mixed_requests()
-    assert requests == load.mixed_requests()
+    requests = demo_load.mixed_requests()
+    assert requests == demo_load.mixed_requests()
     lengths = [len(work.prompt.split()) for work in requests]
     assert (min(lengths), max(lengths), len(requests)) == (3, 330, 24)
     assert {work.chat for work in requests} == {True, False}
@@ -91,13 +91,16 @@ def test_requests_are_mixed_and_the_same_every_time() -> None:
 
 
 def test_report_counts_tokens_up_to_the_first_difference() -> None:
-    def result(name: str, offloaded: int | None, *tokens: list[int]) -> report.Result:
-        answers = [load.Answer(mine, 0.1, 0.01) for mine in tokens]
-        return report.Result(name, offloaded, load.Measured(answers, 1.0, 0.5), 10)
+    def result(name: str, offloaded: int | None, *tokens: list[int]) -> demo_report.Result:
+        answers = [demo_load.Answer(mine, 0.1, 0.01) for mine in tokens]
+        return demo_report.Result(name, offloaded, demo_load.Measured(answers, 1.0, 0.5), 10)
 
     plain = result("plain", None, [1, 2, 3], [4, 5])
     good, bad = result("good", 1, [1, 2, 3], [4, 5]), result("bad", 0, [1, 9, 3], [4, 5])
-    assert report.problems([plain, good]) == []
-    assert report.problems([plain, bad]) == ["bad: 2 tokens differ from plain vLLM's", "bad: no request was offloaded"]
-    assert "3 of 5" in report.table([plain, bad])
-    assert "5 of 10" in report.table([plain, bad])
+    assert demo_report.problems([plain, good]) == []
+    assert demo_report.problems([plain, bad]) == [
+        "bad: 2 tokens differ from plain vLLM's",
+        "bad: no request was offloaded",
+    ]
+    assert "3 of 5" in demo_report.table([plain, bad])
+    assert "5 of 10" in demo_report.table([plain, bad])

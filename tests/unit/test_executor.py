@@ -17,16 +17,16 @@ import torch
 import zmq
 
 from tests.unit.test_control import IDENTITY
-from vllm_adrenaline import memory_file
-from vllm_adrenaline.attention.executor import Server
 from vllm_adrenaline.attention.kernels import CpuAttention
+from vllm_adrenaline.attention.server import Server
 from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport, LayerSpec
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmSteps
-from vllm_adrenaline.decode.split import split_rows
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.kv_space import remote_id
+from vllm_adrenaline.kv.space import remote_id
 from vllm_adrenaline.prefill import executor
+from vllm_adrenaline.system import memory_file
+from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmSteps
+from vllm_adrenaline.transport.split import split_rows
 
 BLOCKS, BLOCK, LAYERS = 4, 32, 2
 SHAPE = Shape(4, 4, 2, num_heads=2, num_kv_heads=2, head_size=32, dtype=torch.float32)
@@ -303,7 +303,7 @@ def test_only_health_makes_the_restart_of_an_executor_prompt_again(monkeypatch: 
     monkeypatch.setattr(executor, "time", clock)
     monkeypatch.setattr(executor, "ExecutorProcess", Process)
     kv = KVExport(1, 1, 1, [1], [1], "float32", "vec", 1, [], [0], 1)
-    executor.AttentionSite([ExecutorSpec(0, "", IDENTITY, kv, [0], 1, 1.0)])
+    executor.ExecutorPool([ExecutorSpec(0, "", IDENTITY, kv, [0], 1, 1.0)])
     assert done.wait(5)
     assert clock.slept == [0.5, 1, 0.5, 1, 2, 4, 8]
 

@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
-from vllm_adrenaline import memory_file
-from vllm_adrenaline.attention.executor import check_plan
 from vllm_adrenaline.attention.kernels import CpuAttention
+from vllm_adrenaline.attention.server import check_plan
 from vllm_adrenaline.attention.spec import KVExport, LayerSpec
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system import memory_file
 
 BLOCKS, KV_HEADS, HEADS, BLOCK, HEAD = 6, 2, 4, 32, 32
 SHAPE = [BLOCKS, KV_HEADS, 2 * BLOCK, HEAD]

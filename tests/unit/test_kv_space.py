@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adrenaline.kv_space import LOCAL, MAX_BLOCKS, MAX_EXECUTORS, index_of, place_of, remote_id
+from vllm_adrenaline.kv.space import LOCAL, MAX_BLOCKS, MAX_EXECUTORS, index_of, pool_of, remote_id
 
 executors = st.integers(0, MAX_EXECUTORS - 1)
 indices = st.integers(0, MAX_BLOCKS - 1)
@@ -13,13 +13,13 @@ indices = st.integers(0, MAX_BLOCKS - 1)
 @given(executors, indices)
 def test_an_id_says_where_its_block_is(executor: int, index: int) -> None:
     block = remote_id(executor, index)
-    assert (place_of(block), index_of(block)) == (executor + 1, index)
+    assert (pool_of(block), index_of(block)) == (executor + 1, index)
     assert block < 2**31, "block tables are int32"
 
 
 @given(indices)
 def test_a_local_id_is_the_index_itself(index: int) -> None:
-    assert (place_of(index), index_of(index)) == (LOCAL, index)
+    assert (pool_of(index), index_of(index)) == (LOCAL, index)
 
 
 @pytest.mark.parametrize(("executor", "index"), [(-1, 0), (MAX_EXECUTORS, 0), (0, -1), (0, MAX_BLOCKS)])

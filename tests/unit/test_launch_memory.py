@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch import roles
+from vllm_adrenaline.launch import commands
 from vllm_adrenaline.launch.cluster import Cluster
 from vllm_adrenaline.launch.memory import GIB, PROCESSES_BYTES, Memory, is_chosen, machine, share
 
@@ -69,14 +69,14 @@ def test_vllms_own_flags_are_in_charge(args: list[str], env: dict[str, str], cho
     assert is_chosen(args, env) == chosen
 
 
-def commands(monkeypatch: pytest.MonkeyPatch, model: Path, **options: list[str]) -> dict[str, list[str]]:
+def commands_of(monkeypatch: pytest.MonkeyPatch, model: Path, **options: list[str]) -> dict[str, list[str]]:
     """Return how a cluster's engines would be started on a machine with 24 GiB, all free."""
     monkeypatch.setattr("vllm_adrenaline.launch.memory.machine", lambda: Memory(24 * GIB, 23 * GIB))
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     made: dict[str, list[str]] = {}
 
     class Nothing:
-        def __init__(self, specs: list[roles.EngineSpec], **_: object) -> None:
+        def __init__(self, specs: list[commands.EngineSpec], **_: object) -> None:
             made.update({spec.name: spec.command for spec in specs})
 
         def start(self) -> None:
@@ -93,7 +93,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, model: Path, **options: list[str])
 def test_both_engines_of_a_cluster_fit_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = commands(monkeypatch, tmp_path)
+    made = commands_of(monkeypatch, tmp_path)
     for command in made.values():
         assert float(command[command.index("--gpu-memory-utilization") + 1]) == pytest.approx(0.356, abs=0.002)
     assert "the prefill and the decode engine may take 8.5 GiB each" in capsys.readouterr().out
@@ -106,6 +106,6 @@ def test_both_engines_of_a_cluster_fit_this_machine(
 def test_a_choice_of_the_user_is_not_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, list[str]]
 ) -> None:
-    made = commands(monkeypatch, tmp_path, **options)
+    made = commands_of(monkeypatch, tmp_path, **options)
     ours = {name: "0.355" in command for name, command in made.items()}
     assert ours == {"prefill": "decode_args" in options, "decode": False}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_adrenaline import native
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.sources import digest
+from vllm_adrenaline.native import loader
+from vllm_adrenaline.native.build_hash import build_hash
 
 ROOT = Path(__file__).parent.parent.parent
 FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
@@ -48,31 +48,31 @@ def test_the_cpp_benchmark_measures_what_it_says(tmp_path: Path) -> None:
 
 
 def test_the_library_is_of_these_sources() -> None:
-    assert digest(ROOT / "csrc") == native.load().SOURCES
+    assert build_hash(ROOT / "csrc") == loader.load().SOURCES
 
 
 def test_a_changed_source_makes_the_library_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "digest", lambda folder: "0" * 16)
+    monkeypatch.setattr(loader, "build_hash", lambda folder: "0" * 16)
     with pytest.raises(AdrenalineError, match=r"other sources.*pip install"):
-        native.load()
+        loader.load()
 
 
 def test_the_digest_knows_every_source_and_ignores_tests(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "a.h").write_text("1")
-    before = digest(tmp_path)
+    before = build_hash(tmp_path)
     (tmp_path / "tests" / "t.cpp").write_text("1")
-    assert digest(tmp_path) == before
+    assert build_hash(tmp_path) == before
     (tmp_path / "a.h").write_text("2")
-    assert digest(tmp_path) != before
+    assert build_hash(tmp_path) != before
 
 
 def test_a_missing_library_says_which_command_mends_it() -> None:
     code = (
-        "import sys; sys.modules['vllm_adrenaline._native'] = None\n"
+        "import sys; sys.modules['vllm_adrenaline.native._native'] = None\n"
         "from vllm_adrenaline.errors import AdrenalineError\n"
         "from vllm_adrenaline import native\n"
-        "try: native.load()\n"
+        "try: loader.load()\n"
         "except AdrenalineError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

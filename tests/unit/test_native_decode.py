@@ -9,7 +9,7 @@ import torch
 
 from vllm_adrenaline.attention import native_decode
 from vllm_adrenaline.attention.kernels import CpuAttention
-from vllm_adrenaline.data.shm import library
+from vllm_adrenaline.transport.shm import library
 
 pytestmark = pytest.mark.skipif(not library.can_attend(), reason="needs AVX-512 with bfloat16")
 LENGTHS = [1, 5, 31, 32, 33, 100, 127, 128, 129, 300]

@@ -14,14 +14,24 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from vllm_adrenaline.placement import bounds
 from vllm_adrenaline.placement.costs import Costs, undisturbed
 from vllm_adrenaline.placement.memory import Memory, peak
-from vllm_adrenaline.placement.policy import Candidate, Decision, Observed, Placement, Reason, Site, bound, move, place
+from vllm_adrenaline.placement.policy import (
+    Candidate,
+    Decision,
+    EngineState,
+    Observed,
+    Placement,
+    Reason,
+    bound,
+    move,
+    place,
+)
 
 COSTS = Costs(step=[(1, 0.010), (8, 0.012), (64, 0.050)], local=2e-6, remote=[2e-6], exchange=1e-4)
 
 
-def site(capacity: int, room: int, rows: int, tokens: int) -> Site:
+def site(capacity: int, room: int, rows: int, tokens: int) -> EngineState:
     """A place with `room` tokens of memory beyond what its requests have and need."""
-    return Site(capacity, Memory(room, 1), rows, tokens)
+    return EngineState(capacity, Memory(room, 1), rows, tokens)
 
 
 ROOMY = site(capacity=10_000, room=10_000, rows=0, tokens=0)
@@ -29,7 +39,7 @@ FULL = site(capacity=4_000, room=-1_000, rows=8, tokens=4_000)
 REQUEST = Candidate(executor=0, tokens=500, growth=140, final=640)
 
 
-def observed(decode: Site = ROOMY, executor: Site = ROOMY, **other: object) -> Observed:
+def observed(decode: EngineState = ROOMY, executor: EngineState = ROOMY, **other: object) -> Observed:
     return Observed(**({"decode": decode, "executors": [executor], "costs": COSTS} | other))
 
 
@@ -89,7 +99,7 @@ def test_beyond_the_bound_a_larger_batch_is_made_where_steps_are_mostly_weights(
     as_much = site(capacity=10_000, room=5_000, rows=8, tokens=4_000)
     weights = Costs([(1, 0.050), (64, 0.060)], 2e-6, [2e-6])
     state = observed(decode=FULL, executor=as_much, costs=weights)
-    assert place(state, REQUEST) == Decision(Placement.OFFLOADED, Reason.WORTH)
+    assert place(state, REQUEST) == Decision(Placement.OFFLOADED, Reason.THROUGHPUT)
     tight = observed(decode=FULL, executor=as_much, costs=weights, tpot_slo=0.061)  # it takes 60 ms now
     assert place(tight, REQUEST).placement is Placement.WAIT
 
@@ -205,11 +215,11 @@ class Cluster(RuleBasedStateMachine):
         self.costs = msgspec.structs.replace(COSTS, remote=[2e-6, 2e-6])
         self.admitted = 0
 
-    def site(self, where: int | None) -> Site:
+    def site(self, where: int | None) -> EngineState:
         here = [(tokens, final - tokens) for place_, tokens, final in self.live if place_ == where]
         ready = True if where is None else self.ready[where]
         memory = Memory(self.capacity[where], BLOCK, here)
-        return Site(self.capacity[where] * BLOCK, memory, len(here), sum(t for t, _ in here), ready)
+        return EngineState(self.capacity[where] * BLOCK, memory, len(here), sum(t for t, _ in here), ready)
 
     def state(self) -> Observed:
         return Observed(self.site(None), [self.site(0), self.site(1)], self.costs)
@@ -230,7 +240,7 @@ class Cluster(RuleBasedStateMachine):
             return
         where = request.executor if decision.placement is Placement.OFFLOADED else None
         site, limit = state.executors[request.executor], bound(state, request.executor)
-        if where is not None and decision.reason is Reason.WORTH:
+        if where is not None and decision.reason is Reason.THROUGHPUT:
             rows = state.decode.rows + sum(each.rows for each in state.executors)
             remote = [(each.rows, each.tokens) for each in state.executors]
             now = state.costs.seconds(rows, state.decode.tokens, remote)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from vllm_adrenaline import config, versions
+from vllm_adrenaline import config
+from vllm_adrenaline.compat import versions
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.errors import AdrenalineError
 

@@ -12,11 +12,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from vllm_adrenaline.launch.system import held_ports
 from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.proxy.app import create_app
 from vllm_adrenaline.proxy.errors import Refused
 from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
+from vllm_adrenaline.system.machine import held_ports
 
 PARAMS = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_block_ids": [[1, 2]]}
 BODY = {"model": "m", "prompt": "hello", "max_tokens": 7}

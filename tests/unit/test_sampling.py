@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_adrenaline.sampling import without_generators
+from vllm_adrenaline.compat.sampling import without_generators
 
 
 def runner(unfinished: list[bool], generators: dict[int, str]) -> Any:

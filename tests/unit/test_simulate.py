@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_adrenaline import cli
-from vllm_adrenaline.placement import profile
+from vllm_adrenaline.engine import profile
 from vllm_adrenaline.placement.costs import Costs
-from vllm_adrenaline.simulate import trace
 from vllm_adrenaline.simulate.engines import Model
 from vllm_adrenaline.simulate.run import Result, Setup, Simulation
-from vllm_adrenaline.simulate.trace import Arrival, Scale
+from vllm_adrenaline.workload import trace
+from vllm_adrenaline.workload.trace import Arrival, Scale
 
 COSTS = Costs([(1, 0.010), (8, 0.012), (64, 0.050)], 4e-6, [4e-6], 1e-4, 2e-4)
 MODEL = Model(COSTS, [(32, 0.02), (512, 0.2), (2048, 1.0)], overhead=0.002, pull=1e-6)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from vllm_adrenaline import cli
-from vllm_adrenaline.engine_metrics import Snapshot
-from vllm_adrenaline.status import of_engine
+from vllm_adrenaline.launch.engine_metrics import Snapshot
+from vllm_adrenaline.launch.status import of_engine
 
 TEXT = """\
 # HELP vllm:num_requests_running Running.

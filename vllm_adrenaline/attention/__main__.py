@@ -10,7 +10,7 @@ import sys
 import msgspec
 
 from vllm_adrenaline.attention.spec import ExecutorSpec
-from vllm_adrenaline.colocation import cpu
+from vllm_adrenaline.system import priority
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -23,16 +23,16 @@ def main() -> None:
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=ExecutorSpec)
     # Both before torch is imported: its thread pools look at the affinity when they start, and inherit the priority.
     os.sched_setaffinity(0, spec.cpus)
-    priority = cpu.take_share(os.getpid(), spec.share)
-    logger.info("attention executor %d: %d thread(s) on cores %s, %s", spec.rank, spec.threads, spec.cpus, priority)
-    if priority == cpu.ORDINARY:
+    taken = priority.take_share(os.getpid(), spec.share)
+    logger.info("attention executor %d: %d thread(s) on cores %s, %s", spec.rank, spec.threads, spec.cpus, taken)
+    if taken == priority.ORDINARY:
         logger.warning(
             "the attention executor may take no higher priority (it needs CAP_SYS_NICE, or ulimit -r 1): whatever else "
             "runs on its cores delays every layer of a decode step"
         )
     import torch
 
-    from vllm_adrenaline.attention.executor import Server
+    from vllm_adrenaline.attention.server import Server
 
     torch.set_num_threads(spec.threads)
     Server(spec).serve()

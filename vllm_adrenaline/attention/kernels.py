@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_adrenaline import memory_file
 from vllm_adrenaline.attention import native_decode, operators
 from vllm_adrenaline.attention.spec import KVExport
-from vllm_adrenaline.kv_memory import map_kv
+from vllm_adrenaline.kv.memory import map_kv
+from vllm_adrenaline.system import memory_file
 
 
 class CpuAttention:

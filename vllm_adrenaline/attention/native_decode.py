@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vllm_adrenaline.attention import operators
-from vllm_adrenaline.data.shm import library
+from vllm_adrenaline.transport.shm import library
 
 logger = logging.getLogger("vllm.adrenaline")
 

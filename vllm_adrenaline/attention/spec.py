@@ -38,7 +38,7 @@ class KVExport(msgspec.Struct, frozen=True):
 
 class ExecutorSpec(msgspec.Struct, frozen=True):
     """Everything one attention executor needs. `cpus` and `threads` are its own, those in `kv` the prefill worker's.
-    `share`: of those cores' time, when others want them as well (vllm_adrenaline/colocation/cpu.py)."""
+    `share`: of those cores' time, when others want them as well (vllm_adrenaline/system/priority.py)."""
 
     rank: int
     address: str

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from vllm_adrenaline.bench.run import Plan, budget, ceiling_file
     from vllm_adrenaline.bench.run import run as run_plan
     from vllm_adrenaline.launch.supervisor import say
-    from vllm_adrenaline.launch.system import machine
+    from vllm_adrenaline.system.machine import machine
 
     quick = options.quick
     plan = Plan(

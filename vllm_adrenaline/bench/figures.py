@@ -6,8 +6,8 @@ import itertools
 import statistics
 from collections.abc import Sequence
 
-from vllm_adrenaline.bench.client import Answer
-from vllm_adrenaline.percentiles import percentile
+from vllm_adrenaline.system.statistics import percentile
+from vllm_adrenaline.workload.client import Answer
 
 PERCENTILES = (50, 90, 99)
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_adrenaline.bench import client, figures
-from vllm_adrenaline.bench.load import Load
+from vllm_adrenaline.bench import figures
 from vllm_adrenaline.bench.sampler import Sampler, cpu_seconds
 from vllm_adrenaline.bench.systems import Budget, System, Systems
 from vllm_adrenaline.bench.workloads import (
@@ -29,9 +28,11 @@ from vllm_adrenaline.bench.workloads import (
     at_rate,
     folder_of,
 )
-from vllm_adrenaline.engine_metrics import Snapshot
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch.system import physical_cores, split_cores
+from vllm_adrenaline.launch.engine_metrics import Snapshot
+from vllm_adrenaline.system.machine import physical_cores, split_cores
+from vllm_adrenaline.workload import client
+from vllm_adrenaline.workload.load import Load
 
 MODEL_NAME = "m"
 WARM_UP = LOADS["chat"]

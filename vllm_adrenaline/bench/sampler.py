@@ -6,7 +6,7 @@ import os
 import threading
 from pathlib import Path
 
-from vllm_adrenaline.engine_metrics import KV_USED, EngineMetrics
+from vllm_adrenaline.launch.engine_metrics import KV_USED, EngineMetrics
 from vllm_adrenaline.launch.process import group_members
 
 EVERY_S = 1.0

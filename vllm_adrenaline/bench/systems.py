@@ -9,13 +9,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_adrenaline.engine_metrics import EngineMetrics
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch import roles, system
+from vllm_adrenaline.launch import commands
 from vllm_adrenaline.launch.cluster import runtime_folder
-from vllm_adrenaline.launch.roles import EngineSpec
+from vllm_adrenaline.launch.commands import EngineSpec
+from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
+from vllm_adrenaline.system import machine
 
 BASELINE = "vllm_pd"
 BASELINE_PLUGIN = Path(__file__).parent / "baseline"
@@ -105,14 +106,14 @@ class Systems:
             cores_of = (b.decode_cores, b.prefill_cores)
             return [self._spec(f"vllm_two_{i}", half, cores, []) for i, cores in enumerate(cores_of)]
         if name == BASELINE:
-            env = roles.nixl_env(system.held_ports(2))
-            flags = roles.plain_args()
+            env = commands.nixl_env(machine.held_ports(2))
+            flags = commands.plain_args()
             return [
                 self._spec("pd_prefill", b.prefill_bytes, b.prefill_cores, flags["prefill"], env["prefill"]),
                 self._spec("pd_decode", b.decode_bytes, b.decode_cores, flags["decode"], env["decode"]),
             ]
         # One prefill engine serves the decode engines of all ratios: only one of them works at a time.
-        flags = roles.adrenaline_args(self._runtime, name.removeprefix("adrenaline_"))
+        flags = commands.adrenaline_args(self._runtime, name.removeprefix("adrenaline_"))
         return [
             self._spec("adrenaline_prefill", b.prefill_bytes, b.prefill_cores, flags["prefill"]),
             self._spec(f"{name}_decode", b.decode_bytes, b.decode_cores, flags["decode"]),
@@ -122,10 +123,10 @@ class Systems:
         self, name: str, kv_bytes: int, cores: str, flags: Sequence[str], env: dict[str, str] | None = None
     ) -> EngineSpec:
         if name not in self._specs:
-            (port,) = system.held_ports(1)
+            (port,) = machine.held_ports(1)
             args = [*flags, *self._args, "--kv-cache-memory-bytes", str(kv_bytes)]
-            env = {**(env or {}), system.CORES_ENV: cores, "HF_HUB_OFFLINE": "1"}
+            env = {**(env or {}), machine.CORES_ENV: cores, "HF_HUB_OFFLINE": "1"}
             if not name.startswith("adrenaline"):
                 env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BASELINE_PLUGIN), os.environ.get("PYTHONPATH"))))
-            self._specs[name] = roles.engine_spec(name, self._model, port, args, env)
+            self._specs[name] = commands.engine_spec(name, self._model, port, args, env)
         return self._specs[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_adrenaline.bench.load import Load, evenly, from_trace
+from vllm_adrenaline.workload.load import Load, evenly, from_trace
 
 VOCABULARY, MAX_LENGTH = 2048, 1536
 BLOCK = 128
@@ -110,6 +110,6 @@ MODELS = {
 
 def folder_of(size: ModelSize) -> Path:
     """Make the model if it is not there; return its folder."""
-    from vllm_adrenaline.demo.model import make_model
+    from vllm_adrenaline.workload.tiny_model import make_model
 
     return make_model(None, **size.shape, vocab=VOCABULARY, max_position=MAX_LENGTH)

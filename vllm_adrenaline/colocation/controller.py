@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from vllm_adrenaline.percentiles import percentile
+from vllm_adrenaline.system.statistics import percentile
 
 
 class Objectives(msgspec.Struct, frozen=True):

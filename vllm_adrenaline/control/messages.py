@@ -99,7 +99,7 @@ class Claimed(Message, frozen=True):
     digest: bytes
 
 
-class Gone(Message, frozen=True):
+class ClaimRejected(Message, frozen=True):
     """The prompt KV of this request is not held here (any more)."""
 
     request: Name
@@ -134,14 +134,14 @@ class Leased(Message, frozen=True):
     blocks: Blocks
 
 
-class Fault(Message, frozen=True):
+class KillExecutors(Message, frozen=True):
     """Decode to prefill engine: these attention executor processes of yours failed us. Kill them before you reuse any
     block: one that only slept would wake up and write into a block that is somebody else's by then."""
 
     pids: Annotated[list[Count], msgspec.Meta(max_length=1024)]
 
 
-class Beat(Message, frozen=True):
+class Heartbeat(Message, frozen=True):
     """Decode to prefill engine: I am alive. `tpot`: what my steps took lately (seconds, the 90th percentile; 0: none).
     `waiting`: KV blocks of your prompts that wait here to be placed. `offloads`: whether any of your blocks is attended
     by your executors for me. A borrower that stays silent loses its claims and leases."""
@@ -206,14 +206,14 @@ AnyMessage = (
     | Refused
     | Claim
     | Claimed
-    | Gone
+    | ClaimRejected
     | Drop
     | Leave
     | Release
     | Lease
     | Leased
-    | Fault
-    | Beat
+    | KillExecutors
+    | Heartbeat
     | Load
     | Attach
     | Attached

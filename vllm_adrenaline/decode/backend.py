@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_adrenaline.attention import native_decode
-from vllm_adrenaline.decode import remote
+from vllm_adrenaline.decode import remote_attention
 
 QUALNAME = "vllm_adrenaline.decode.backend.AdrenalineCPUBackend"
 
@@ -42,7 +42,7 @@ class AdrenalineBuilder(CPUAttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> CPUAttentionMetadata:
-        site = remote.active()
+        site = remote_attention.active()
         plan = None
         if site is not None:
             common_attn_metadata, plan = site.split(common_attn_metadata)

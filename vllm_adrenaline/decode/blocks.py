@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from vllm_adrenaline import kv_space
 from vllm_adrenaline.control import messages
+from vllm_adrenaline.kv import space
 
 if TYPE_CHECKING:
-    from vllm_adrenaline.decode.borrower import Borrower
-    from vllm_adrenaline.decode.offload import Offload
+    from vllm_adrenaline.control.client import PrefillClient
+    from vllm_adrenaline.decode.request_table import Offload
 
 
 class RemoteBlock(KVCacheBlock):
@@ -39,8 +39,8 @@ class RemotePool:
     this one then still says is not sent, and what it held is nobody's business any more.
     """
 
-    def __init__(self, executor: int, borrower: Borrower, life: int = 0) -> None:
-        self.executor, self.borrower, self.life = executor, borrower, life
+    def __init__(self, executor: int, client: PrefillClient, life: int = 0) -> None:
+        self.executor, self.client, self.life = executor, client, life
         self.free: list[int] = []
         self.asked = 0
         self.dead = False
@@ -52,7 +52,7 @@ class RemotePool:
     @property
     def peer(self) -> messages.Welcome | None:
         """What the prefill engine said of itself in this life; None while it is not there."""
-        return None if self.dead else self.borrower.peer(self.life)
+        return None if self.dead else self.client.peer(self.life)
 
     @property
     def leased(self) -> int:
@@ -62,7 +62,7 @@ class RemotePool:
     @property
     def spare(self) -> int:
         """How many more blocks there are for growth: leased and free ones, and what the prefill engine could lend."""
-        load = self.borrower.load
+        load = self.client.load
         return len(self.free) + max(0, load.free - load.reserve)
 
     @property
@@ -77,7 +77,7 @@ class RemotePool:
 
     def holds(self, now: float) -> bool:
         """Whether the prefill engine cannot have taken back anything that was read until `now` (seconds, monotonic)."""
-        return not self.dead and self.borrower.holds(self.life, now)
+        return not self.dead and self.client.holds(self.life, now)
 
     def adopt(self, claim: str, indices: Sequence[int], num_blocks: int) -> list[RemoteBlock]:
         """Return the blocks of a granted claim; the claim is released when the last of them is freed.
@@ -88,7 +88,7 @@ class RemotePool:
         if len(indices) != num_blocks:
             raise ValueError(f"{len(indices)} blocks for a prompt that fills {num_blocks}")
         self._claimed[claim] = len(indices)
-        return [RemoteBlock(kv_space.remote_id(self.executor, i), self, claim) for i in indices]
+        return [RemoteBlock(space.remote_id(self.executor, i), self, claim) for i in indices]
 
     def add_leased(self, indices: Sequence[int]) -> None:
         """Take blocks that the prefill engine lent; raises ValueError if they cannot be lent."""
@@ -101,7 +101,7 @@ class RemotePool:
 
     def _check(self, indices: Sequence[int]) -> None:
         peer = self.peer
-        most = peer.num_blocks if peer is not None else kv_space.MAX_BLOCKS
+        most = peer.num_blocks if peer is not None else space.MAX_BLOCKS
         wrong = [i for i in indices if not 0 <= i < most or i in self._leased]
         if wrong or len(set(indices)) != len(indices):
             raise ValueError(f"blocks {wrong or list(indices)} of {most}, some of them twice, outside or lent already")
@@ -109,7 +109,7 @@ class RemotePool:
     def take(self, count: int) -> list[RemoteBlock]:
         """Return `count` leased blocks; the caller has checked that there are so many."""
         indices = [self.free.pop() for _ in range(count)]
-        return [RemoteBlock(kv_space.remote_id(self.executor, i), self, None) for i in indices]
+        return [RemoteBlock(space.remote_id(self.executor, i), self, None) for i in indices]
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """vLLM gives blocks back (BlockPool.free_blocks)."""
@@ -118,7 +118,7 @@ class RemotePool:
         for block in ordered_blocks:
             assert isinstance(block, RemoteBlock)
             if block.claim is None:
-                self.free.append(kv_space.index_of(block.block_id))
+                self.free.append(space.index_of(block.block_id))
                 continue
             self._claimed[block.claim] -= 1
             if self._claimed[block.claim] == 0:
@@ -146,7 +146,7 @@ class RemotePool:
 
     def post(self, message: messages.Message) -> None:
         """Say something to the prefill engine, if this life of it is still there."""
-        self.borrower.post(self.life, message)
+        self.client.post(self.life, message)
 
 
 class KVSpaceManager(FullAttentionManager):

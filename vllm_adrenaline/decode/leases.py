@@ -50,7 +50,7 @@ def adjust(known: Mapping[str, RemoteRequest], pools: Iterable[RemotePool], bloc
     """Ask for blocks that will be needed soon, give back what will not be."""
     for pool in pools:
         mine = [each for each in known.values() if each.pool is pool and each.state is State.OFFLOADED]
-        pool.borrower.offloads = bool(mine)
+        pool.client.offloads = bool(mine)
         near = [_growth(each, LOOKAHEAD, block_size) for each in mine]
         far = [_growth(each, 2 * LOOKAHEAD, block_size) for each in mine]
         change = lease_change(len(pool.free), pool.asked, near, far)

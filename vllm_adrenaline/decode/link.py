@@ -10,8 +10,8 @@ import time
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel
 
 logger = logging.getLogger("vllm.adrenaline")
 

@@ -11,17 +11,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vllm_adrenaline.percentiles import percentile
 from vllm_adrenaline.placement.feedback import Feedback, OutputLengths, Step
 from vllm_adrenaline.placement.memory import Memory
-from vllm_adrenaline.placement.policy import Candidate, Decision, Observed, Placement, Reason, Site, bound, move, place
+from vllm_adrenaline.placement.policy import (
+    Candidate,
+    Decision,
+    EngineState,
+    Observed,
+    Placement,
+    Reason,
+    bound,
+    move,
+    place,
+)
+from vllm_adrenaline.system.statistics import percentile
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_adrenaline.config import Options
     from vllm_adrenaline.decode.blocks import RemotePool
-    from vllm_adrenaline.decode.remote import Report
+    from vllm_adrenaline.decode.remote_attention import Report
     from vllm_adrenaline.placement.costs import Costs
 
 MOVE_EVERY = 32
@@ -31,7 +41,7 @@ TPOT_STEPS = 64
 
 
 @dataclass
-class Share:
+class PlacementLoad:
     """The part of a batch that one place attends. `lengths`: tokens and expected growth of each request; `blocks`: what
     they have."""
 
@@ -49,10 +59,10 @@ class Share:
 class Batch:
     """All requests that hold KV memory of the decode engine or of an executor."""
 
-    local: Share = field(default_factory=Share)
-    remote: dict[int, Share] = field(default_factory=lambda: defaultdict(Share))
+    local: PlacementLoad = field(default_factory=PlacementLoad)
+    remote: dict[int, PlacementLoad] = field(default_factory=lambda: defaultdict(PlacementLoad))
 
-    def of(self, executor: int | None) -> Share:
+    def of(self, executor: int | None) -> PlacementLoad:
         """Return the share of an executor, None for the decode engine itself."""
         return self.local if executor is None else self.remote[executor]
 
@@ -93,16 +103,16 @@ class Placer:
         """Return the present state as the policy sees it; `free`: local blocks."""
         size, local = self._block_size, batch.local
         capacity = self._local_blocks * size
-        decode = Site(capacity, Memory(free + local.blocks, size, local.lengths), local.rows, local.tokens)
+        decode = EngineState(capacity, Memory(free + local.blocks, size, local.lengths), local.rows, local.tokens)
         executors = [
-            Site(
-                capacity=(pool.borrower.load.total - pool.borrower.load.reserve) * size,
+            EngineState(
+                capacity=(pool.client.load.total - pool.client.load.reserve) * size,
                 memory=Memory(pool.spare + share.blocks, size, share.lengths),
                 rows=share.rows,
                 tokens=share.tokens,
-                ready=pool.executor not in down and pool.borrower.welcome is not None,
-                busy=pool.borrower.load.busy,
-                recalls=pool.borrower.load.recalls,
+                ready=pool.executor not in down and pool.client.welcome is not None,
+                busy=pool.client.load.busy,
+                recalls=pool.client.load.recalls,
             )
             for pool, share in ((pool, batch.remote[pool.executor]) for pool in pools)
         ]
@@ -165,7 +175,7 @@ class Placer:
 
     @property
     def gauges(self) -> dict[str, float]:
-        """What is believed at present (vllm_adrenaline/metrics.py, GAUGES)."""
+        """What is believed at present (vllm_adrenaline/engine/metrics.py, GAUGES)."""
         costs, batch = self.feedback.costs, self._batch
         return {
             "local_attention_seconds_per_token": costs.local,
@@ -195,7 +205,7 @@ class Placer:
         )
 
     def take_counts(self) -> dict[str, float]:
-        """Return what was decided and attended since the last call, as counters (vllm_adrenaline/metrics.py)."""
+        """Return what was decided and attended since the last call, as counters (vllm_adrenaline/engine/metrics.py)."""
         counts, self.counts = self.counts, Counter()
         tokens, self._remote_tokens = self._remote_tokens, 0
         decided = {f"placements/{placement}/{reason}": float(count) for (placement, reason), count in counts.items()}

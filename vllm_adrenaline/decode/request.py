@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from vllm_adrenaline import kv_space
+from vllm_adrenaline.kv import space
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -122,6 +122,6 @@ class RemoteRequest:
             "remote_request_id": READ_BY_NOBODY,
             "remote_host": peer.nixl_host,
             "remote_port": peer.nixl_port,
-            "remote_block_ids": [[kv_space.index_of(block.block_id) for block in self.blocks[:used]]],
+            "remote_block_ids": [[space.index_of(block.block_id) for block in self.blocks[:used]]],
             "tp_size": tensor_parallel_size,
         }

@@ -15,17 +15,18 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_adrenaline import identity, measure
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.cores import come_first, wait_without_spinning
+from vllm_adrenaline.control.client import PrefillClient
 from vllm_adrenaline.decode import leases
 from vllm_adrenaline.decode.blocks import KVSpaceManager
-from vllm_adrenaline.decode.borrower import Borrower
-from vllm_adrenaline.decode.offload import Offload
 from vllm_adrenaline.decode.placer import Batch, Placer
-from vllm_adrenaline.decode.remote import Report
+from vllm_adrenaline.decode.remote_attention import Report
+from vllm_adrenaline.decode.request_table import Offload
+from vllm_adrenaline.engine import profiling
+from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.placement.policy import Reason
+from vllm_adrenaline.system.cores import come_first, wait_without_spinning
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -38,18 +39,18 @@ class DecodeScheduler(Scheduler):
         come_first()
         super().__init__(*args, **kwargs)
         options = Options.of(self.vllm_config)
-        us = identity.of(self.vllm_config)
+        identity = identity_of(self.vllm_config)
         engine = self.vllm_config.kv_transfer_config.engine_id
-        self.borrowers = [Borrower(address, us, engine) for address in options.peer_addresses]
-        for borrower in self.borrowers:
-            borrower.start()
+        self.clients = [PrefillClient(address, identity, engine) for address in options.peer_addresses]
+        for client in self.clients:
+            client.start()
         self._wait_for_peers(options.connect_timeout)
         tensor_parallel_size = self.vllm_config.parallel_config.tensor_parallel_size
         blocks = self.kv_cache_manager.block_pool.num_gpu_blocks
-        shares = [b.welcome.executor_share for b in self.borrowers if b.welcome is not None]
-        costs = measure.decode_costs(self.vllm_config, options, shares)
+        shares = [b.welcome.executor_share for b in self.clients if b.welcome is not None]
+        costs = profiling.decode_costs(self.vllm_config, options, shares)
         placer = Placer(options, costs, blocks, self.block_size, self.max_num_running_reqs)
-        self.offload = Offload(self.borrowers, placer, self.block_size, tensor_parallel_size)
+        self.offload = Offload(self.clients, placer, self.block_size, tensor_parallel_size)
         self.connector.offload = self.offload
         self._began, self._batch = 0.0, Batch()
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
@@ -61,7 +62,7 @@ class DecodeScheduler(Scheduler):
 
     def _wait_for_peers(self, timeout_s: float) -> None:
         deadline = time.monotonic() + max(timeout_s, 1.0)
-        while missing := [b.address for b in self.borrowers if b.welcome is None]:
+        while missing := [b.address for b in self.clients if b.welcome is None]:
             if time.monotonic() > deadline:
                 raise AdrenalineError(f"no prefill engine answers at {', '.join(missing)}")
             time.sleep(0.01)
@@ -176,6 +177,6 @@ class DecodeScheduler(Scheduler):
         return super().has_requests() or self.offload.unsettled
 
     def shutdown(self) -> None:
-        for borrower in self.borrowers:
-            borrower.stop()
+        for client in self.clients:
+            client.stop()
         super().shutdown()

@@ -14,15 +14,16 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_adrenaline import identity, measure
 from vllm_adrenaline.attention import operators
+from vllm_adrenaline.compat.sampling import without_generators
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.cores import come_first, settle_worker
-from vllm_adrenaline.data.shm import Shape, ShmSteps
-from vllm_adrenaline.decode import backend, remote
+from vllm_adrenaline.decode import backend, remote_attention
 from vllm_adrenaline.decode.link import Link
+from vllm_adrenaline.engine import profiling
+from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.sampling import without_generators
+from vllm_adrenaline.system.cores import come_first, settle_worker
+from vllm_adrenaline.transport.shm import Shape, ShmSteps
 
 
 class DecodeWorker(CPUWorker):
@@ -34,7 +35,7 @@ class DecodeWorker(CPUWorker):
         # CPU_ATTN itself is overridden: vLLM's CPU platform takes no other backend (vllm/platforms/cpu.py).
         register_backend(AttentionBackendEnum.CPU_ATTN, backend.QUALNAME)
         super().__init__(*args, **kwargs)
-        self.remote: remote.RemoteAttention | None = None
+        self.remote: remote_attention.RemoteAttention | None = None
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
@@ -54,18 +55,19 @@ class DecodeWorker(CPUWorker):
             head_size=model.get_head_size(),
             dtype=model.dtype,
         )
-        us = identity.of(config)
+        identity = identity_of(config)
         engine = config.kv_transfer_config.engine_id
         links = [
-            Link(a, us, engine, self.rank, layers, shape, options.executor_timeout) for a in options.peer_addresses
+            Link(a, identity, engine, self.rank, layers, shape, options.executor_timeout)
+            for a in options.peer_addresses
         ]
         deadline = time.monotonic() + max(options.connect_timeout, 1.0)
         for link in links:
             link.attach_until(deadline)
-        self.remote = remote.RemoteAttention(
+        self.remote = remote_attention.RemoteAttention(
             links, ShmSteps(shape), layers, config.cache_config.block_size, counts_rows=self.rank == 0
         )
-        remote.activate(self.remote)
+        remote_attention.activate(self.remote)
         connector = get_kv_transfer_group()
         connector.remote = self.remote
         for name, cache in connector.kv_caches.items():
@@ -75,7 +77,7 @@ class DecodeWorker(CPUWorker):
     def compile_or_warm_up_model(self) -> Any:
         """Measure before: vLLM ends its warm-up with a fresh random seed."""
         if self.remote is not None:
-            measure.profile_decode(self.vllm_config, Options.of(self.vllm_config), self.model_runner, self.remote)
+            profiling.profile_decode(self.vllm_config, Options.of(self.vllm_config), self.model_runner, self.remote)
         return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -94,6 +96,6 @@ class DecodeWorker(CPUWorker):
 
     def shutdown(self) -> None:
         if self.remote is not None:
-            remote.activate(None)
+            remote_attention.activate(None)
             self.remote.close()
         super().shutdown()

@@ -11,13 +11,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vllm_adrenaline.config import ratio_of
+from vllm_adrenaline.engine.setup import PEERS_START_TOO, check_model
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch import memory, roles, system
+from vllm_adrenaline.launch import commands, memory
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.running import Running
 from vllm_adrenaline.launch.supervisor import Supervisor, say
 from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
-from vllm_adrenaline.roles import PEERS_START_TOO, check_model
+from vllm_adrenaline.system import machine
 
 # The kernel's limit for the path of a Unix socket is 107 bytes; ours end in a short name.
 LONGEST_RUNTIME = 80
@@ -104,29 +105,31 @@ class Cluster(Running):
         self._door.start()
         self.url = url_of(self._listener)
 
-    def _specs(self, runtime: Path) -> list[roles.EngineSpec]:
-        ports = system.held_ports(4)
+    def _specs(self, runtime: Path) -> list[commands.EngineSpec]:
+        ports = machine.held_ports(4)
         env: dict[str, dict[str, str]] = {"prefill": {}, "decode": {}}
         if self.offload_ratio is None:
-            flags = roles.plain_args()
-            env = roles.nixl_env(ports[2:])
+            flags = commands.plain_args()
+            env = commands.nixl_env(ports[2:])
         else:
-            flags = roles.adrenaline_args(runtime, self.offload_ratio)
+            flags = commands.adrenaline_args(runtime, self.offload_ratio)
             env["decode"][PEERS_START_TOO] = "1"
-        if system.is_cpu_build() and system.CORES_ENV not in {**os.environ, **self._env}:
-            decode, prefill = system.split_cores(system.physical_cores())
-            env["decode"][system.CORES_ENV], env["prefill"][system.CORES_ENV] = decode, prefill
+        if machine.is_cpu_build() and machine.CORES_ENV not in {**os.environ, **self._env}:
+            decode, prefill = machine.split_cores(machine.physical_cores())
+            env["decode"][machine.CORES_ENV], env["prefill"][machine.CORES_ENV] = decode, prefill
         for role, args in self._shared_memory({role: {**os.environ, **env[role], **self._env} for role in env}).items():
             flags[role] = [*flags[role], *args]
         return [
-            roles.engine_spec(role, self.model, port, [*flags[role], *self._args[role]], env={**env[role], **self._env})
+            commands.engine_spec(
+                role, self.model, port, [*flags[role], *self._args[role]], env={**env[role], **self._env}
+            )
             for role, port in zip(("prefill", "decode"), ports, strict=False)
         ]
 
     def _shared_memory(self, env: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
         """Return the flags by which engines share this machine's memory, for those whose user chose nothing."""
         free = [role for role in env if not memory.is_chosen(self._args[role], env[role])]
-        if not free or not system.is_cpu_build():
+        if not free or not machine.is_cpu_build():
             return {}
         found = memory.machine()
         share = memory.share(found, len(env))

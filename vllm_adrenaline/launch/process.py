@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_adrenaline.child import dying_with_parent
+from vllm_adrenaline.system.child import dying_with_parent
 
 SHM = "/dev/shm/"
 MADE_BY_ENGINES = ("psm_", "sem.mp-", "ucx_", "torch_")

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.launch.commands import EngineSpec
 from vllm_adrenaline.launch.process import EngineProcess
-from vllm_adrenaline.launch.roles import EngineSpec
 from vllm_adrenaline.launch.running import Running
 
 STOP_S = 15.0

@@ -23,7 +23,7 @@ GAIN = 0.1
 MOVE_GAIN = 0.02
 """By how much moving a request back must shorten the step: less is noise. Until its end it must also gain a whole step,
 for it costs a transfer."""
-WORTH = 0.85
+MAX_MARGINAL_COST = 0.85
 """What a row that does not hide may cost at most, of what a row of the batch costs on average: below 1 it raises
 throughput, and ends a wait; the price is TPOT, which an objective bounds."""
 BUSY = 0.7
@@ -47,7 +47,7 @@ class Reason(Enum):
     FITS = "fits"
     SHORTER_STEP = "shorter_step"
     LOCAL_FULL = "local_full"
-    WORTH = "worth"
+    THROUGHPUT = "throughput"
     OVER_BOUND = "over_bound"
     EXECUTOR_FULL = "executor_full"
     EXECUTOR_SLOW = "executor_slow"
@@ -62,7 +62,7 @@ class Decision(msgspec.Struct, frozen=True):
     reason: Reason
 
 
-class Site(msgspec.Struct, frozen=True):
+class EngineState(msgspec.Struct, frozen=True):
     """One place where attention runs. `capacity`: the KV memory there is, in tokens; `memory`: what its requests have
     and could get of it. There are `rows` of them, which hold `tokens`. `ready`: it answers. `busy`: share of its time
     that its prefill engine computes. `recalls`: its prefill engine asks for memory back."""
@@ -81,8 +81,8 @@ class Observed(msgspec.Struct, frozen=True):
     `offloaded`: requests placed so far, and how many of them were offloaded. `tpot_slo`: seconds, None for no
     objective. `max_rows`: the largest batch."""
 
-    decode: Site
-    executors: Sequence[Site]
+    decode: EngineState
+    executors: Sequence[EngineState]
     costs: Costs
     rule: bounds.Rule = "or"
     tpot_slo: float | None = None
@@ -144,7 +144,7 @@ def place(o: Observed, request: Candidate) -> Decision:
     if bounds.within(o.rule, (site.rows, site.tokens), request.tokens, request.final, local, limit):
         return Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
     if _is_worth(o, request):
-        return Decision(Placement.OFFLOADED, Reason.WORTH)
+        return Decision(Placement.OFFLOADED, Reason.THROUGHPUT)
     return Decision(Placement.WAIT, Reason.OVER_BOUND)
 
 
@@ -202,7 +202,7 @@ def _is_worth(o: Observed, request: Candidate) -> bool:
     then = o.costs.seconds(rows + 1, o.decode.tokens, _with(o, request.executor, tokens))
     if o.tpot_slo is not None and then > o.tpot_slo:
         return False
-    return (then - now) * rows <= WORTH * now
+    return (then - now) * rows <= MAX_MARGINAL_COST * now
 
 
 def _shortens(o: Observed, request: Candidate) -> bool:

@@ -21,14 +21,14 @@ import msgspec
 import zmq
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from vllm_adrenaline import identity
 from vllm_adrenaline.attention.spec import READY, ExecutorSpec, KVExport
-from vllm_adrenaline.child import dying_with_parent
-from vllm_adrenaline.colocation import cpu
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.cores import parse, ranges
+from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system import priority
+from vllm_adrenaline.system.child import dying_with_parent
+from vllm_adrenaline.system.cores import parse, ranges
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -38,7 +38,7 @@ HEALTHY_S = 60.0
 """An executor that served for so long is started again as promptly as the first time."""
 REVOKE_S = 2.0
 
-_site: AttentionSite | None = None
+_site: ExecutorPool | None = None
 
 
 def addresses() -> list[str]:
@@ -69,11 +69,11 @@ def set_share(share: float) -> str:
     if _site is None:
         return "no executor runs"
     _site.share = share
-    words = {cpu.take_share(process.pid, share) for process in _site.processes}
+    words = {priority.take_share(process.pid, share) for process in _site.processes}
     for process in _site.processes:
         cores = process.spec.cpus
-        count = max(process.spec.threads, cpu.threads_of(share, len(cores)))
-        cpu.keep_to(process.pid, cores[-count:])
+        count = max(process.spec.threads, priority.threads_of(share, len(cores)))
+        priority.keep_to(process.pid, cores[-count:])
     return ", ".join(sorted(words))
 
 
@@ -177,7 +177,7 @@ class ExecutorProcess:
             self.kill()
 
 
-class AttentionSite:
+class ExecutorPool:
     """All attention executors of one prefill engine; one that ends is started again, ever more slowly."""
 
     def __init__(self, specs: list[ExecutorSpec]) -> None:
@@ -227,16 +227,16 @@ class PrefillExecutor(MultiprocExecutor):
         super().initialize_from_config(kv_cache_configs)
         global _site
         options = Options.of(self.vllm_config)
-        us = identity.of(self.vllm_config)
+        identity = identity_of(self.vllm_config)
         exports = [msgspec.convert(export, KVExport) for export in self.collective_rpc("export_kv")]
         cores = parse(options.executor_cores) or [
-            export.cpus[-cpu.threads_of(options.executor_share, len(export.cpus)) :] for export in exports
+            export.cpus[-priority.threads_of(options.executor_share, len(export.cpus)) :] for export in exports
         ]
         specs = [
             ExecutorSpec(
                 rank=rank,
                 address=sockets.sibling(options.listen_address, f"executor{rank}"),
-                identity=us,
+                identity=identity,
                 kv=export,
                 cpus=cores[rank],
                 threads=options.executor_threads
@@ -247,7 +247,7 @@ class PrefillExecutor(MultiprocExecutor):
             for rank, export in enumerate(exports)
         ]
         logger.info("starting %d attention executor(s)", len(specs))
-        _site = AttentionSite(specs)
+        _site = ExecutorPool(specs)
 
     def shutdown(self) -> None:
         global _site

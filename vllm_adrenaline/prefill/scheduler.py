@@ -12,18 +12,18 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_adrenaline import identity, measure
 from vllm_adrenaline.colocation.controller import Objectives
-from vllm_adrenaline.colocation.keeper import ShareKeeper
+from vllm_adrenaline.colocation.tuner import ShareTuner
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import messages
-from vllm_adrenaline.cores import wait_without_spinning
-from vllm_adrenaline.placement import profile
+from vllm_adrenaline.control.server import ControlServer
+from vllm_adrenaline.engine import profile, profiling
+from vllm_adrenaline.engine.identity import identity_of
+from vllm_adrenaline.placement.prefill_admission import Blocks, should_defer_prefill
 from vllm_adrenaline.prefill import executor
-from vllm_adrenaline.prefill.ahead import Blocks, lets_wait
-from vllm_adrenaline.prefill.busy import BusyShare
-from vllm_adrenaline.prefill.control import ControlServer
-from vllm_adrenaline.prefill.lender import Lender
+from vllm_adrenaline.prefill.leases import LeaseManager
+from vllm_adrenaline.prefill.utilization import PrefillUtilization
+from vllm_adrenaline.system.cores import wait_without_spinning
 
 
 class PrefillScheduler(Scheduler):
@@ -35,18 +35,18 @@ class PrefillScheduler(Scheduler):
         options = Options.of(self.vllm_config)
         pool = self.kv_cache_manager.block_pool
         self.kv_lock = threading.RLock()
-        self.lender = Lender(
+        self.leases = LeaseManager(
             pool,
             reserve=int(pool.num_gpu_blocks * options.prefill_reserve),
             expiry_s=options.lease_seconds,
             clock=time.monotonic,
         )
         self._growth_reserve = int(pool.num_gpu_blocks * options.growth_reserve)
-        self.connector.lender = self.lender
+        self.connector.leases = self.leases
         self.control = ControlServer(
             options.listen_address,
-            identity.of(self.vllm_config),
-            self.lender,
+            identity_of(self.vllm_config),
+            self.leases,
             self.kv_lock,
             self._welcome,
             self._load,
@@ -54,11 +54,11 @@ class PrefillScheduler(Scheduler):
             executor.kill,
             executor.revoke,
         )
-        self._busy = BusyShare(time.monotonic)
-        known = profile.cached(measure.key(self.vllm_config, options, ()))
+        self._busy = PrefillUtilization(time.monotonic)
+        known = profile.cached(profiling.key(self.vllm_config, options, ()))
         objectives = Objectives(options.ttft_slo_ms / 1000 or None, options.tpot_slo_ms / 1000 or None)
         prefill = known.prefill if known is not None else []
-        self.connector.keeper = ShareKeeper(objectives, options.executor_share, prefill, executor.set_share)
+        self.connector.tuner = ShareTuner(objectives, options.executor_share, prefill, executor.set_share)
         self.control.start()
 
     def _welcome(self) -> messages.Welcome:
@@ -70,12 +70,12 @@ class PrefillScheduler(Scheduler):
             num_blocks=self.kv_cache_manager.block_pool.num_gpu_blocks,
             executors=executor.addresses(),
             executor_share=executor.share(),
-            lease_seconds=self.lender.expiry_s,
+            lease_seconds=self.leases.expiry_s,
         )
 
     def _tick(self) -> None:
         """Called by the control thread, which alone changes `beats`."""
-        self.connector.keeper.update(beat.tpot for beat in self.control.beats.values())
+        self.connector.tuner.update(beat.tpot for beat in self.control.beats.values())
 
     def _load(self) -> messages.Load:
         """Called by the control thread, which holds the lock."""
@@ -84,7 +84,7 @@ class PrefillScheduler(Scheduler):
         return messages.Load(
             total=pool.num_gpu_blocks,
             free=free,
-            reserve=self.lender.reserve,
+            reserve=self.leases.reserve,
             busy=self._busy.share(),
             recalls=self._needed_by_next() > free,
         )
@@ -101,16 +101,16 @@ class PrefillScheduler(Scheduler):
         pool = self.kv_cache_manager.block_pool
         beats = list(self.control.beats.copy().values())
         waiting = [beat.waiting for beat in beats]
-        claims, leased = self.lender.lent
+        claims, leased = self.leases.lent
         blocks = Blocks(
             total=pool.num_gpu_blocks,
             free=pool.get_num_free_blocks(),
             growth_reserve=self._growth_reserve,
             waiting=sum(waiting) if all(waiting) else 0,  # a decode engine without any may want the next
             lent=leased > 0 or any(beat.offloads for beat in beats),
-            offers=claims > 0 or bool(self.lender.offers),
+            offers=claims > 0 or bool(self.leases.offers),
         )
-        return PauseState.PAUSED_NEW if lets_wait(blocks, needed) else asked
+        return PauseState.PAUSED_NEW if should_defer_prefill(blocks, needed) else asked
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         with self.kv_lock:

@@ -14,17 +14,17 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_adrenaline import measure
 from vllm_adrenaline.attention import operators
 from vllm_adrenaline.attention.spec import KVExport, LayerSpec
+from vllm_adrenaline.compat.sampling import without_generators
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.cores import settle_worker
+from vllm_adrenaline.engine import profiling
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.sampling import without_generators
+from vllm_adrenaline.system.cores import settle_worker
 
 
 class PrefillWorker(CPUWorker):
-    """Adds one remote call, `export_kv`; see vllm_adrenaline/sampling.py for what else differs."""
+    """Adds one remote call, `export_kv`; see vllm_adrenaline/compat/sampling.py for what else differs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settle_worker()
@@ -33,7 +33,7 @@ class PrefillWorker(CPUWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         """Measure before: vLLM ends its warm-up with a fresh random seed."""
-        measure.profile_prefill(self.vllm_config, Options.of(self.vllm_config), self.model_runner)
+        profiling.profile_prefill(self.vllm_config, Options.of(self.vllm_config), self.model_runner)
         return super().compile_or_warm_up_model()
 
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 
 from vllm_adrenaline.config import ratio_of
+from vllm_adrenaline.engine import profile
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.placement import profile
-from vllm_adrenaline.simulate import trace
 from vllm_adrenaline.simulate.engines import Model
 from vllm_adrenaline.simulate.run import Result, Setup, Simulation
+from vllm_adrenaline.workload import trace
 
 DESCRIPTION = """\
 Run requests over many prefill and decode engines in simulated time, placed by the same code that places real ones.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adrenaline.placement.feedback import Feedback, OutputLengths, Step
 from vllm_adrenaline.placement.memory import Memory
-from vllm_adrenaline.placement.policy import Candidate, Decision, Observed, Placement, Reason, Site, move, place
+from vllm_adrenaline.placement.policy import Candidate, Decision, EngineState, Observed, Placement, Reason, move, place
 from vllm_adrenaline.simulate.engines import Prefill, Row
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Decode:
         for number, engine in enumerate(self.prefills):
             reserve = int(engine.total * engine.reserve)
             executors.append(
-                Site(
+                EngineState(
                     capacity=(engine.total - reserve) * size,
                     memory=Memory(max(0, engine.free - reserve) + blocks[number], size, lengths[number]),
                     rows=len(lengths[number]),
@@ -182,7 +182,7 @@ class Decode:
                 )
             )
         memory = Memory(self.free + blocks[None], size, lengths[None])
-        decode = Site(setup.decode_blocks * size, memory, len(lengths[None]), tokens[None])
+        decode = EngineState(setup.decode_blocks * size, memory, len(lengths[None]), tokens[None])
         return Observed(
             decode,
             executors,

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from vllm_adrenaline.placement.costs import Costs, Seconds
-from vllm_adrenaline.prefill.ahead import Blocks, lets_wait
+from vllm_adrenaline.placement.prefill_admission import Blocks, should_defer_prefill
 
 
 @dataclass(eq=False)
@@ -101,7 +101,7 @@ class Prefill:
             lent, offers = self.held > self.waiting, self.held > 0
             blocks = Blocks(self.total, self.free, reserve, self.waiting, lent, offers)
             is_full = bool(self.batch) and tokens + row.prompt > self.model.batch_tokens
-            if is_full or needed > self.free or lets_wait(blocks, needed):
+            if is_full or needed > self.free or should_defer_prefill(blocks, needed):
                 break
             self.free -= needed
             self.held += needed

@@ -11,12 +11,12 @@ from typing import Any
 
 import msgspec
 
-from vllm_adrenaline.percentiles import percentile
 from vllm_adrenaline.placement.bounds import Rule
 from vllm_adrenaline.placement.costs import Costs
 from vllm_adrenaline.simulate.decode import Decode
 from vllm_adrenaline.simulate.engines import Model, Prefill, Row
-from vllm_adrenaline.simulate.trace import Arrival
+from vllm_adrenaline.system.statistics import percentile
+from vllm_adrenaline.workload.trace import Arrival
 
 
 @dataclass(frozen=True)

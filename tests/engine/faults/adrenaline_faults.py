@@ -21,7 +21,7 @@ def register() -> None:
     """Replace the transport before the decode worker imports it."""
     import torch
 
-    from vllm_adrenaline.data import shm
+    from vllm_adrenaline.transport import shm
 
     class FaultySteps(shm.ShmSteps):
         def __init__(self, shape: shm.Shape) -> None:

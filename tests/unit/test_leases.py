@@ -1,0 +1,124 @@
+"""The prefill engine's books: no block is lost, none is given twice, whatever decode engines do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from vllm_adrenaline.prefill.leases import LeaseManager, Offer
+
+BLOCKS, RESERVE, EXPIRY = 20, 3, 10.0
+
+
+@dataclass(eq=False)
+class Block:
+    block_id: int
+    ref_cnt: int = 0
+
+
+class FakePool:
+    """vLLM's block pool, reduced to reference counts that must never become negative."""
+
+    def __init__(self) -> None:
+        self.blocks = [Block(i) for i in range(BLOCKS)]
+
+    def get_num_free_blocks(self) -> int:
+        return sum(block.ref_cnt == 0 for block in self.blocks)
+
+    def get_new_blocks(self, num_blocks: int) -> list[Block]:
+        free = [block for block in self.blocks if block.ref_cnt == 0][:num_blocks]
+        assert len(free) == num_blocks
+        self.touch(free)
+        return free
+
+    def touch(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            block.ref_cnt += 1
+
+    def free_blocks(self, ordered_blocks: Iterable[Block]) -> None:
+        for block in ordered_blocks:
+            block.ref_cnt -= 1
+            assert block.ref_cnt >= 0, "freed twice"
+
+
+borrowers = st.sampled_from([b"a", b"b", b"c"])
+prompts = st.sampled_from(["p", "q", "r", "s"])
+
+
+class LenderMachine(RuleBasedStateMachine):
+    @initialize()
+    def start(self) -> None:
+        self.now = 0.0
+        self.pool = FakePool()
+        self.leases = LeaseManager(self.pool, RESERVE, EXPIRY, lambda: self.now)
+        self.kept: dict[str, list[Block]] = {}
+
+    @rule(name=prompts, size=st.integers(1, 4))
+    def a_prompt_finishes(self, name: str, size: int) -> None:
+        if name not in self.kept and self.pool.get_num_free_blocks() >= size:
+            self.kept[name] = self.pool.get_new_blocks(size)
+            self.leases.offer(name, Offer(self.kept[name], size, b""))
+
+    @rule(name=prompts)
+    def its_own_hold_ends(self, name: str) -> None:
+        if name in self.kept:
+            self.leases.withdraw([name])
+            self.pool.free_blocks(self.kept.pop(name))
+            assert self.leases.claim(b"a", name) is None
+
+    @rule(who=borrowers)
+    def hello(self, who: bytes) -> None:
+        self.leases.join(who)
+
+    @rule(who=borrowers, name=prompts)
+    def claim(self, who: bytes, name: str) -> None:
+        known = who in self.leases.borrowers
+        offered = name in self.leases.offers
+        assert (self.leases.claim(who, name) is not None) == (known and offered)
+
+    @rule(who=borrowers, want=st.integers(0, 30))
+    def lease(self, who: bytes, want: int) -> None:
+        free = self.pool.get_num_free_blocks()
+        got = self.leases.lease(who, want)
+        assert len(got) <= want
+        assert not got or self.pool.get_num_free_blocks() >= min(free, RESERVE)
+
+    @rule(who=borrowers, names=st.lists(prompts), blocks=st.lists(st.integers(0, BLOCKS)))
+    def release(self, who: bytes, names: list[str], blocks: list[int]) -> None:
+        self.leases.release(who, names, blocks)
+
+    @rule(seconds=st.floats(0, 2 * EXPIRY))
+    def time_goes_by(self, seconds: float) -> None:
+        self.now += seconds
+        for name in self.leases.silent():
+            had = self.leases.borrowers[name].has_blocks
+            left = self.leases.leave(name)
+            assert (left is not None) == had
+            if left is not None:
+                self.leases.evict(left)
+        assert not self.leases.silent()
+
+    @rule(who=borrowers)
+    def beat(self, who: bytes) -> None:
+        assert self.leases.beat(who) == (who in self.leases.borrowers)
+
+    @invariant()
+    def every_reference_has_an_owner(self) -> None:
+        owners = list(self.kept.values())
+        for borrower in self.leases.borrowers.values():
+            owners += [*borrower.claims.values(), list(borrower.leased.values())]
+        for block in self.pool.blocks:
+            assert block.ref_cnt == sum(owned.count(block) for owned in owners)
+
+    @invariant()
+    def no_block_is_leased_twice(self) -> None:
+        leased = [index for borrower in self.leases.borrowers.values() for index in borrower.leased]
+        assert len(leased) == len(set(leased))
+
+
+LenderMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLender = LenderMachine.TestCase

@@ -1,0 +1,192 @@
+"""The attention executor process (`python -m vllm_adrenaline.attention`).
+
+It maps the prefill worker's KV cache and serves any number of decode workers, one thread and one channel each. Between
+steps it keeps nothing of any request: every step plan brings the block table and the lengths it needs, so that no
+abort, preemption or crash can leak anything here. Idle, its threads sleep in poll() and on their channels.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+import msgspec
+import torch
+import zmq
+
+from vllm_adrenaline.attention.kernels import CpuAttention
+from vllm_adrenaline.attention.spec import READY, ExecutorSpec
+from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.transport.shm import Shape, ShmExecutorChannel, Status
+
+logger = logging.getLogger("vllm.adrenaline")
+
+MAX_CHANNELS = 64
+REVOKE_POLL_MS = 2
+
+
+class ChannelThread(threading.Thread):
+    """Serves the steps of one worker of the decode engine `engine`; between them it sleeps on the channel."""
+
+    def __init__(
+        self, attention: CpuAttention, channel: ShmExecutorChannel, engine: str, num_layers: int, idle_timeout: float
+    ) -> None:
+        super().__init__(name="adrenaline-channel", daemon=True)
+        self.channel, self.engine = channel, engine
+        self._attention, self._num_layers = attention, num_layers
+        self._idle_timeout_ns = int(idle_timeout * 1e9)
+
+    def run(self) -> None:
+        try:
+            while (found := self.channel.next_step()) is not None:
+                self._serve_step(*found)
+        except Exception:
+            # The decode engine learns it at once and recomputes; it attaches anew. Others are served as before.
+            logger.exception("a step of decode engine %s failed: its channel is closed", self.engine)
+        finally:
+            self.channel.close()
+
+    def _serve_step(self, number: int, rows: int, step: dict[str, torch.Tensor]) -> None:
+        channel, attention, timeout_ns = self.channel, self._attention, self._idle_timeout_ns
+        check_plan(step, attention.num_blocks, attention.block_size)
+        schedule = attention.schedule(step["query_start_loc"], step["seq_lens"])
+        for layer in range(self._num_layers):
+            status = channel.wait_layer(layer, timeout_ns)
+            if status != Status.READY:
+                logger.warning("the decode worker left step %d before layer %d: step dropped", number, layer)
+                return
+            attention.layer(layer, step, schedule)
+            channel.reply(layer, rows)
+
+
+def check_plan(step: dict[str, torch.Tensor], num_blocks: int, block_size: int) -> None:
+    """Raise AdrenalineError unless every block and slot that the kernel will touch is inside the KV cache."""
+    starts, lens, table, slots = (step[k] for k in ("query_start_loc", "seq_lens", "block_table", "slot_mapping"))
+    used = torch.arange(table.shape[1]) * block_size < lens[:, None]
+    blocks = table[used]
+    fits = (
+        int(starts[0]) == 0
+        and int(starts[-1]) <= len(slots)
+        and bool((starts.diff() >= 0).all())
+        and bool((lens >= starts.diff()).all())
+        and int(lens.max()) <= table.shape[1] * block_size
+        and int(blocks.min()) >= 0
+        and int(blocks.max()) < num_blocks
+        and int(slots.min()) >= -1
+        and int(slots.max()) < num_blocks * block_size
+    )
+    if not fits:
+        raise AdrenalineError("step plan points outside the KV cache")
+
+
+class Server:
+    """Answers Attach and Revoke on one ROUTER socket, and drops a channel when its decode worker ends."""
+
+    def __init__(self, spec: ExecutorSpec) -> None:
+        self._spec = spec
+        fd = os.open(f"/proc/{spec.kv.pid}/fd/{spec.kv.fd}", os.O_RDWR | os.O_CLOEXEC)
+        self._attention = CpuAttention.mapped(spec.kv, fd, spec.identity.split_kv)
+        os.close(fd)
+        self._socket, self._address = sockets.bind(spec.address)
+        self._threads: dict[int, ChannelThread] = {}  # by the pidfd of the decode worker
+        self._ending: list[ChannelThread] = []  # told to end; perhaps still in a step
+        self._revoking: list[tuple[bytes, str]] = []  # who waits for the end of which decode engine's
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self.bad_frames = 0
+
+    def serve(self) -> None:
+        """Serve until the process is told to end. Whatever arrives, it goes on."""
+        print(f"{READY} {self._address}", flush=True)
+        try:
+            while True:
+                ready = dict(self._poller.poll(REVOKE_POLL_MS if self._revoking else None))
+                # Before messages: one may revoke a channel whose worker has ended, too.
+                for pidfd in self._threads.keys() & ready.keys():
+                    self._drop(pidfd)
+                if self._socket in ready:
+                    self._serve_one()
+                self._acknowledge()
+        finally:
+            sockets.unbind(self._socket, self._address)
+
+    def _serve_one(self) -> None:
+        frames = self._socket.recv_multipart()
+        try:
+            peer, frame = frames
+            message = messages.decode(frame)
+        except (ValueError, msgspec.DecodeError):
+            self.bad_frames += 1
+            return
+        if isinstance(message, messages.Attach):
+            try:
+                answer: messages.Message = self._attach(message)
+            except (AdrenalineError, OSError, RuntimeError, ValueError) as error:
+                answer = messages.Refused(str(error)[: messages.MAX_REASON])
+            except Exception:
+                logger.exception("cannot attach a worker of decode engine %s", message.engine)
+                answer = messages.Refused("the attention executor failed; its log says how")
+            sockets.answer(self._socket, peer, answer)
+        elif isinstance(message, messages.Revoke):
+            for pidfd in [fd for fd, thread in self._threads.items() if thread.engine == message.engine]:
+                self._drop(pidfd)
+            self._revoking.append((peer, message.engine))
+
+    def _acknowledge(self) -> None:
+        """Answer those whose decode engine is not attended for any more: its threads have left their last step."""
+        self._ending = [thread for thread in self._ending if thread.is_alive()]
+        busy = {thread.engine for thread in self._ending}
+        for peer, engine in self._revoking:
+            if engine not in busy:
+                logger.info("decode engine %s is not attended for any more", engine)
+                sockets.answer(self._socket, peer, messages.Revoked(engine))
+        self._revoking = [(peer, engine) for peer, engine in self._revoking if engine in busy]
+
+    def _attach(self, message: messages.Attach) -> messages.Attached:
+        reason = messages.mismatch(self._spec.identity, message.identity, "attention executor", "decode worker")
+        if reason is None and message.rank != self._spec.rank:
+            ours, theirs = self._spec.rank, message.rank
+            reason = f"tensor-parallel rank is {ours} on the attention executor and {theirs} on the decode worker"
+        for dead in [fd for fd, thread in self._threads.items() if not thread.is_alive()]:
+            self._drop(dead)
+        if reason is None and len(self._threads) >= MAX_CHANNELS:
+            reason = f"{MAX_CHANNELS} decode workers are attached already"
+        if reason is not None:
+            raise AdrenalineError(reason)
+        attention = self._attention
+        shape = Shape(
+            message.max_rows,
+            message.max_tokens,
+            message.max_blocks,
+            attention.num_heads,
+            attention.num_kv_heads,
+            attention.head_size,
+            attention.dtype,
+        )
+        pidfd = os.pidfd_open(message.pid)
+        try:
+            fd = os.open(f"/proc/{message.pid}/fd/{message.fd}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                # Whether spinning keeps the prefill worker, or the decode worker itself, from this core.
+                shared = bool(set(self._spec.cpus) & {*self._spec.kv.cpus, *message.cpus})
+                channel = ShmExecutorChannel(fd, shape, message.epoch, shared)
+            finally:
+                os.close(fd)
+        except Exception:
+            os.close(pidfd)
+            raise
+        layers = self._spec.kv.layers
+        thread = ChannelThread(attention, channel, message.engine, len(layers), self._spec.idle_timeout)
+        thread.start()
+        self._threads[pidfd] = thread
+        self._poller.register(pidfd, zmq.POLLIN)
+        return messages.Attached([layer.name for layer in layers], os.getpid(), self._spec.cpus)
+
+    def _drop(self, pidfd: int) -> None:
+        self._poller.unregister(pidfd)
+        os.close(pidfd)
+        thread = self._threads.pop(pidfd)
+        thread.channel.stop()
+        self._ending.append(thread)

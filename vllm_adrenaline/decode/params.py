@@ -1,0 +1,71 @@
+"""What a request says of where its prompt's KV is, checked against the prefill engines we know.
+
+Nothing of it is acted on but two names and the stamp: which blocks hold the prompt, and where they are read from, the
+prefill engine says itself when it grants the claim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vllm_adrenaline.control import messages
+from vllm_adrenaline.kv.stamp import Stamp
+
+if TYPE_CHECKING:
+    from vllm_adrenaline.decode.blocks import RemotePool
+
+
+class Where(msgspec.Struct, frozen=True):
+    """The prefill engine that has the prompt, and the prompt's name there."""
+
+    remote_engine_id: messages.Name
+    remote_request_id: messages.Name
+
+
+class RemoteParams(Where, frozen=True):
+    """The part of kv_transfer_params that we act on, bounded. It comes with the request: trust nothing."""
+
+    do_remote_prefill: bool
+    adrenaline: Stamp
+    tp_size: messages.Count = 1
+    dcp_size: messages.Count = 1
+    pp_size: messages.Count = 1
+    do_remote_decode: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """`pool`: where the prompt is, None when it is with no prefill engine of ours. `claim`: its name there. `refusal`:
+    why it must not be used, None when it may."""
+
+    pool: RemotePool | None
+    claim: str
+    refusal: str | None
+
+
+def find(raw: Any, pools: Sequence[RemotePool], tensor_parallel_size: int, prompt: Sequence[int]) -> Found:
+    """Return where a request's prompt is, by its kv_transfer_params."""
+    try:
+        where = msgspec.convert(raw, Where)
+    except msgspec.ValidationError as error:
+        return Found(None, "", f"its kv_transfer_params are malformed ({error})")
+    pool = next((p for p in pools if p.peer is not None and p.peer.engine_id == where.remote_engine_id), None)
+    if pool is None:
+        return Found(None, "", "its kv_transfer_params name no prefill engine of ours")
+    return Found(pool, where.remote_request_id, _refusal(raw, tensor_parallel_size, prompt))
+
+
+def _refusal(raw: Any, tensor_parallel_size: int, prompt: Sequence[int]) -> str | None:
+    try:
+        params = msgspec.convert(raw, RemoteParams)
+    except msgspec.ValidationError as error:
+        return f"its kv_transfer_params are malformed ({error})"
+    if params.do_remote_decode or not params.do_remote_prefill:
+        return "its kv_transfer_params are not those of a finished prompt"
+    if (params.tp_size, params.dcp_size, params.pp_size) != (tensor_parallel_size, 1, 1):
+        return "its kv_transfer_params are of a prefill engine with another parallelism"
+    return None if params.adrenaline.fits(prompt) else "its kv_transfer_params are those of another prompt"

@@ -1,0 +1,198 @@
+"""The decode worker's remote attention: splits each step's rows by place and runs the offloaded ones elsewhere.
+
+`split` runs once a step, in the metadata builder; `StepPlan.send` and `receive` once a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
+
+from vllm_adrenaline.kv import space
+from vllm_adrenaline.transport.split import SplitRows, split_rows
+
+if TYPE_CHECKING:
+    from vllm.distributed.parallel_state import GroupCoordinator
+
+    from vllm_adrenaline.decode.link import Link
+    from vllm_adrenaline.transport.channel import StepTransport
+    from vllm_adrenaline.transport.shm import ShmDecodeChannel
+
+
+ROWS, BUSY_NS = 0, 2
+"""Places in a channel's counters (vllm_adrenaline/transport/channel.py)."""
+
+
+@dataclass
+class Report(KVConnectorWorkerMetadata):
+    """What a worker tells the scheduler at the end of a step.
+
+    `failed`: executors that failed in it. `pids`: the processes of those that may still write, for they did not say
+    that they are done with us. `down`: executors that are away. Then the seconds of the step: `local` in attention
+    here, `remote` in each executor's that had any, `exposed` waiting for executors with nothing else to do. A step with
+    no offloaded row has none.
+    """
+
+    failed: frozenset[int]
+    pids: frozenset[int]
+    down: frozenset[int]
+    local: float
+    remote: dict[int, float]
+    exposed: float
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Report:
+        assert isinstance(other, Report)
+        return Report(
+            self.failed | other.failed,
+            self.pids | other.pids,
+            self.down | other.down,
+            max(self.local, other.local),
+            {e: max(self.remote.get(e, 0.0), other.remote.get(e, 0.0)) for e in {*self.remote, *other.remote}},
+            max(self.exposed, other.exposed),
+        )
+
+
+class StepPlan:
+    """One step's remote attention, as the attention layers see it."""
+
+    def __init__(self, owner: RemoteAttention, split: SplitRows) -> None:
+        self.has_local = split.has_local
+        self.layer_index = owner.layer_index
+        self.send = owner.transport.send
+        self._receive = owner.transport.receive
+        self._owner = owner
+        channels = {executor: owner.links[executor].channel for executor in split.executors}
+        for executor, channel in channels.items():
+            if channel is None:
+                owner.note_failure(executor)
+        owner.transport.begin(split.handle, channels)
+
+    def receive(self, layer: int, output: torch.Tensor) -> None:
+        """Fill the offloaded rows of `output` [T, Hq, D]; rows of an executor that failed become zero."""
+        if failed := self._receive(layer, output):
+            self._owner.note_failures(failed)
+
+
+class RemoteAttention:
+    """All links of one decode worker. `begin_step` and `split` are called once a step."""
+
+    def __init__(
+        self,
+        links: list[Link],
+        transport: StepTransport[ShmDecodeChannel],
+        layers: list[str],
+        block_size: int,
+        counts_rows: bool,
+    ) -> None:
+        self.links, self.transport = links, transport
+        self.layer_index = {name: index for index, name in enumerate(layers)}
+        self._block_size, self._counts_rows = block_size, counts_rows
+        self._received: frozenset[str] = frozenset()
+        self._row_of: dict[str, int] = {}
+        self._split: SplitRows | None = None
+        self._failed: set[int] = set()  # since the last report
+        self._failed_in_step: set[int] = set()
+        self._hanging: set[int] = set()  # processes, since the last report
+        self._ever_failed = False
+        self._attended = [0] * len(links)
+        self._busy_ns = [0] * len(links)
+        self._times_ns = (0, 0)
+
+    def begin_step(self, received: frozenset[str], row_of: dict[str, int]) -> None:
+        """Note what the scheduler says of this step; `row_of` is vLLM's live map of request to row."""
+        self._received, self._row_of, self._split = received, row_of, None
+        self._failed_in_step = set()
+
+    def split(self, common: Any) -> tuple[Any, StepPlan | None]:
+        """Return vLLM's CommonAttentionMetadata as the stock kernel may see it, and the plan of the remote rows."""
+        rows = common.num_reqs
+        table = common.block_table_tensor[:rows]
+        received = [self._row_of[name] for name in self._received]
+        if not received and not bool((table[:, 0] >= space.MAX_BLOCKS).any()):
+            return common, None
+        # The slot mapping is changed in place: the same tensor is what vLLM hands to every layer's cache update.
+        split = split_rows(
+            table,
+            common.query_start_loc[: rows + 1],
+            common.seq_lens[:rows],
+            common.slot_mapping,
+            received,
+            self._block_size,
+        )
+        if not split.executors:
+            return common, None
+        self._split = split
+        local = common.replace(block_table_tensor=split.local_block_table, seq_lens=split.local_seq_lens)
+        return local, StepPlan(self, split)
+
+    def note_failures(self, executors: int) -> None:
+        """These executors (bits) failed in a layer: give their channels up."""
+        for executor, link in enumerate(self.links):
+            if executors >> executor & 1:
+                if link.channel is not None and not link.channel.is_closed:
+                    self._hanging.add(link.pid)
+                link.fail()
+                self.note_failure(executor)
+
+    def note_failure(self, executor: int) -> None:
+        """The rows of `executor` are worthless in this step."""
+        self._failed.add(executor)
+        self._failed_in_step.add(executor)
+        self._ever_failed = True
+
+    def failed_rows(self, group: GroupCoordinator) -> list[int]:
+        """Return the rows of this step that are worthless on any rank of `group`. All its ranks must ask together.
+
+        An executor attends for one rank. If ranks disagreed, their copies of a request's random generator would part.
+        """
+        if self._split is None:
+            return []
+        failed = torch.zeros(len(self.links), dtype=torch.int32)
+        failed[list(self._failed_in_step)] = 1
+        if group.world_size > 1:
+            torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+        return [row for e in self._split.executors if failed[e] for row in self._split.rows(e)]
+
+    def take_report(self) -> Report | None:
+        """Return what the scheduler must know of this step, None when it had no offloaded row and none ever failed."""
+        if self._split is None and not self._ever_failed:
+            return None
+        failed, self._failed = frozenset(self._failed), set()
+        pids, self._hanging = frozenset(self._hanging), set()
+        down = frozenset(i for i, link in enumerate(self.links) if link.channel is None)
+        before, self._times_ns = self._times_ns, self.transport.times_ns
+        local, exposed = (now - then for now, then in zip(self._times_ns, before, strict=True))
+        remote = {e: busy / 1e9 for e, busy in enumerate(self._grown(self._busy_ns, BUSY_NS)) if busy}
+        return Report(failed, pids, down, local / 1e9, remote, exposed / 1e9)
+
+    def take_counts(self) -> dict[str, int]:
+        """Return the rows x layers attended since the last call, by the executors' own count (first rank only)."""
+        return {"remote_attention_rows": sum(self._grown(self._attended, ROWS)) if self._counts_rows else 0}
+
+    def _grown(self, seen: list[int], counter: int) -> list[int]:
+        """Return by how much each executor's counter has grown since it was `seen`; a new channel's begins at 0."""
+        before = seen.copy()
+        seen[:] = [0 if link.channel is None else link.channel.counters[counter] for link in self.links]
+        return [max(0, now - then) for now, then in zip(seen, before, strict=True)]
+
+    def close(self) -> None:
+        """Detach from all executors."""
+        for link in self.links:
+            link.close()
+
+
+_active: RemoteAttention | None = None
+
+
+def activate(remote: RemoteAttention | None) -> None:
+    """Make `remote` the one of this worker process: vLLM builds the metadata builder itself and passes it nothing."""
+    global _active
+    _active = remote
+
+
+def active() -> RemoteAttention | None:
+    """Return this worker's remote attention, None before it is attached."""
+    return _active

@@ -1,0 +1,396 @@
+"""Everything the decode engine's scheduler knows about requests whose prompt is with a prefill engine.
+
+One table of them (decode/request.py says what can become of one), their claims and their leases. The scheduler is the
+only caller, from one thread. No decision is made here: the placer asks the policy, and vLLM's own allocation and
+freeing drive the blocks.
+
+Every prompt is claimed as soon as its request arrives: from then on it is kept as long as we live, and we know what it
+holds, whatever is decided about it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm_adrenaline.control import messages
+from vllm_adrenaline.control.client import PrefillClient
+from vllm_adrenaline.decode import params
+from vllm_adrenaline.decode.blocks import RemoteBlock, RemotePool
+from vllm_adrenaline.decode.placement_queue import PlacementQueue
+from vllm_adrenaline.decode.placer import Batch, Placer
+from vllm_adrenaline.decode.remote_attention import Report
+from vllm_adrenaline.decode.request import RemoteRequest, State
+from vllm_adrenaline.kv.prompt_hash import prompt_hash
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from vllm_adrenaline.placement.policy import Observed
+
+logger = logging.getLogger("vllm.adrenaline")
+
+CLAIM_WAIT_S = 0.002
+"""How long a step waits for claims that were just made: an answer takes a tenth of that, a missed step much more."""
+
+
+@dataclass
+class Lost:
+    """Requests of prefill engines that are gone, or took everything back. `offloaded`: to be recomputed. `pulled`: what
+    NIXL reads, or has read, is not to be believed."""
+
+    offloaded: list[Request] = field(default_factory=list)
+    pulled: list[Request] = field(default_factory=list)
+
+
+class Offload:
+    """See the module."""
+
+    def __init__(
+        self, clients: list[PrefillClient], placer: Placer, block_size: int, tensor_parallel_size: int
+    ) -> None:
+        self.pools = [RemotePool(executor, client) for executor, client in enumerate(clients)]
+        self.placer = placer
+        self.waiting = PlacementQueue(placer, block_size)
+        self.requests: dict[str, RemoteRequest] = {}
+        self._claims: dict[tuple[int, str], RemoteRequest] = {}  # asked for, or in use
+        self._block_size, self._tp = block_size, tensor_parallel_size
+        self.down: frozenset[int] = frozenset()
+        self._counts: dict[str, float] = defaultdict(float)
+
+    # A request's way through
+
+    def arrived(self, request: Request) -> None:
+        """Note a new request and claim its prompt; nothing of it is read or attended before the claim is granted."""
+        raw, request.kv_transfer_params = request.kv_transfer_params, None
+        if not raw:
+            return
+        prompt = request.all_token_ids[: request.num_prompt_tokens]
+        found = params.find(raw, self.pools, self._tp, prompt)
+        refusal = found.refusal
+        if found.pool is not None and (found.pool.executor, found.claim) in self._claims:
+            refusal = "its kv_transfer_params are another request's already"
+        elif found.pool is not None and refusal is not None:
+            found.pool.post(messages.Drop([found.claim]))
+        if found.pool is None or refusal is not None:
+            logger.warning("request %s: %s; its prompt is computed here", request.request_id, refusal)
+            self._counts["refused_params"] += 1
+            return
+        made = RemoteRequest(request, found.pool, found.claim, claimed_at=time.monotonic())
+        self.requests[made.name] = self._claims[found.pool.executor, found.claim] = made
+        found.pool.post(messages.Claim(found.claim))
+
+    def batch(self, running: Iterable[Request]) -> Batch:
+        """Return what is attended where; requests on their way count as there."""
+        batch, add, known = Batch(), self.placer.add, self.requests
+        for request in running:
+            if request.request_id not in known:
+                add(batch, request, None)
+        for each in known.values():
+            if each.state is State.OFFLOADED:
+                add(batch, each.request, each.pool.executor)
+            elif each.state in (State.MIGRATING, State.PULLING, State.RECEIVED):
+                add(batch, each.request, None)
+        return batch
+
+    def place_waiting(self, batch: Batch, free: int, max_rows: int) -> None:
+        """Decide about requests that could run now; `free`: local blocks."""
+
+        def observe(free: int) -> Observed:
+            return self.placer.observed(batch, free, self.pools, self.down)
+
+        for placed in self.waiting.place(observe, batch, free, max_rows):
+            placed.pull_nothing()
+            placed.become(State.OFFLOADED)
+            self._counts["offloaded_requests"] += 1
+
+    def matched_tokens(self, request: Request, num_local: int) -> tuple[int | None, bool] | None:
+        """Answer for KVConnector.get_num_new_matched_tokens; None when NIXL is to answer."""
+        known = self.requests.get(request.request_id)
+        if known is None:
+            return None
+        if known.state is State.WAITING and known.decision is not None:
+            return None
+        if known.state is State.OFFLOADED:
+            return max(0, request.num_tokens - 1 - num_local), False
+        if known.state is State.MIGRATING:  # everything but the last token, which is not computed
+            missing = request.num_tokens - 1 - num_local
+            return (missing, True) if missing > 0 else (0, False)
+        if known.state is State.RECEIVED:  # what was pulled was of no use, down to the first block
+            return None
+        return None, False
+
+    def allocated(self, request: Request, num_external_tokens: int) -> None:
+        """vLLM gave a request blocks (KVConnector.update_state_after_alloc)."""
+        known = self.requests.get(request.request_id)
+        if known is None or known.state not in (State.WAITING, State.MIGRATING):
+            return
+        if known.state is State.WAITING:
+            self.waiting.drop(known.name)
+            self.waiting.count_local(known)
+            self._counts["local_requests"] += 1
+        if num_external_tokens == 0:
+            self._leave(known)  # all of it was in the prefix cache: there is nothing to pull
+        else:
+            known.become(State.PULLING)
+
+    def is_offloaded(self, request_id: str) -> bool:
+        """Whether the request's KV lives with a prefill engine."""
+        known = self.requests.get(request_id)
+        return known is not None and known.state is State.OFFLOADED
+
+    @property
+    def any_offloaded(self) -> bool:
+        """Whether there is an offloaded request."""
+        return any(each.state is State.OFFLOADED for each in self.requests.values())
+
+    def blocks_for(self, request_id: str, held: int, needed: int) -> list[RemoteBlock]:
+        """Return the blocks that bring a request from `held` to `needed`; leases.reserve made sure they are there."""
+        offloaded = self.requests[request_id]
+        new: list[RemoteBlock] = []
+        if held == 0:
+            new, offloaded.blocks = offloaded.blocks, []
+        missing = needed - held - len(new)
+        if missing > 0:
+            new += offloaded.pool.take(missing)
+        offloaded.held = held + len(new)
+        return new
+
+    def finished(self, request_id: str) -> None:
+        """The request ends, in whatever way. vLLM frees the blocks it was given; the rest is let go here."""
+        known = self.requests.get(request_id)
+        if known is not None:
+            self._leave(known)
+
+    def begin_move(self, request: Request, blocks: list[RemoteBlock]) -> None:
+        """The request goes on locally with its KV pulled; `blocks` are its remote ones, taken out of vLLM's books."""
+        moving = self.requests[request.request_id]
+        peer = moving.pool.peer
+        assert peer is not None
+        moving.become(State.MIGRATING)
+        moving.blocks += blocks
+        moving.pull(peer, request.num_tokens - 1, self._block_size, self._tp)
+        self._counts["moved_requests"] += 1
+
+    def movable(self) -> list[tuple[Request, int]]:
+        """Return the requests that may move: they have run, so all their KV but the last token's is there."""
+        return [
+            (each.request, each.pool.executor)
+            for each in self.requests.values()
+            if each.state is State.OFFLOADED and each.request.num_output_tokens and each.pool.peer is not None
+        ]
+
+    def to_local(self, request_id: str) -> None:
+        """An offloaded request goes on in the decode engine's own memory; its blocks are freed already."""
+        if self.is_offloaded(request_id):
+            self.finished(request_id)
+            self._counts["fallback_requests"] += 1
+
+    # Once a step
+
+    def poll(self) -> Lost:
+        """Take the prefill engines' answers; return the requests that have lost what they had there."""
+        lost = Lost()
+        patience = time.monotonic() + CLAIM_WAIT_S
+        for index in range(len(self.pools)):
+            pool = self.pools[index]
+            # Only for what was just asked for: a prefill engine that does not answer must not slow every step.
+            if any(e.claimed_at + CLAIM_WAIT_S >= patience - CLAIM_WAIT_S for e in self._claiming(pool)):
+                pool.client.answered.wait(max(0.0, patience - time.monotonic()))
+            for life, message in pool.client.take_answers():
+                if life != pool.life:
+                    continue
+                if isinstance(message, messages.Leased):
+                    self._leased(pool, message)
+                elif isinstance(message, messages.Claimed):
+                    self._granted(pool, message)
+                elif isinstance(message, messages.ClaimRejected):
+                    self._gone(pool, message.request)
+                elif isinstance(message, messages.Refused):
+                    self._lose(pool, lost)
+                    pool = self.pools[index] = RemotePool(index, pool.client, pool.life + 1)
+        return lost
+
+    def settle(self) -> None:
+        """Tell the prefill engines what they may reuse. The last step's failures are reported by now."""
+        for pool in self.pools:
+            pool.settle()
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether answers are awaited, or something must go back: the engine loop stays awake until then."""
+        return (
+            any(each.state is State.LEFT for each in self._claims.values())
+            or any(pool.unsettled for pool in self.pools)
+            or any(pool.leased and not self.any_offloaded for pool in self.pools)
+        )
+
+    def take_received(self, scheduler_output: SchedulerOutput) -> frozenset[str]:
+        """Return the requests of this step that recompute the last token of a prompt whose KV was received.
+
+        That token's k and v are in the cache already, perhaps in a block that other requests read: they are not
+        written again, neither locally nor remotely.
+        """
+        result = set()
+        for new in scheduler_output.scheduled_new_reqs:
+            known = self.requests.get(new.req_id)
+            if known is None or known.state not in (State.OFFLOADED, State.RECEIVED):
+                continue
+            last = len(new.prompt_token_ids or ()) - 1
+            is_last = new.num_computed_tokens == last and scheduler_output.num_scheduled_tokens[new.req_id] == 1
+            if is_last and known.is_intact:
+                result.add(new.req_id)
+            if known.state is State.RECEIVED:
+                self._leave(known)
+        return frozenset(result)
+
+    def doubtful(self, received: Iterable[str]) -> set[str]:
+        """Return those of the requests that NIXL says it has received whose KV may not be what was claimed: the prefill
+        engine may have taken it back before it was read."""
+        now = time.monotonic()
+        known = (self.requests.get(name) for name in received)
+        return {e.name for e in known if e is not None and e.state is State.PULLING and not e.pool.holds(now)}
+
+    def observe(self, output: KVConnectorOutput) -> None:
+        """Take what the workers report at the end of a step."""
+        if output.invalid_block_ids:
+            # Not said whose they are: from now on all write what they recompute, which is harmless.
+            for each in self.requests.values():
+                each.is_intact = each.is_intact and each.state not in (State.PULLING, State.RECEIVED)
+        failed: Collection[str] = output.failed_recving or ()
+        for name in {*failed, *(output.finished_recving or ())}:
+            known = self.requests.get(name)
+            if known is None or known.state is not State.PULLING:
+                continue
+            if name in failed or known.request.num_output_tokens:
+                self._leave(known)
+            else:
+                known.pool.free_blocks(known.blocks)
+                known.blocks = []
+                known.become(State.RECEIVED)
+        if isinstance(report := output.kv_connector_worker_meta, Report):
+            self.down = report.down
+            self._counts["local_attention_seconds"] += report.local
+            self._counts["remote_attention_seconds"] += max(report.remote.values(), default=0.0)
+            self._counts["exposed_wait_seconds"] += report.exposed
+
+    def observe_step(self, batch: Batch, report: Report | None, seconds: float) -> None:
+        """Take what a step took; `seconds` is 0 when it computed prompts as well."""
+        self.placer.observe(batch, report, seconds, len(self.pools))
+        tpot = self.placer.tpot(seconds)
+        for pool in self.pools:
+            pool.client.tpot = tpot
+
+    def report_failures(self, report: Report) -> None:
+        """Executors did not answer in this step: tell their prefill engines, who end them before they reuse any block.
+
+        What was freed since is told them later (`settle`): an executor that hangs would write into it.
+        """
+        for executor in report.failed:
+            self._counts["executor_failures"] += 1
+            self.pools[executor].post(messages.KillExecutors(sorted(report.pids)))
+        self.down |= report.failed
+
+    def of_executors(self, executors: Collection[int]) -> list[Request]:
+        """Return the offloaded requests that these executors attend for."""
+        return [
+            each.request
+            for each in self.requests.values()
+            if each.state is State.OFFLOADED and each.pool.executor in executors
+        ]
+
+    def take_counts(self) -> dict[str, float]:
+        """Return what was counted since the last call."""
+        counts, self._counts = self._counts, defaultdict(float)
+        return {**counts, **self.placer.take_counts()}
+
+    def gauges(self) -> dict[str, float]:
+        """Return what placement believes at present, and what is held of the prefill engines' memory."""
+        borrowed = sum(pool.borrowed for pool in self.pools)
+        waiting = sum(pool.client.waiting for pool in self.pools)
+        return self.placer.gauges | {"borrowed_blocks": borrowed, "waiting_blocks": waiting}
+
+    # Details
+
+    def _claiming(self, pool: RemotePool) -> Iterable[RemoteRequest]:
+        return (e for e in self._claims.values() if e.pool is pool and e.state is State.CLAIMING)
+
+    def _leave(self, known: RemoteRequest) -> None:
+        """Nothing of the request is elsewhere any more. A claim under way is released when it is granted."""
+        if known.state is not State.CLAIMING:
+            del self._claims[known.pool.executor, known.claim]
+        if known.state is not State.OFFLOADED and (known.request.kv_transfer_params or {}).get("do_remote_prefill"):
+            known.pull_nothing()
+        self.waiting.drop(known.name)
+        known.become(State.LEFT)
+        known.pool.free_blocks(known.blocks)
+        known.blocks = []
+        del self.requests[known.name]
+
+    def _granted(self, pool: RemotePool, message: messages.Claimed) -> None:
+        claimed = self._claims.get((pool.executor, message.request))
+        if claimed is None or claimed.state not in (State.CLAIMING, State.LEFT):
+            logger.error("the prefill engine at %s granted what was not asked for", pool.client.address)
+            return
+        if claimed.state is State.LEFT:
+            del self._claims[pool.executor, message.request]
+            pool.release(message.request)
+            return
+        request = claimed.request
+        prompt = request.all_token_ids[: request.num_prompt_tokens]
+        try:
+            if message.num_tokens != len(prompt) or message.digest != prompt_hash(prompt):
+                raise ValueError("it is the KV cache of another prompt")
+            peer = pool.peer
+            if peer is None:
+                raise ValueError("the prefill engine is not there")
+            claimed.blocks = pool.adopt(message.request, message.blocks, self._blocks(len(prompt)))
+        except ValueError as error:
+            logger.error("request %s: its claim is of no use (%s); its prompt is computed here", claimed.name, error)
+            pool.release(message.request)
+            self._counts["fallback_requests"] += 1
+            claimed.become(State.WAITING)
+            self._leave(claimed)
+            return
+        claimed.become(State.WAITING)
+        claimed.pull(peer, len(prompt), self._block_size, self._tp)
+        self.waiting.add(claimed)
+
+    def _gone(self, pool: RemotePool, claim: str) -> None:
+        claimed = self._claims.get((pool.executor, claim))
+        if claimed is None or claimed.state not in (State.CLAIMING, State.LEFT):
+            return
+        if claimed.state is State.CLAIMING:
+            self._leave(claimed)  # computed here from its first token
+            self._counts["fallback_requests"] += 1
+        del self._claims[pool.executor, claim]
+
+    def _leased(self, pool: RemotePool, message: messages.Leased) -> None:
+        try:
+            pool.add_leased(message.blocks)
+        except ValueError as error:
+            logger.error("the prefill engine at %s lent what cannot be: %s", pool.client.address, error)
+
+    def _lose(self, pool: RemotePool, lost: Lost) -> None:
+        """The prefill engine is gone, or has taken everything back (decode/request.py says what becomes of whom)."""
+        pool.dead = True
+        for known in [each for each in self._claims.values() if each.pool is pool]:
+            if known.state is State.OFFLOADED:
+                lost.offloaded.append(known.request)  # leaves when its blocks are freed
+                continue
+            if known.state is State.PULLING:
+                lost.pulled.append(known.request)
+            if known.state in (State.CLAIMING, State.WAITING, State.MIGRATING, State.PULLING):
+                self._counts["fallback_requests"] += 1
+                self._leave(known)
+        # What is still here was asked for and not answered.
+        self._claims = {k: e for k, e in self._claims.items() if e.pool is not pool or e.name in self.requests}
+
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)

@@ -1,0 +1,148 @@
+"""From a role to a configured vLLM engine: which classes it uses, what is refused, and the start-up checks.
+
+Runs in the process that parses the command line, before any engine process exists, so that every refusal is one
+sentence. Checked against vllm/engine/arg_utils.py and vllm/config of 0.32 (run) and 0.33 (read).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_adrenaline.compat import versions
+from vllm_adrenaline.config import Options
+from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.engine.identity import identity_of
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.kv.space import MAX_EXECUTORS
+from vllm_adrenaline.native import loader
+from vllm_adrenaline.system import cores
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+UCX_INTERFACES = "UCX_NET_DEVICES"
+PEERS_START_TOO = "ADRENALINE_PEERS_START_TOO"
+"""Set by whoever starts prefill and decode engines together: a decode engine then loads and compiles its model while
+its peers do, and waits for them when it attaches to their executors."""
+
+
+def check_model(model: str) -> None:
+    """Raise AdrenalineError for a local path at which there is nothing; any other name is vLLM's to look up."""
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_local and not Path(model).expanduser().exists():
+        raise AdrenalineError(f"there is no model at {model}")
+
+
+def apply(args: EngineArgs, options: Options) -> None:
+    """Set on `args` what the role needs; raises AdrenalineError where the user chose something that excludes it."""
+    from vllm.config import KVTransferConfig
+    from vllm.platforms import current_platform
+
+    versions.check_vllm(versions.installed_vllm())
+    if not current_platform.is_cpu():
+        raise AdrenalineError(
+            f"vllm-adrenaline serves on CPU so far, and this vLLM runs on {current_platform.device_name}"
+        )
+    if importlib.util.find_spec("nixl") is None:
+        raise AdrenalineError(
+            "local requests pull their KV cache through NIXL, which is not installed: pip install nixl"
+        )
+    loader.load()
+    cores.check(options.executor_cores, args.tensor_parallel_size)
+    check_model(args.model)
+    taken = {
+        "--kv-transfer-config": args.kv_transfer_config is not None,
+        "--scheduler-cls": args.scheduler_cls is not None,
+        "--worker-cls": args.worker_cls != "auto",
+        "--distributed-executor-backend": args.distributed_executor_backend not in (None, "mp"),
+        "--data-parallel-size": args.data_parallel_size > 1,
+        "--pipeline-parallel-size": args.pipeline_parallel_size > 1,
+        "--speculative-config": args.speculative_config is not None,
+        "--enable-lora": bool(args.enable_lora),
+    }
+    for flag, given in taken.items():
+        if given:
+            raise AdrenalineError(f"{flag} does not go together with --plugin adrenaline, which sets or excludes it")
+    prefill = options.role == "prefill"
+    package = "vllm_adrenaline.prefill" if prefill else "vllm_adrenaline.decode"
+    args.scheduler_cls = f"{package}.scheduler.{'Prefill' if prefill else 'Decode'}Scheduler"
+    args.worker_cls = f"{package}.worker.{'Prefill' if prefill else 'Decode'}Worker"
+    if prefill:
+        args.distributed_executor_backend = "vllm_adrenaline.prefill.executor.PrefillExecutor"
+    args.kv_transfer_config = KVTransferConfig(
+        kv_connector="AdrenalineConnector",
+        kv_connector_module_path="vllm_adrenaline.engine.connector",
+        kv_role="kv_producer" if prefill else "kv_consumer",
+        kv_buffer_device="cpu",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={"kv_lease_duration": int(options.claim_seconds)} if prefill else {},
+    )
+    # Else NIXL's UCX listens on every interface of the machine, five ports a worker. An operator who serves other
+    # machines names the interface; workers inherit it.
+    os.environ.setdefault(UCX_INTERFACES, "lo")
+
+
+def _unsupported(config: VllmConfig) -> Iterator[tuple[str, bool]]:
+    model, parallel = config.model_config, config.parallel_config
+    text = model.hf_text_config
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    yield "context parallelism", max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1
+    yield "speculative decoding (--speculative-config)", config.speculative_config is not None
+    yield "MLA attention", model.use_mla
+    yield "sliding-window attention", bool(model.get_sliding_window()) or bool(layer_types - {"full_attention"})
+    yield "models with recurrent state or several KV groups", model.is_hybrid or model.has_inner_state
+    yield "encoder-decoder models", model.is_encoder_decoder
+    yield "multimodal models", model.is_multimodal_model
+    yield "pooling models", model.runner_type != "generate"
+    yield "attention logit soft-capping", bool(getattr(text, "attn_logit_softcapping", None))
+    yield (
+        f"a quantized KV cache (--kv-cache-dtype {config.cache_config.cache_dtype})",
+        (config.cache_config.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch."))),
+    )
+    yield "priority scheduling (--scheduling-policy priority)", config.scheduler_config.policy != "fcfs"
+    yield "asynchronous scheduling (--async-scheduling)", bool(config.scheduler_config.async_scheduling)
+    yield "dual-batch overlap (--enable-dbo)", parallel.enable_dbo
+    yield "vLLM's V2 model runner (VLLM_USE_V2_MODEL_RUNNER)", config.use_v2_model_runner
+
+
+def check_supported(config: VllmConfig) -> None:
+    """Raise AdrenalineError naming everything in `config` that the plugin does not support."""
+    refused = [name for name, present in _unsupported(config) if present]
+    if refused:
+        raise AdrenalineError(f"vllm-adrenaline does not support {', '.join(refused)} yet")
+
+
+def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
+    """Start-up check against the other side: the address is free (prefill), the peers answer and fit (decode)."""
+    if options.role == "prefill":
+        sockets.check_free(options.listen_address)
+        return
+    if len(options.peer_addresses) > MAX_EXECUTORS:
+        raise AdrenalineError(f"at most {MAX_EXECUTORS} prefill engines can be peers of one decode engine")
+    hello = messages.Hello(identity_of(config), borrows=False)
+    for address in options.peer_addresses:
+        if PEERS_START_TOO not in os.environ:
+            _await_welcome(address, hello, options.connect_timeout, say)
+
+
+def _await_welcome(address: str, hello: messages.Hello, timeout_s: float, say: Any) -> messages.Welcome:
+    started = time.monotonic()
+    while True:
+        answer = sockets.ask_once(address, hello, timeout_s=min(2.0, max(timeout_s, 0.1)))
+        if isinstance(answer, messages.Welcome):
+            return answer
+        if isinstance(answer, messages.Refused):
+            raise AdrenalineError(f"the prefill engine at {address} does not fit this decode engine: {answer.reason}")
+        waited = time.monotonic() - started
+        if waited >= timeout_s:
+            raise AdrenalineError(
+                f"no prefill engine answers at {address} (waited {waited:.0f} s): start one with --adrenaline-role "
+                f"prefill --adrenaline-listen {address}, or correct --adrenaline-peers"
+            )
+        say(f"waiting for the prefill engine at {address} ({waited:.0f} s)")

@@ -1,0 +1,10 @@
+"""A digest of prompt tokens: the proof that a claimed KV cache is the one of this very prompt."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+
+def prompt_hash(token_ids: Sequence[int]) -> bytes:
+    """Return 16 bytes that identify `token_ids`; equal on both engines exactly when the prompts are equal."""
+    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16).digest()

@@ -1,0 +1,40 @@
+"""What a prefill engine adds to the `kv_transfer_params` of a finished prompt: the proof of which prompt it was.
+
+A router carries it to the decode engine, with the rest. The decode engine compares it with the prompt of the request
+that it came with: vLLM answers a request of several prompts, or with `n` > 1, with the parameters of one of them
+(vllm/entrypoints/openai/completion/serving.py, 0.32), and routers pass on what they get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+
+from vllm_adrenaline.kv.prompt_hash import prompt_hash
+
+KEY = "adrenaline"
+"""Under which `kv_transfer_params` hold the stamp."""
+VERSION = 1
+
+
+class Stamp(msgspec.Struct, frozen=True):
+    """`prompt_hash`: prompt_hash of the prompt's `num_tokens` tokens, in hexadecimal.
+
+    `signature`: room for the prefill engine's, over the rest; empty, and not looked at, in version 1."""
+
+    version: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+    prompt_hash: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    num_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    signature: Annotated[str, msgspec.Meta(max_length=512)] = ""
+
+    def fits(self, prompt: Sequence[int]) -> bool:
+        """Whether it is this prompt's, in a version that is understood here."""
+        is_known = self.version == VERSION and self.num_tokens == len(prompt)
+        return is_known and self.prompt_hash == prompt_hash(prompt).hex()
+
+
+def stamped(params: dict[str, Any], digest: bytes, num_tokens: int) -> dict[str, Any]:
+    """Return the parameters with the stamp of a prompt of `num_tokens` tokens whose prompt_hash is `digest`."""
+    return params | {KEY: msgspec.to_builtins(Stamp(VERSION, digest.hex(), num_tokens))}

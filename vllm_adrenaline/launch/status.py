@@ -1,0 +1,67 @@
+"""`adrenaline status`: what engines do at present, and every placement decision so far by kind and reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_adrenaline.launch.engine_metrics import KV_USED, EngineMetrics, Snapshot
+
+OURS = "vllm:adrenaline_"
+ENGINE = {
+    "running": "vllm:num_requests_running",
+    "waiting": "vllm:num_requests_waiting",
+    "kv_used": KV_USED,
+}
+DECODE = {
+    "local_rows": f"{OURS}local_rows",
+    "offloaded_rows": f"{OURS}offloaded_rows",
+    "bound": f"{OURS}offload_bound_ratio",
+    "local_us_per_token": f"{OURS}local_attention_seconds_per_token",
+    "remote_us_per_token": f"{OURS}remote_attention_seconds_per_token",
+    "moved": f"{OURS}moved_requests_total",
+    "recomputed": f"{OURS}fallback_requests_total",
+    "exposed_wait_s": f"{OURS}exposed_wait_seconds_total",
+}
+
+
+def of_engine(url: str, metrics: Snapshot) -> dict[str, Any]:
+    """Return the status of one engine as plain data."""
+    status: dict[str, Any] = {"url": url} | {name: metrics.value(metric) for name, metric in ENGINE.items()}
+    if f"{OURS}local_rows" in metrics.values:
+        status |= {name: metrics.value(metric) for name, metric in DECODE.items()}
+        for name in ("local_us_per_token", "remote_us_per_token"):
+            status[name] *= 1e6
+    status["placements"] = [
+        {"placement": placement, "reason": reason, "count": int(count)}
+        for (placement, reason), count in sorted(metrics.placements().items(), key=lambda sample: -sample[1])
+    ]
+    return status
+
+
+def table(status: dict[str, Any]) -> str:
+    """Return one engine's status for people."""
+    lines = [
+        f"{status['url']}: {status['running']:.0f} running, {status['waiting']:.0f} waiting, "
+        f"{100 * status['kv_used']:.0f} % of its KV blocks used"
+    ]
+    if "local_rows" in status:
+        bound = f"{status['bound']:.2f}" if status["bound"] else "none"
+        lines += [
+            f"  batch       {status['local_rows']:.0f} local, {status['offloaded_rows']:.0f} offloaded (bound {bound})",
+            f"  attention   {status['local_us_per_token']:.2f} us a token here, "
+            f"{status['remote_us_per_token']:.2f} us in the slowest executor; "
+            f"{status['exposed_wait_s']:.1f} s waited for executors so far",
+            f"  moved       {status['moved']:.0f} offloaded requests pulled, {status['recomputed']:.0f} recomputed",
+        ]
+    for each in status["placements"]:
+        lines.append(f"  {each['placement']:10}  {each['reason']:16} {each['count']:8}")
+    return "\n".join(lines)
+
+
+def run(urls: Sequence[str], as_json: bool) -> int:
+    """Print the status of the engines at `urls`; raises AdrenalineError for one that does not answer."""
+    found = [of_engine(url, EngineMetrics(url).read()) for url in urls]
+    print(json.dumps(found) if as_json else "\n".join(table(status) for status in found))
+    return 0

@@ -1,0 +1,1 @@
+"""The native library: loaded, checked against its sources, typed."""

@@ -1,0 +1,15 @@
+"""The digest of the native sources: built into the library, compared when it is loaded. Standard library only."""
+
+import hashlib
+from pathlib import Path
+
+SUFFIXES = {".h", ".cpp"}
+
+
+def build_hash(folder: Path) -> str:
+    """Return 16 hex digits that change with every source of `folder`; tests and benchmarks are not part of it."""
+    result = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in SUFFIXES and "tests" not in path.relative_to(folder).parts:
+            result.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return result.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Requests and models for benchmarks, the simulator, the demonstration and tests."""
