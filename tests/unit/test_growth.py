@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adrenaline.decode.growth import LOOKAHEAD, growth, lease_change
+from vllm_adrenaline.decode.leases import LOOKAHEAD, growth, lease_change
 
 sizes = st.integers(1, 5000)
 

@@ -10,6 +10,7 @@ import torch
 
 from vllm_adrenaline.attention import native_decode, operators
 from vllm_adrenaline.attention.spec import KVExport
+from vllm_adrenaline.compat.cpu_attention import allow_amx
 from vllm_adrenaline.kv.memory import map_kv
 from vllm_adrenaline.system import memory_file
 
@@ -28,7 +29,7 @@ class CpuAttention:
     ) -> None:
         """`caches`: one [blocks, KV heads, 2 * block size, head size] a layer; `scales`: of the softmax; `native`:
         whether the native library may be used."""
-        operators.may_use_amx()
+        allow_amx()
         self.dtype = caches[0].dtype
         self._isa, self._split_kv = isa, split_kv
         self.num_heads = num_heads

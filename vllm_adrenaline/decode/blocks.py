@@ -1,8 +1,8 @@
-"""Remote blocks in vLLM's own bookkeeping: blocks that know where they live, and a manager that hands them out.
+"""Blocks of other engines in vLLM's own bookkeeping: blocks that know where they live, and the pools they come from.
 
 A request's blocks are vLLM KVCacheBlocks with an id of the KV space. vLLM gives a block back to `block.pool`
 (vllm/v1/core/block_pool.py, BlockPool.free_blocks), so abort, stop, preemption and error all return a remote block
-through the same door as a local one. Checked against single_type_kv_cache_manager.py of 0.32 (run) and 0.33 (read).
+through the same door as a local one. Checked with 0.32 (run) and 0.33 (read).
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.kv import space
 
 if TYPE_CHECKING:
     from vllm_adrenaline.control.client import PrefillClient
-    from vllm_adrenaline.decode.request_table import Offload
 
 
 class RemoteBlock(KVCacheBlock):
@@ -43,7 +41,7 @@ class RemotePool:
         self.executor, self.client, self.life = executor, client, life
         self.free: list[int] = []
         self.asked = 0
-        self.dead = False
+        self.available = True
         self._leased: set[int] = set()
         self._claimed: Counter[str] = Counter()
         self._done: list[str] = []
@@ -52,7 +50,7 @@ class RemotePool:
     @property
     def peer(self) -> messages.Welcome | None:
         """What the prefill engine said of itself in this life; None while it is not there."""
-        return None if self.dead else self.client.peer(self.life)
+        return None if not self.available else self.client.peer(self.life)
 
     @property
     def leased(self) -> int:
@@ -77,7 +75,7 @@ class RemotePool:
 
     def holds(self, now: float) -> bool:
         """Whether the prefill engine cannot have taken back anything that was read until `now` (seconds, monotonic)."""
-        return not self.dead and self.client.holds(self.life, now)
+        return self.available and self.client.holds(self.life, now)
 
     def adopt(self, claim: str, indices: Sequence[int], num_blocks: int) -> list[RemoteBlock]:
         """Return the blocks of a granted claim; the claim is released when the last of them is freed.
@@ -113,7 +111,7 @@ class RemotePool:
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """vLLM gives blocks back (BlockPool.free_blocks)."""
-        if self.dead:
+        if not self.available:
             return
         for block in ordered_blocks:
             assert isinstance(block, RemoteBlock)
@@ -147,39 +145,3 @@ class RemotePool:
     def post(self, message: messages.Message) -> None:
         """Say something to the prefill engine, if this life of it is still there."""
         self.client.post(self.life, message)
-
-
-class KVSpaceManager(FullAttentionManager):
-    """vLLM's manager for local requests; for offloaded ones every block is remote and none is taken here."""
-
-    offload: Offload
-
-    def _remote(self, request_id: str) -> bool:
-        return self.offload.is_offloaded(request_id)
-
-    def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
-        if self._remote(request_id):
-            return 0
-        return super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
-
-    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
-        if not self._remote(request_id):
-            super().add_local_computed_blocks(request_id, *args, **kwargs)
-
-    def allocate_external_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
-        if not self._remote(request_id):
-            super().allocate_external_computed_blocks(request_id, *args, **kwargs)
-
-    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        if not self._remote(request_id):
-            return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        blocks = self.req_to_blocks[request_id]
-        new = self.offload.blocks_for(request_id, len(blocks), -(-num_tokens // self.block_size))
-        blocks.extend(new)
-        # vLLM takes a request that is in here for a running one, which has no prefix to look up.
-        self.num_cached_block.setdefault(request_id, 0)
-        return new
-
-    def cache_blocks(self, request: Any, *args: Any, **kwargs: Any) -> None:
-        if not self._remote(request.request_id):
-            super().cache_blocks(request, *args, **kwargs)

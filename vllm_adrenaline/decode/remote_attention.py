@@ -31,14 +31,14 @@ class Report(KVConnectorWorkerMetadata):
     """What a worker tells the scheduler at the end of a step.
 
     `failed`: executors that failed in it. `pids`: the processes of those that may still write, for they did not say
-    that they are done with us. `down`: executors that are away. Then the seconds of the step: `local` in attention
-    here, `remote` in each executor's that had any, `exposed` waiting for executors with nothing else to do. A step with
-    no offloaded row has none.
+    that they are done with us. `unavailable`: executors that are not attached. The rest is in seconds of the step: `local`
+    in attention here, `remote` in that of each executor that had any, `exposed` in waiting for executors with nothing
+    else to do. A step with no offloaded row has none.
     """
 
     failed: frozenset[int]
     pids: frozenset[int]
-    down: frozenset[int]
+    unavailable: frozenset[int]
     local: float
     remote: dict[int, float]
     exposed: float
@@ -48,7 +48,7 @@ class Report(KVConnectorWorkerMetadata):
         return Report(
             self.failed | other.failed,
             self.pids | other.pids,
-            self.down | other.down,
+            self.unavailable | other.unavailable,
             max(self.local, other.local),
             {e: max(self.remote.get(e, 0.0), other.remote.get(e, 0.0)) for e in {*self.remote, *other.remote}},
             max(self.exposed, other.exposed),
@@ -162,11 +162,11 @@ class RemoteAttention:
             return None
         failed, self._failed = frozenset(self._failed), set()
         pids, self._hanging = frozenset(self._hanging), set()
-        down = frozenset(i for i, link in enumerate(self.links) if link.channel is None)
+        unavailable = frozenset(i for i, link in enumerate(self.links) if link.channel is None)
         before, self._times_ns = self._times_ns, self.transport.times_ns
         local, exposed = (now - then for now, then in zip(self._times_ns, before, strict=True))
         remote = {e: busy / 1e9 for e, busy in enumerate(self._grown(self._busy_ns, BUSY_NS)) if busy}
-        return Report(failed, pids, down, local / 1e9, remote, exposed / 1e9)
+        return Report(failed, pids, unavailable, local / 1e9, remote, exposed / 1e9)
 
     def take_counts(self) -> dict[str, int]:
         """Return the rows x layers attended since the last call, by the executors' own count (first rank only)."""

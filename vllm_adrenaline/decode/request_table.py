@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -49,19 +49,23 @@ class Lost:
     pulled: list[Request] = field(default_factory=list)
 
 
-class Offload:
-    """See the module."""
+class RequestTable:
+    """All requests of this engine whose prompt is with a prefill engine, by id.
+
+    `pools`: what we have of each prefill engine's memory, in the order of `--adrenaline-peers`. `queue`: requests that
+    are not placed yet. `unavailable`: attention executors that did not answer in the last step.
+    """
 
     def __init__(
         self, clients: list[PrefillClient], placer: Placer, block_size: int, tensor_parallel_size: int
     ) -> None:
         self.pools = [RemotePool(executor, client) for executor, client in enumerate(clients)]
         self.placer = placer
-        self.waiting = PlacementQueue(placer, block_size)
+        self.queue = PlacementQueue(placer, block_size)
         self.requests: dict[str, RemoteRequest] = {}
         self._claims: dict[tuple[int, str], RemoteRequest] = {}  # asked for, or in use
         self._block_size, self._tp = block_size, tensor_parallel_size
-        self.down: frozenset[int] = frozenset()
+        self.unavailable: frozenset[int] = frozenset()
         self._counts: dict[str, float] = defaultdict(float)
 
     # A request's way through
@@ -103,9 +107,9 @@ class Offload:
         """Decide about requests that could run now; `free`: local blocks."""
 
         def observe(free: int) -> Observed:
-            return self.placer.observed(batch, free, self.pools, self.down)
+            return self.placer.observed(batch, free, self.pools, self.unavailable)
 
-        for placed in self.waiting.place(observe, batch, free, max_rows):
+        for placed in self.queue.place(observe, batch, free, max_rows):
             placed.pull_nothing()
             placed.become(State.OFFLOADED)
             self._counts["offloaded_requests"] += 1
@@ -132,8 +136,8 @@ class Offload:
         if known is None or known.state not in (State.WAITING, State.MIGRATING):
             return
         if known.state is State.WAITING:
-            self.waiting.drop(known.name)
-            self.waiting.count_local(known)
+            self.queue.drop(known.name)
+            self.queue.count_local(known)
             self._counts["local_requests"] += 1
         if num_external_tokens == 0:
             self._leave(known)  # all of it was in the prefix cache: there is nothing to pull
@@ -168,18 +172,18 @@ class Offload:
         if known is not None:
             self._leave(known)
 
-    def begin_move(self, request: Request, blocks: list[RemoteBlock]) -> None:
+    def begin_migration(self, request: Request, blocks: list[RemoteBlock]) -> None:
         """The request goes on locally with its KV pulled; `blocks` are its remote ones, taken out of vLLM's books."""
-        moving = self.requests[request.request_id]
-        peer = moving.pool.peer
+        migrating = self.requests[request.request_id]
+        peer = migrating.pool.peer
         assert peer is not None
-        moving.become(State.MIGRATING)
-        moving.blocks += blocks
-        moving.pull(peer, request.num_tokens - 1, self._block_size, self._tp)
+        migrating.become(State.MIGRATING)
+        migrating.blocks += blocks
+        migrating.pull(peer, request.num_tokens - 1, self._block_size, self._tp)
         self._counts["moved_requests"] += 1
 
-    def movable(self) -> list[tuple[Request, int]]:
-        """Return the requests that may move: they have run, so all their KV but the last token's is there."""
+    def migratable(self) -> list[tuple[Request, int]]:
+        """Return the requests that may migrate: they have run, so all their KV but the last token's is there."""
         return [
             (each.request, each.pool.executor)
             for each in self.requests.values()
@@ -250,35 +254,64 @@ class Offload:
                 self._leave(known)
         return frozenset(result)
 
-    def doubtful(self, received: Iterable[str]) -> set[str]:
-        """Return those of the requests that NIXL says it has received whose KV may not be what was claimed: the prefill
-        engine may have taken it back before it was read."""
-        now = time.monotonic()
-        known = (self.requests.get(name) for name in received)
-        return {e.name for e in known if e is not None and e.state is State.PULLING and not e.pool.holds(now)}
+    def consume(self, output: KVConnectorOutput | None, report: Report | None) -> list[Request]:
+        """Take everything that the workers say at the end of a step. The only place that does.
 
-    def observe(self, output: KVConnectorOutput) -> None:
-        """Take what the workers report at the end of a step."""
+        Args:
+            output: vLLM's part of it: which pulls ended, and how. Pulls that are not to be believed are added to those
+                that failed, before vLLM looks at them.
+            report: ours: what executors did. None for a step without offloaded rows.
+
+        Returns:
+            The offloaded requests whose executor failed: their token of this step is worthless.
+        """
+        if output is not None:
+            self._consume_pulls(output)
+        if report is None:
+            return []
+        self.unavailable = report.unavailable
+        self._counts["local_attention_seconds"] += report.local
+        self._counts["remote_attention_seconds"] += max(report.remote.values(), default=0.0)
+        self._counts["exposed_wait_seconds"] += report.exposed
+        return self._consume_failures(report) if report.failed else []
+
+    def _consume_pulls(self, output: KVConnectorOutput) -> None:
         if output.invalid_block_ids:
             # Not said whose they are: from now on all write what they recompute, which is harmless.
             for each in self.requests.values():
                 each.is_intact = each.is_intact and each.state not in (State.PULLING, State.RECEIVED)
-        failed: Collection[str] = output.failed_recving or ()
-        for name in {*failed, *(output.finished_recving or ())}:
-            known = self.requests.get(name)
-            if known is None or known.state is not State.PULLING:
-                continue
-            if name in failed or known.request.num_output_tokens:
-                self._leave(known)
+        received = set(output.finished_recving or ())
+        now = time.monotonic()
+        ended = {name: self.requests.get(name) for name in received | set(output.failed_recving or ())}
+        pulled = {name: each for name, each in ended.items() if each is not None and each.state is State.PULLING}
+        # The prefill engine may have taken the blocks back before they were read.
+        doubtful = {name for name, each in pulled.items() if name in received and not each.pool.holds(now)}
+        if doubtful:
+            logger.warning("pulled KV of %d request(s) may have been reused: recomputing it here", len(doubtful))
+            output.failed_recving = {*(output.failed_recving or ()), *doubtful}
+        failed = output.failed_recving or ()
+        for name, each in pulled.items():
+            if name in failed or each.request.num_output_tokens:
+                self._leave(each)
             else:
-                known.pool.free_blocks(known.blocks)
-                known.blocks = []
-                known.become(State.RECEIVED)
-        if isinstance(report := output.kv_connector_worker_meta, Report):
-            self.down = report.down
-            self._counts["local_attention_seconds"] += report.local
-            self._counts["remote_attention_seconds"] += max(report.remote.values(), default=0.0)
-            self._counts["exposed_wait_seconds"] += report.exposed
+                each.pool.free_blocks(each.blocks)
+                each.blocks = []
+                each.become(State.RECEIVED)
+
+    def _consume_failures(self, report: Report) -> list[Request]:
+        """Tell prefill engines which of their executors failed: they end them before they reuse any block.
+
+        What was freed since is told them later (`settle`): an executor that hangs would write into it.
+        """
+        for executor in report.failed:
+            self._counts["executor_failures"] += 1
+            self.pools[executor].post(messages.KillExecutors(sorted(report.pids)))
+        self.unavailable |= report.failed
+        return [
+            each.request
+            for each in self.requests.values()
+            if each.state is State.OFFLOADED and each.pool.executor in report.failed
+        ]
 
     def observe_step(self, batch: Batch, report: Report | None, seconds: float) -> None:
         """Take what a step took; `seconds` is 0 when it computed prompts as well."""
@@ -286,24 +319,6 @@ class Offload:
         tpot = self.placer.tpot(seconds)
         for pool in self.pools:
             pool.client.tpot = tpot
-
-    def report_failures(self, report: Report) -> None:
-        """Executors did not answer in this step: tell their prefill engines, who end them before they reuse any block.
-
-        What was freed since is told them later (`settle`): an executor that hangs would write into it.
-        """
-        for executor in report.failed:
-            self._counts["executor_failures"] += 1
-            self.pools[executor].post(messages.KillExecutors(sorted(report.pids)))
-        self.down |= report.failed
-
-    def of_executors(self, executors: Collection[int]) -> list[Request]:
-        """Return the offloaded requests that these executors attend for."""
-        return [
-            each.request
-            for each in self.requests.values()
-            if each.state is State.OFFLOADED and each.pool.executor in executors
-        ]
 
     def take_counts(self) -> dict[str, float]:
         """Return what was counted since the last call."""
@@ -327,7 +342,7 @@ class Offload:
             del self._claims[known.pool.executor, known.claim]
         if known.state is not State.OFFLOADED and (known.request.kv_transfer_params or {}).get("do_remote_prefill"):
             known.pull_nothing()
-        self.waiting.drop(known.name)
+        self.queue.drop(known.name)
         known.become(State.LEFT)
         known.pool.free_blocks(known.blocks)
         known.blocks = []
@@ -360,7 +375,7 @@ class Offload:
             return
         claimed.become(State.WAITING)
         claimed.pull(peer, len(prompt), self._block_size, self._tp)
-        self.waiting.add(claimed)
+        self.queue.add(claimed)
 
     def _gone(self, pool: RemotePool, claim: str) -> None:
         claimed = self._claims.get((pool.executor, claim))
@@ -379,7 +394,7 @@ class Offload:
 
     def _lose(self, pool: RemotePool, lost: Lost) -> None:
         """The prefill engine is gone, or has taken everything back (decode/request.py says what becomes of whom)."""
-        pool.dead = True
+        pool.available = False
         for known in [each for each in self._claims.values() if each.pool is pool]:
             if known.state is State.OFFLOADED:
                 lost.offloaded.append(known.request)  # leaves when its blocks are freed

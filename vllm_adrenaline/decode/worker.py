@@ -14,15 +14,16 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_adrenaline.attention import operators
+from vllm_adrenaline.compat.cpu_attention import allow_amx
 from vllm_adrenaline.compat.sampling import without_generators
+from vllm_adrenaline.compat.worker_cores import settle_worker
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.decode import backend, remote_attention
 from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.engine import profiling
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.system.cores import come_first, settle_worker
+from vllm_adrenaline.system.priority import come_first
 from vllm_adrenaline.transport.shm import Shape, ShmSteps
 
 
@@ -31,7 +32,7 @@ class DecodeWorker(CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settle_worker()
-        operators.may_use_amx()
+        allow_amx()
         # CPU_ATTN itself is overridden: vLLM's CPU platform takes no other backend (vllm/platforms/cpu.py).
         register_backend(AttentionBackendEnum.CPU_ATTN, backend.QUALNAME)
         super().__init__(*args, **kwargs)
@@ -68,7 +69,7 @@ class DecodeWorker(CPUWorker):
             links, ShmSteps(shape), layers, config.cache_config.block_size, counts_rows=self.rank == 0
         )
         remote_attention.activate(self.remote)
-        connector = get_kv_transfer_group()
+        connector = get_kv_transfer_group().connector_worker
         connector.remote = self.remote
         for name, cache in connector.kv_caches.items():
             layer = config.compilation_config.static_forward_context[name]

@@ -165,7 +165,7 @@ def _step_seconds(runner: Any, sizes: Sequence[int], sample: bool) -> list[tuple
 def _attention_of(config: VllmConfig) -> CpuAttention:
     """Return vLLM's attention over this engine's own KV cache."""
     caches, layers = [], []
-    for name, cache in get_kv_transfer_group().kv_caches.items():
+    for name, cache in get_kv_transfer_group().connector_worker.kv_caches.items():
         blocks, heads, block_size, double = cache.shape
         caches.append(cache.view(blocks, heads, 2 * block_size, double // 2))
         layers.append(config.compilation_config.static_forward_context[name])

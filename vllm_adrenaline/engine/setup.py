@@ -76,8 +76,8 @@ def apply(args: EngineArgs, options: Options) -> None:
     if prefill:
         args.distributed_executor_backend = "vllm_adrenaline.prefill.executor.PrefillExecutor"
     args.kv_transfer_config = KVTransferConfig(
-        kv_connector="AdrenalineConnector",
-        kv_connector_module_path="vllm_adrenaline.engine.connector",
+        kv_connector=f"{options.role.title()}Connector",
+        kv_connector_module_path=f"{package}.connector",
         kv_role="kv_producer" if prefill else "kv_consumer",
         kv_buffer_device="cpu",
         kv_load_failure_policy="recompute",

@@ -14,6 +14,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adrenaline.colocation.controller import Objectives
 from vllm_adrenaline.colocation.tuner import ShareTuner
+from vllm_adrenaline.compat import scheduler as compat
+from vllm_adrenaline.compat.message_queue import wait_without_spinning
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.control.server import ControlServer
@@ -23,7 +25,6 @@ from vllm_adrenaline.placement.prefill_admission import Blocks, should_defer_pre
 from vllm_adrenaline.prefill import executor
 from vllm_adrenaline.prefill.leases import LeaseManager
 from vllm_adrenaline.prefill.utilization import PrefillUtilization
-from vllm_adrenaline.system.cores import wait_without_spinning
 
 
 class PrefillScheduler(Scheduler):
@@ -42,7 +43,8 @@ class PrefillScheduler(Scheduler):
             clock=time.monotonic,
         )
         self._growth_reserve = int(pool.num_gpu_blocks * options.growth_reserve)
-        self.connector.leases = self.leases
+        connector = self.connector.connector_scheduler
+        connector.leases = self.leases
         self.control = ControlServer(
             options.listen_address,
             identity_of(self.vllm_config),
@@ -58,7 +60,7 @@ class PrefillScheduler(Scheduler):
         known = profile.cached(profiling.key(self.vllm_config, options, ()))
         objectives = Objectives(options.ttft_slo_ms / 1000 or None, options.tpot_slo_ms / 1000 or None)
         prefill = known.prefill if known is not None else []
-        self.connector.tuner = ShareTuner(objectives, options.executor_share, prefill, executor.set_share)
+        connector.tuner = ShareTuner(objectives, options.executor_share, prefill, executor.set_share)
         self.control.start()
 
     def _welcome(self) -> messages.Welcome:
@@ -75,7 +77,7 @@ class PrefillScheduler(Scheduler):
 
     def _tick(self) -> None:
         """Called by the control thread, which alone changes `beats`."""
-        self.connector.tuner.update(beat.tpot for beat in self.control.beats.values())
+        self.connector.connector_scheduler.tuner.update(beat.tpot for beat in self.control.beats.values())
 
     def _load(self) -> messages.Load:
         """Called by the control thread, which holds the lock."""
@@ -113,15 +115,8 @@ class PrefillScheduler(Scheduler):
         return PauseState.PAUSED_NEW if should_defer_prefill(blocks, needed) else asked
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        with self.kv_lock:
-            asked = self.pause_state
-            # Not by vLLM's setter: it logs a line at every call, and this engine steps every millisecond while a prompt
-            # can be had (set_pause_state, v1/core/sched/scheduler.py; 0.32 run, 0.33 read).
-            self._pause_state = self._pause_for_growth(asked)
-            try:
-                output = super().schedule(*args, **kwargs)
-            finally:
-                self._pause_state = asked
+        with self.kv_lock, compat.paused(self, self._pause_for_growth(self.pause_state)):
+            output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:
             self._busy.begin()
         return output

@@ -14,13 +14,13 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_adrenaline.attention import operators
 from vllm_adrenaline.attention.spec import KVExport, LayerSpec
+from vllm_adrenaline.compat.cpu_attention import allow_amx
 from vllm_adrenaline.compat.sampling import without_generators
+from vllm_adrenaline.compat.worker_cores import settle_worker
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.engine import profiling
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.system.cores import settle_worker
 
 
 class PrefillWorker(CPUWorker):
@@ -28,7 +28,7 @@ class PrefillWorker(CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settle_worker()
-        operators.may_use_amx()
+        allow_amx()
         super().__init__(*args, **kwargs)
 
     def compile_or_warm_up_model(self) -> Any:
@@ -62,7 +62,7 @@ class PrefillWorker(CPUWorker):
                 raise AdrenalineError(
                     f"{layer.layer_name} uses ALiBi, sinks, soft-capping or a window: not supported yet"
                 )
-        caches = [connector.kv_caches[name] for name in names]
+        caches = [connector.connector_worker.kv_caches[name] for name in names]
         blocks, heads, block_size, double = caches[0].shape
         view = caches[0].view(blocks, heads, 2 * block_size, double // 2)
         export = KVExport(

@@ -1,0 +1,20 @@
+"""The end of NIXL's own hold on finished prompts, at the word of the engine that holds them.
+
+NIXL holds a finished prompt's blocks until somebody read them or its lease ran out. A prompt that a decode engine has
+claimed is held by its claim, and one that was dropped is wanted by nobody. No message and no handshake is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def end_hold(worker: Any, request_ids: Iterable[str]) -> set[str]:
+    """End the hold of NIXL's worker on these prompts; return those that it held: they are sent, as NIXL sees it."""
+    ended = set()
+    for request_id in request_ids:
+        if worker._reqs_to_send.pop(request_id, None) is not None:
+            worker._reqs_to_process.discard(request_id)
+            ended.add(request_id)
+    return ended

@@ -1,0 +1,85 @@
+"""What we do to vLLM's scheduler and its requests that they have no method for (vllm/v1/core/sched/scheduler.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import RequestStatus
+
+from vllm_adrenaline.errors import AdrenalineError
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.sched.interface import PauseState
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+
+def replace_kv_managers(scheduler: Scheduler, manager: type[FullAttentionManager]) -> list[Any]:
+    """Make the scheduler's KV cache managers instances of a subclass; return them.
+
+    Not through vLLM's registry of specs: the spec stays the stock one, which NIXL and others look at.
+
+    Raises:
+        AdrenalineError: there is another kind of manager than for full attention.
+    """
+    managers: list[Any] = list(scheduler.kv_cache_manager.coordinator.single_type_managers)
+    for each in managers:
+        if type(each) is not FullAttentionManager:
+            raise AdrenalineError(f"{type(each).__name__} is not supported: full attention only")
+        each.__class__ = manager
+    return managers
+
+
+def take_blocks(scheduler: Scheduler, request: Request) -> list[KVCacheBlock]:
+    """Take a request's blocks out of vLLM's books, so that to preempt it frees none of them; return them."""
+    manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    manager.num_cached_block.pop(request.request_id, None)
+    blocks: list[KVCacheBlock] = manager.req_to_blocks.pop(request.request_id)
+    return blocks
+
+
+def preempt(scheduler: Scheduler, request: Request) -> None:
+    """Take a running request out of the batch; it waits again, and what the present step makes of it is dropped."""
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+
+
+def uncount_preemption(scheduler: Scheduler, request: Request) -> None:
+    """Take back that a request was preempted just now: nothing of it is lost, and it is counted as something else."""
+    if scheduler.log_stats:
+        request.events.pop()
+
+
+def leave_out_of_step(scheduler: Scheduler, request: Request) -> None:
+    """Leave a running request out of the step that is scheduled next."""
+    request.next_decode_eligible_step = scheduler.current_step + 2  # vLLM counts the step up first
+
+
+def recompute_pulled(scheduler: Scheduler, request: Request) -> None:
+    """Have a request recomputed whose KV is being pulled, or was: what was read is not to be believed.
+
+    vLLM's own way for a load that failed. It keeps the blocks until NIXL is done with them (_handle_failed_recving).
+    """
+    if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+        request.num_computed_tokens = 0
+        scheduler.failed_recving_kv_req_ids.add(request.request_id)
+
+
+@contextlib.contextmanager
+def paused(scheduler: Scheduler, state: PauseState) -> Iterator[None]:
+    """Schedule in this pause state, and go back to the one before.
+
+    Not by vLLM's setter: it logs a line at every call, and a prefill engine steps every millisecond while one of its
+    prompts is on offer.
+    """
+    before = scheduler._pause_state
+    scheduler._pause_state = state
+    try:
+        yield
+    finally:
+        scheduler._pause_state = before

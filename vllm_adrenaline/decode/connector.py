@@ -1,0 +1,75 @@
+"""The decode engine's connector: what NIXL is to pull, and what workers say at the end of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.request import RequestStatus
+
+from vllm_adrenaline.engine.connector import AdrenalineConnector, SchedulerSide, WorkerSide
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+    from vllm_adrenaline.decode.remote_attention import RemoteAttention
+    from vllm_adrenaline.decode.request_table import RequestTable
+
+
+class DecodeSchedulerSide(SchedulerSide):
+    """Asks the table of remote requests first, and NIXL for what is to be pulled. The scheduler sets `table`."""
+
+    table: RequestTable
+
+    def on_new_request(self, request: Request) -> None:
+        self.table.arrived(request)
+        super().on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        answer = self.table.matched_tokens(request, num_computed_tokens)
+        return answer if answer is not None else super().get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        self.table.allocated(request, num_external_tokens)
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
+        meta = super().build_connector_meta(scheduler_output)
+        # An attribute, not a subclass: NIXL makes this object itself and checks its type.
+        meta.received = self.table.take_received(scheduler_output)
+        return meta
+
+    def request_finished(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self.table.finished(request.request_id)
+        if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+            self.table.placer.lengths.ended(request.num_output_tokens)
+        return super().request_finished(request, block_ids)
+
+    def take_counts(self) -> Mapping[str, float]:
+        return self.table.take_counts()
+
+    def gauges(self) -> Mapping[str, float]:
+        return self.table.gauges()
+
+
+class DecodeWorkerSide(WorkerSide):
+    """Reports what executors did in a step. The worker sets `remote` once it is attached to them."""
+
+    remote: RemoteAttention | None = None
+
+    def take_counts(self) -> Mapping[str, float]:
+        return self.remote.take_counts() if self.remote is not None else {}
+
+
+class DecodeConnector(AdrenalineConnector):
+    """The connector of a decode engine."""
+
+    scheduler_side, worker_side = DecodeSchedulerSide, DecodeWorkerSide
+
+    def build_connector_worker_meta(self) -> Any:
+        remote = self.connector_worker.remote
+        return remote.take_report() if remote is not None else None

@@ -1,0 +1,92 @@
+"""The prefill engine's connector: finished prompts are stamped and offered, and the KV cache lies in shared memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_adrenaline.compat.nixl_hold import end_hold
+from vllm_adrenaline.control.messages import MAX_NAME
+from vllm_adrenaline.engine.connector import AdrenalineConnector, SchedulerSide, WorkerSide
+from vllm_adrenaline.kv.prompt_hash import prompt_hash
+from vllm_adrenaline.kv.sharing import SharedKVCache
+from vllm_adrenaline.kv.stamp import stamped
+from vllm_adrenaline.prefill.leases import LeaseManager, Offer
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from vllm_adrenaline.colocation.tuner import ShareTuner
+
+
+class PrefillSchedulerSide(SchedulerSide):
+    """Offers finished prompts for claiming. The scheduler, which makes them, sets `leases` and `tuner`."""
+
+    leases: LeaseManager
+    tuner: ShareTuner
+
+    def on_new_request(self, request: Request) -> None:
+        params = request.kv_transfer_params
+        if params:
+            # Whatever else a client asks of NIXL here (to read from some host, say) is not ours to do. A prompt whose
+            # name is too long for a control message could not be claimed: it is not kept.
+            keep = params.get("do_remote_decode") is True and len(request.request_id) <= MAX_NAME
+            request.kv_transfer_params = {"do_remote_decode": True} if keep else None
+        super().on_new_request(request)
+
+    def request_finished(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        is_held, params = super().request_finished(request, block_ids)
+        if is_held:
+            self.tuner.prefilled(time.time() - request.arrival_time)
+            blocks = [self.leases.pool.blocks[index] for index in block_ids[0]]
+            proof = prompt_hash(request.all_token_ids[: request.num_prompt_tokens])
+            self.leases.offer(request.request_id, Offer(blocks, request.num_prompt_tokens, proof))
+            params = stamped(params or {}, proof, request.num_prompt_tokens)
+        return is_held, params
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        super().update_connector_output(connector_output)
+        self.leases.withdraw(connector_output.finished_sending or ())
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
+        meta = super().build_connector_meta(scheduler_output)
+        # An attribute, not a subclass: NIXL makes this object itself and checks its type.
+        meta.let_go = self.leases.take_let_go()
+        return meta
+
+    def gauges(self) -> Mapping[str, float]:
+        return {"executor_share": self.tuner.share}
+
+
+class PrefillWorkerSide(WorkerSide):
+    """Lets prompts go when NIXL need not hold them any more."""
+
+    def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self._let_go: set[str] = set()
+
+    def start_load_kv(self, metadata: Any) -> None:
+        self._let_go |= metadata.let_go
+        super().start_load_kv(metadata)
+
+    def get_transfer_results(self) -> Any:
+        results = super().get_transfer_results()
+        results.finished_sending |= end_hold(self, self._let_go)
+        self._let_go = set()
+        return results
+
+
+class PrefillConnector(AdrenalineConnector):
+    """The connector of a prefill engine. `shared_kv`: in a worker, where its KV cache is once it is allocated."""
+
+    scheduler_side, worker_side = PrefillSchedulerSide, PrefillWorkerSide
+    shared_kv: SharedKVCache | None = None
+
+    def get_mem_pool_context(self) -> Any:
+        self.shared_kv = SharedKVCache()
+        return self.shared_kv
