@@ -51,7 +51,7 @@ from vllm_adrenaline.decode.link import Link  # noqa: E402
 from vllm_adrenaline.decode.remote_attention import RemoteAttention, StepPlan  # noqa: E402
 from vllm_adrenaline.kv import space  # noqa: E402
 from vllm_adrenaline.kv.memory import map_kv  # noqa: E402
-from vllm_adrenaline.prefill.executor import ExecutorProcess  # noqa: E402
+from vllm_adrenaline.prefill.executor_pool import ExecutorProcess  # noqa: E402
 from vllm_adrenaline.system import memory_file  # noqa: E402
 from vllm_adrenaline.transport.shm import Shape, ShmSteps  # noqa: E402
 from vllm_adrenaline.transport.split import split_rows  # noqa: E402

@@ -65,7 +65,8 @@ def test_memory_the_prefill_engine_asks_back_is_given_back_by_moving_requests(en
     work = workload(8, seed=53, prompts=[250], outputs=[600])  # 7 blocks each at their end; 20 are there
     sampling = {"temperature": 0.8, "seed": 5}
     wanted = [answer.tokens for answer in engines["plain"].complete(work, **sampling)]
-    decode, own = engines["dear"], workload(2, seed=54, prompts=[900], outputs=[1])  # 8 blocks each
+    # Of its own the prefill engine has requests of 8 blocks each that last: one of them waits as long as others hold 5.
+    decode, own = engines["dear"], workload(3, seed=54, prompts=[900], outputs=[100])
     with ThreadPoolExecutor() as pool:
         answers = pool.submit(engines.door("dear").complete, work, **sampling)
         while not answers.done() and not decode.counter("moved_requests"):

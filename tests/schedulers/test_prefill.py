@@ -13,7 +13,8 @@ import zmq
 from tests.schedulers.conftest import BLOCK, Engine, eventually
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
-from vllm_adrenaline.prefill import executor
+from vllm_adrenaline.prefill import executor_pool
+from vllm_adrenaline.prefill.executor_pool import ExecutorPool
 
 PROMPT = list(range(10, 10 + 3 * BLOCK + 5))
 KEEP = {"do_remote_decode": True}
@@ -55,8 +56,7 @@ class Prefill(Engine):
 def prefill(
     base: Callable[..., tuple[Any, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Prefill]]:
-    monkeypatch.setattr(executor, "addresses", list)
-    monkeypatch.setattr(executor, "share", lambda: "none")
+    monkeypatch.setattr(executor_pool, "_active", ExecutorPool([]))
     started: list[Prefill] = []
 
     def start(**options: Any) -> Prefill:

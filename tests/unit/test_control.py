@@ -23,6 +23,7 @@ from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.control.server import FAILED, ControlServer
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill.leases import LeaseManager, Offer
+from vllm_adrenaline.prefill.lending import Lending
 
 IDENTITY = messages.Identity(
     protocol=messages.PROTOCOL,
@@ -153,9 +154,7 @@ class Prefill:
         self.leases = LeaseManager(self.pool, 0, 60, lambda: self.now)
         self.leases.offer("prompt", Offer([], 7, b"d"))
         self.tick: Callable[[], None] = bool
-        self.control = ControlServer(
-            address,
-            IDENTITY,
+        self.lending = Lending(
             self.leases,
             threading.RLock(),
             lambda: WELCOME,
@@ -163,8 +162,8 @@ class Prefill:
             lambda: self.tick() or None,
             self.killed.extend,
             self.revoke,
-            self.ended.append,
         )
+        self.control = ControlServer(address, IDENTITY, self.lending, self.ended.append)
         self.control.start()
 
     def revoke(self, engine: str) -> None:
@@ -260,9 +259,10 @@ import sys, threading
 from tests.unit.test_control import IDENTITY, LOAD, WELCOME, Pool
 from vllm_adrenaline.control.server import ControlServer
 from vllm_adrenaline.prefill.leases import LeaseManager
+from vllm_adrenaline.prefill.lending import Lending
 leases = LeaseManager(Pool(), 0, 60, lambda: 0.0)
 calls = [lambda: WELCOME, lambda: LOAD, lambda: sys.exit("the reason"), lambda pids: None, lambda engine: None]
-ControlServer(sys.argv[1], IDENTITY, leases, threading.RLock(), *calls).start()
+ControlServer(sys.argv[1], IDENTITY, Lending(leases, threading.RLock(), *calls)).start()
 threading.Event().wait(30)
 """
     command = [sys.executable, "-c", code, f"ipc://{tmp_path}/c"]
@@ -341,7 +341,7 @@ def test_a_decode_engine_that_comes_back_has_nothing_of_before(prefill: Prefill)
 def test_a_decode_engine_that_leaves_and_ends_at_once_ends_no_prefill_engine(prefill: Prefill) -> None:
     with subprocess.Popen(["sleep", "100"]) as process:
         socket, other = prefill.connect("a", process.pid), prefill.connect("b")
-        with prefill.control.lock:  # vLLM schedules; the control thread waits, and then finds both
+        with prefill.lending.lock:  # vLLM schedules; the control thread waits, and then finds both
             other.send(messages.encode(messages.Heartbeat()))
             time.sleep(0.1)
             socket.send(messages.encode(messages.Leave()))
@@ -393,7 +393,7 @@ def test_books_that_cannot_be_closed_end_nobody_else(prefill: Prefill, lends: bo
     prefill.now = 50
     assert sockets.ask(other, messages.Heartbeat(), 5) == LOAD
     prefill.now = 70
-    eventually(lambda: b"a" not in prefill.leases.borrowers and len(prefill.leases.borrowers) == 1)
+    eventually(lambda: b"a" not in prefill.leases.holders and len(prefill.leases.holders) == 1)
     time.sleep(0.1)
     assert prefill.ended == []
     assert sockets.ask(other, messages.Heartbeat(), 5) == LOAD

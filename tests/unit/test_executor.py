@@ -23,7 +23,7 @@ from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport, LayerSpec
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.space import remote_id
-from vllm_adrenaline.prefill import executor
+from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.system import memory_file
 from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmSteps
 from vllm_adrenaline.transport.split import split_rows
@@ -230,20 +230,26 @@ class Executor:
         self.killed = True
 
 
+def pool_of(processes: list[Any]) -> executor_pool.ExecutorPool:
+    """Return a pool of processes that were not started by it."""
+    pool = object.__new__(executor_pool.ExecutorPool)
+    pool.processes = processes
+    return pool
+
+
 def test_executors_that_acknowledge_live_and_deaf_ones_are_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executor, "REVOKE_S", 0.3)
+    monkeypatch.setattr(executor_pool, "REVOKE_S", 0.3)
     prompt = Executor(f"ipc://{tmp_path}/0", messages.Revoked)
     deaf = Executor(f"ipc://{tmp_path}/1", lambda _: None)
     confused = Executor(f"ipc://{tmp_path}/2", lambda _: messages.Revoked("another"))
     starting = SimpleNamespace(address="", killed=False)
-    site = SimpleNamespace(processes=[prompt, deaf, confused, starting])
-    monkeypatch.setattr(executor, "_site", site)
+    processes = [prompt, deaf, confused, starting]
     began = time.monotonic()
-    executor.revoke("a")
+    pool_of(processes).revoke("a")
     assert time.monotonic() - began < 2
-    assert [each.killed for each in site.processes] == [False, True, True, False]
+    assert [each.killed for each in processes] == [False, True, True, False]
 
 
 def test_an_executor_that_cannot_even_be_asked_is_killed_and_the_others_are_asked(
@@ -258,8 +264,7 @@ def test_an_executor_that_cannot_even_be_asked_is_killed_and_the_others_are_aske
         return connect(address)
 
     monkeypatch.setattr(sockets, "connect", too_many_files)
-    monkeypatch.setattr(executor, "_site", SimpleNamespace(processes=[first, second]))
-    executor.revoke("a")
+    pool_of([first, second]).revoke("a")
     assert (first.killed, second.killed) == (True, False)
 
 
@@ -300,10 +305,10 @@ def test_only_health_makes_the_restart_of_an_executor_prompt_again(monkeypatch: 
             clock.now += self.lives
             return -9
 
-    monkeypatch.setattr(executor, "time", clock)
-    monkeypatch.setattr(executor, "ExecutorProcess", Process)
+    monkeypatch.setattr(executor_pool, "time", clock)
+    monkeypatch.setattr(executor_pool, "ExecutorProcess", Process)
     kv = KVExport(1, 1, 1, [1], [1], "float32", "vec", 1, [], [0], 1)
-    executor.ExecutorPool([ExecutorSpec(0, "", IDENTITY, kv, [0], 1, 1.0)])
+    executor_pool.ExecutorPool([ExecutorSpec(0, "", IDENTITY, kv, [0], 1, 1.0)])
     assert done.wait(5)
     assert clock.slept == [0.5, 1, 0.5, 1, 2, 4, 8]
 
@@ -313,10 +318,10 @@ def test_what_executors_run_on_fits_a_message_on_any_machine() -> None:
         kv = KVExport(1, 1, 1, [1], [1], "float32", "vec", 1, [], cores, 1)
         return [ExecutorSpec(rank, "", IDENTITY, kv, cores, len(cores), 1.0) for rank in range(ranks)]
 
-    assert executor.in_words(specs(1, [0, 1, 2, 3, 8])) == "5 thread(s) on cores 0-3,8, share 1"
+    assert executor_pool.in_words(specs(1, [0, 1, 2, 3, 8])) == "5 thread(s) on cores 0-3,8, share 1"
     for ranks, cores in ((1, list(range(512))), (1, list(range(0, 1024, 2))), (64, list(range(0, 512, 3)))):
-        words = executor.in_words(specs(ranks, cores))
+        words = executor_pool.in_words(specs(ranks, cores))
         welcome = messages.Welcome("e", "h", 1, 1, [], words, 60.0)
         assert messages.decode(messages.encode(welcome)) == welcome
-        assert words == executor.in_words(specs(ranks, cores)), "profiles are kept by it"
-        assert words != executor.in_words(specs(ranks, [*cores, 2000]))
+        assert words == executor_pool.in_words(specs(ranks, cores)), "profiles are kept by it"
+        assert words != executor_pool.in_words(specs(ranks, [*cores, 2000]))

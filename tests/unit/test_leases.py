@@ -76,7 +76,7 @@ class LenderMachine(RuleBasedStateMachine):
 
     @rule(who=borrowers, name=prompts)
     def claim(self, who: bytes, name: str) -> None:
-        known = who in self.leases.borrowers
+        known = who in self.leases.holders
         offered = name in self.leases.offers
         assert (self.leases.claim(who, name) is not None) == (known and offered)
 
@@ -95,7 +95,7 @@ class LenderMachine(RuleBasedStateMachine):
     def time_goes_by(self, seconds: float) -> None:
         self.now += seconds
         for name in self.leases.silent():
-            had = self.leases.borrowers[name].has_blocks
+            had = self.leases.holders[name].has_blocks
             left = self.leases.leave(name)
             assert (left is not None) == had
             if left is not None:
@@ -104,19 +104,19 @@ class LenderMachine(RuleBasedStateMachine):
 
     @rule(who=borrowers)
     def beat(self, who: bytes) -> None:
-        assert self.leases.beat(who) == (who in self.leases.borrowers)
+        assert self.leases.note_sign_of_life(who) == (who in self.leases.holders)
 
     @invariant()
     def every_reference_has_an_owner(self) -> None:
         owners = list(self.kept.values())
-        for borrower in self.leases.borrowers.values():
-            owners += [*borrower.claims.values(), list(borrower.leased.values())]
+        for holder in self.leases.holders.values():
+            owners += [*holder.claims.values(), list(holder.leased.values())]
         for block in self.pool.blocks:
             assert block.ref_cnt == sum(owned.count(block) for owned in owners)
 
     @invariant()
     def no_block_is_leased_twice(self) -> None:
-        leased = [index for borrower in self.leases.borrowers.values() for index in borrower.leased]
+        leased = [index for holder in self.leases.holders.values() for index in holder.leased]
         assert len(leased) == len(set(leased))
 
 

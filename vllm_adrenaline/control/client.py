@@ -38,7 +38,7 @@ class PrefillClient(threading.Thread):
     """
 
     def __init__(self, address: str, identity: messages.Identity, engine: str) -> None:
-        super().__init__(name="adrenaline-borrower", daemon=True)
+        super().__init__(name="adrenaline-prefill-client", daemon=True)
         self.address = address
         self.welcome: messages.Welcome | None = None
         self.load = messages.Load()

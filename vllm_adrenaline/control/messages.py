@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
 
 MAX_FRAME = 1 << 20
@@ -91,12 +91,12 @@ class Claim(Message, frozen=True):
 
 
 class Claimed(Message, frozen=True):
-    """The prompt KV is yours: its blocks in order, the tokens in them, and a digest of those tokens."""
+    """The prompt KV is yours: its blocks in order, how many tokens are in them, and the hash of those tokens."""
 
     request: Name
     blocks: Blocks
     num_tokens: Count
-    digest: bytes
+    prompt_hash: bytes
 
 
 class ClaimRejected(Message, frozen=True):
@@ -144,7 +144,7 @@ class KillExecutors(Message, frozen=True):
 class Heartbeat(Message, frozen=True):
     """Decode to prefill engine: I am alive. `tpot`: what my steps took lately (seconds, the 90th percentile; 0: none).
     `waiting`: KV blocks of your prompts that wait here to be placed. `offloads`: whether any of your blocks is attended
-    by your executors for me. A borrower that stays silent loses its claims and leases."""
+    by your executors for me. A decode engine that stays silent loses its claims and leases."""
 
     tpot: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0
     waiting: Count = 0

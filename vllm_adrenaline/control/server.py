@@ -1,7 +1,7 @@
-"""The prefill engine's control thread: answers decode engines, in the process of the engine core.
+"""The prefill engine's end of the control plane: a thread that answers decode engines, in the engine core's process.
 
-It shares the block pool with vLLM's scheduler thread; `lock` is the fence between the two, held by the scheduler while
-it schedules or frees and by this thread for the microseconds that a claim or a lease takes.
+What it answers is said by a handler (prefill/lending.py). Here is only what every conversation has: greetings, signs of
+life, and who is gone.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.prefill.leases import LeaseHolder, LeaseManager
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -26,10 +26,36 @@ FAILED = 70
 """Exit code of an engine core whose control thread ended (EX_SOFTWARE)."""
 
 
+class Handler(Protocol):
+    """What a prefill engine says and does. All methods are called by the control thread; a peer is a connection."""
+
+    def welcome(self) -> messages.Welcome:
+        """Return the answer to a decode engine that fits. Made anew each time, for executors may restart."""
+
+    def join(self, peer: bytes) -> None:
+        """Take a peer for a decode engine that may claim and lease from now on."""
+
+    def note_sign_of_life(self, peer: bytes) -> bool:
+        """Note that a peer said something; return False for one that has not joined, or has left."""
+
+    def answer(self, peer: bytes, message: messages.AnyMessage) -> messages.Message | None:
+        """Carry out a message of a peer that has joined; return the answer, if there is one."""
+
+    def silent(self) -> list[bytes]:
+        """Return the peers that have said nothing for a lease."""
+
+    def leave(self, peer: bytes, engine: str) -> Callable[[], None] | None:
+        """Forget a peer. Return what takes back the blocks it has, None if it has none.
+
+        That is called in a thread of its own. It waits until no executor can write for `engine` any more, and other
+        decode engines are answered meanwhile."""
+
+    def tick(self) -> None:
+        """Do what is to be done twice a second."""
+
+
 class ControlServer(threading.Thread):
-    """Serves one ROUTER socket until `stop`. `welcome` is computed per answer, for executors may restart. `tick` is
-    called twice a second. `kill_executors`: those that failed a decode engine, by process id. `revoke`: return when no
-    executor can write for a decode engine any more. `beats`: what each decode engine said last of itself.
+    """Serves one ROUTER socket until `stop`.
 
     Whatever arrives, the thread goes on; `bad_frames` counts what was no message. If it ends all the same, the engine
     core ends with it: decode engines would wait for it for ever.
@@ -39,19 +65,12 @@ class ControlServer(threading.Thread):
         self,
         address: str,
         identity: messages.Identity,
-        leases: LeaseManager,
-        lock: threading.RLock,
-        welcome: Callable[[], messages.Welcome],
-        load: Callable[[], messages.Load],
-        tick: Callable[[], None],
-        kill_executors: Callable[[list[int]], None],
-        revoke: Callable[[str], None],
+        handler: Handler,
         end_engine: Callable[[int], None] = os._exit,
     ) -> None:
+        """Bind `address`; raises AdrenalineError when that is not possible. `end_engine`: ends this process."""
         super().__init__(name="adrenaline-control", daemon=True)
-        self.identity, self.leases, self.lock, self.welcome = identity, leases, lock, welcome
-        self.load, self.tick, self.kill_executors, self.revoke = load, tick, kill_executors, revoke
-        self.beats: dict[bytes, messages.Heartbeat] = {}
+        self.identity, self.handler = identity, handler
         self.bad_frames = 0
         self._end_engine = end_engine
         self._engines: dict[bytes, str] = {}  # of those that borrow
@@ -83,118 +102,92 @@ class ControlServer(threading.Thread):
             ready = dict(self._poller.poll(POLL_MS))
             # Before messages: one may say that its sender leaves, and close the descriptor that is ready, too.
             for pidfd in self._processes.keys() & ready.keys():
-                self._depart(self._processes[pidfd], "has ended")
+                self._part_with(self._processes[pidfd], "has ended")
             if self._socket in ready:
                 self._serve_one()
             if (now := time.monotonic()) - ticked >= POLL_MS / 1000:
                 ticked = now
-                try:
-                    self.tick()
-                except Exception:
-                    logger.exception("the executors' share is not adjusted")
-                with self.lock:
-                    silent = self.leases.silent()
-                for name in silent:
-                    self._depart(name, "is silent")
+                self._tick()
 
-    # Decode engines that go
-
-    def _depart(self, borrower: bytes, why: str) -> None:
-        """Take back what a decode engine had, when no executor can write for it any more. That is waited for elsewhere:
-        other decode engines are answered meanwhile."""
-        for pidfd in [fd for fd, name in self._processes.items() if name == borrower]:
-            self._poller.unregister(pidfd)
-            os.close(pidfd)
-            del self._processes[pidfd]
-        engine = self._engines.pop(borrower, "")
-        self.beats.pop(borrower, None)
-        with self.lock:
-            if borrower not in self.leases.borrowers:
-                return
-            left = self.leases.leave(borrower)
-        logger.warning("decode engine %s %s: taking back all it had borrowed", engine, why)
-        if left is not None:
-            threading.Thread(target=self._take_back, args=(left, engine), name="adrenaline-revoke", daemon=True).start()
-
-    def _take_back(self, left: LeaseHolder, engine: str) -> None:
+    def _tick(self) -> None:
         try:
-            self.revoke(engine)
-            with self.lock:
-                self.leases.evict(left)
+            self.handler.tick()
         except Exception:
-            logger.critical("blocks of decode engine %s stay out: it may still be attended for", engine, exc_info=True)
+            logger.exception("the executors' share is not adjusted")
+        for peer in self.handler.silent():
+            self._part_with(peer, "is silent")
 
-    def _join(self, borrower: bytes, hello: messages.Hello) -> None:
+    # Decode engines that come and go
+
+    def _join(self, peer: bytes, hello: messages.Hello) -> None:
         """A decode engine says hello. What it had over another connection it does not know of any more."""
-        for other in [name for name, engine in self._engines.items() if engine == hello.engine and name != borrower]:
-            self._depart(other, "came back")
-        with self.lock:
-            self.leases.join(borrower)
-        if borrower in self._engines:
+        for other in [name for name, engine in self._engines.items() if engine == hello.engine and name != peer]:
+            self._part_with(other, "came back")
+        self.handler.join(peer)
+        if peer in self._engines:
             return
-        self._engines[borrower] = hello.engine
+        self._engines[peer] = hello.engine
         if hello.pid:
             with contextlib.suppress(OSError):  # it cannot be seen from here: its lease tells when it is gone
                 pidfd = os.pidfd_open(hello.pid)
-                self._processes[pidfd] = borrower
+                self._processes[pidfd] = peer
                 self._poller.register(pidfd, zmq.POLLIN)
+
+    def _part_with(self, peer: bytes, why: str) -> None:
+        """A decode engine is gone, or is taken to be: take back what it had, when no executor can write for it."""
+        for pidfd in [fd for fd, name in self._processes.items() if name == peer]:
+            self._poller.unregister(pidfd)
+            os.close(pidfd)
+            del self._processes[pidfd]
+        engine = self._engines.pop(peer, None)
+        if engine is None:
+            return
+        take_back = self.handler.leave(peer, engine)
+        logger.warning("decode engine %s %s: taking back all it had borrowed", engine, why)
+        if take_back is not None:
+            threading.Thread(target=self._run_take_back, args=(take_back, engine), daemon=True).start()
+
+    def _run_take_back(self, take_back: Callable[[], None], engine: str) -> None:
+        try:
+            take_back()
+        except Exception:
+            logger.critical("blocks of decode engine %s stay out: it may still be attended for", engine, exc_info=True)
 
     # Messages
 
     def _serve_one(self) -> None:
         frames = self._socket.recv_multipart()
         try:
-            borrower, frame = frames
+            peer, frame = frames
             message = messages.decode(frame)
         except (ValueError, msgspec.DecodeError):
             self.bad_frames += 1
             return
         try:
-            answer = self._answer(borrower, message)
+            answer = self._answer(peer, message)
         except Exception:
             logger.exception("cannot serve %s", type(message).__name__)
             return
         if answer is not None:
-            sockets.answer(self._socket, borrower, answer)
+            sockets.answer(self._socket, peer, answer)
 
-    def _answer(self, borrower: bytes, message: messages.AnyMessage) -> messages.Message | None:
+    def _answer(self, peer: bytes, message: messages.AnyMessage) -> messages.Message | None:
         if isinstance(message, messages.Hello):
-            reason = messages.mismatch(self.identity, message.identity, "prefill engine", "decode engine")
-            if reason is not None:
-                return messages.Refused(reason)
-            if message.borrows and not message.engine:
-                return messages.Refused("a decode engine that borrows says its name: what it has is taken back by it")
-            welcome = self.welcome()
-            if message.borrows:
-                self._join(borrower, message)
-            return welcome
-        with self.lock:
-            if not self.leases.beat(borrower):
-                return messages.Refused("unknown decode engine: say hello first")
+            return self._greet(peer, message)
+        if not self.handler.note_sign_of_life(peer):
+            return messages.Refused("unknown decode engine: say hello first")
         if isinstance(message, messages.Leave):
-            self._depart(borrower, "leaves")
+            self._part_with(peer, "leaves")
             return None
-        if isinstance(message, messages.KillExecutors):
-            self.kill_executors(message.pids)
-            return None
-        with self.lock:
-            return self._lend(borrower, message)
+        return self.handler.answer(peer, message)
 
-    def _lend(self, borrower: bytes, message: messages.AnyMessage) -> messages.Message | None:
-        lender = self.leases
-        if isinstance(message, messages.Claim):
-            offer = lender.claim(borrower, message.request)
-            if offer is None:
-                return messages.ClaimRejected(message.request)
-            blocks = [block.block_id for block in offer.blocks]
-            return messages.Claimed(message.request, blocks, offer.num_tokens, offer.digest)
-        if isinstance(message, messages.Lease):
-            return messages.Leased(lender.lease(borrower, message.want))
-        if isinstance(message, messages.Drop):
-            lender.drop(message.requests)
-        if isinstance(message, messages.Release):
-            lender.release(borrower, message.requests, message.blocks)
-        if isinstance(message, messages.Heartbeat):
-            self.beats[borrower] = message
-            return self.load()
-        return None
+    def _greet(self, peer: bytes, hello: messages.Hello) -> messages.Message:
+        reason = messages.mismatch(self.identity, hello.identity, "prefill engine", "decode engine")
+        if reason is not None:
+            return messages.Refused(reason)
+        if hello.borrows and not hello.engine:
+            return messages.Refused("a decode engine that borrows says its name: what it has is taken back by it")
+        welcome = self.handler.welcome()
+        if hello.borrows:
+            self._join(peer, hello)
+        return welcome

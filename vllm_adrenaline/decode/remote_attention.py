@@ -31,8 +31,8 @@ class Report(KVConnectorWorkerMetadata):
     """What a worker tells the scheduler at the end of a step.
 
     `failed`: executors that failed in it. `pids`: the processes of those that may still write, for they did not say
-    that they are done with us. `unavailable`: executors that are not attached. The rest is in seconds of the step: `local`
-    in attention here, `remote` in that of each executor that had any, `exposed` in waiting for executors with nothing
+    that they are done with us. `unavailable`: executors that are not attached. The rest is in seconds of the step.
+    `local`: attention here. `remote`: that of each executor that had any. `exposed`: waiting for executors with nothing
     else to do. A step with no offloaded row has none.
     """
 

@@ -360,7 +360,7 @@ class RequestTable:
         request = claimed.request
         prompt = request.all_token_ids[: request.num_prompt_tokens]
         try:
-            if message.num_tokens != len(prompt) or message.digest != prompt_hash(prompt):
+            if message.num_tokens != len(prompt) or message.prompt_hash != prompt_hash(prompt):
                 raise ValueError("it is the KV cache of another prompt")
             peer = pool.peer
             if peer is None:

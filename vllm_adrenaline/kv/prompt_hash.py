@@ -1,4 +1,4 @@
-"""A digest of prompt tokens: the proof that a claimed KV cache is the one of this very prompt."""
+"""The hash of a prompt's tokens: the proof that a claimed KV cache is the one of this very prompt."""
 
 import hashlib
 from array import array

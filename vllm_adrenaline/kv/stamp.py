@@ -35,6 +35,6 @@ class Stamp(msgspec.Struct, frozen=True):
         return is_known and self.prompt_hash == prompt_hash(prompt).hex()
 
 
-def stamped(params: dict[str, Any], digest: bytes, num_tokens: int) -> dict[str, Any]:
-    """Return the parameters with the stamp of a prompt of `num_tokens` tokens whose prompt_hash is `digest`."""
-    return params | {KEY: msgspec.to_builtins(Stamp(VERSION, digest.hex(), num_tokens))}
+def stamped(params: dict[str, Any], proof: bytes, num_tokens: int) -> dict[str, Any]:
+    """Return the parameters with the stamp of a prompt of `num_tokens` tokens whose prompt_hash is `proof`."""
+    return params | {KEY: msgspec.to_builtins(Stamp(VERSION, proof.hex(), num_tokens))}

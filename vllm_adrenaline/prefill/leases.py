@@ -26,18 +26,18 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class Offer:
-    """A finished prompt that a decode engine may claim: its blocks in order, its tokens' number and digest."""
+    """A finished prompt that a decode engine may claim: its blocks in order, how many tokens it has, and their hash."""
 
     blocks: list[Block]
     num_tokens: int
-    digest: bytes
+    prompt_hash: bytes
 
 
 @dataclass(eq=False)
 class LeaseHolder:
     """What one decode engine has of ours, and when we last heard of it (seconds)."""
 
-    last_beat: float
+    last_heard: float
     claims: dict[str, list[Block]] = field(default_factory=dict)
     leased: dict[int, Block] = field(default_factory=dict)
 
@@ -57,7 +57,7 @@ class LeaseManager:
         self.clock = clock
         self.offers: dict[str, Offer] = {}
         self._let_go: set[str] = set()
-        self.borrowers: dict[bytes, LeaseHolder] = {}
+        self.holders: dict[bytes, LeaseHolder] = {}
         self._leaving: list[LeaseHolder] = []
 
     def offer(self, request_id: str, offer: Offer) -> None:
@@ -81,24 +81,24 @@ class LeaseManager:
         let_go, self._let_go = frozenset(self._let_go), set()
         return let_go
 
-    def join(self, borrower: bytes) -> None:
+    def join(self, holder: bytes) -> None:
         """A decode engine says hello."""
-        self.borrowers.setdefault(borrower, LeaseHolder(self.clock()))
+        self.holders.setdefault(holder, LeaseHolder(self.clock()))
 
-    def beat(self, borrower: bytes) -> bool:
-        """Note a sign of life; return False for a borrower we do not know (any more)."""
-        known = self.borrowers.get(borrower)
+    def note_sign_of_life(self, holder: bytes) -> bool:
+        """Note a sign of life; return False for one that we do not know (any more)."""
+        known = self.holders.get(holder)
         if known is None:
             return False
-        known.last_beat = self.clock()
+        known.last_heard = self.clock()
         return True
 
-    def claim(self, borrower: bytes, request_id: str) -> Offer | None:
-        """Keep an offered prompt for `borrower`; return it, or None when it is not on offer (any more).
+    def claim(self, holder: bytes, request_id: str) -> Offer | None:
+        """Keep an offered prompt for `holder`; return it, or None when it is not on offer (any more).
 
         An offer can be claimed once: a second claim of the same prompt is a mistake or an attack.
         """
-        known, offer = self.borrowers.get(borrower), self.offers.get(request_id)
+        known, offer = self.holders.get(holder), self.offers.get(request_id)
         if known is None or offer is None:
             return None
         del self.offers[request_id]
@@ -107,9 +107,9 @@ class LeaseManager:
         known.claims[request_id] = offer.blocks
         return offer
 
-    def lease(self, borrower: bytes, want: int) -> list[int]:
+    def lease(self, holder: bytes, want: int) -> list[int]:
         """Lend up to `want` free blocks; return their indices. Never digs into the reserve."""
-        known = self.borrowers.get(borrower)
+        known = self.holders.get(holder)
         if known is None:
             return []
         granted = max(0, min(want, self.pool.get_num_free_blocks() - self.reserve))
@@ -117,9 +117,9 @@ class LeaseManager:
         known.leased.update((block.block_id, block) for block in blocks)
         return [block.block_id for block in blocks]
 
-    def release(self, borrower: bytes, request_ids: Iterable[str], blocks: Iterable[int]) -> None:
-        """Take back claims and leased blocks. What `borrower` does not have is ignored: it may have expired."""
-        known = self.borrowers.get(borrower)
+    def release(self, holder: bytes, request_ids: Iterable[str], blocks: Iterable[int]) -> None:
+        """Take back claims and leased blocks. What `holder` does not have is ignored: it may have expired."""
+        known = self.holders.get(holder)
         if known is None:
             return
         for request_id in request_ids:
@@ -128,20 +128,20 @@ class LeaseManager:
         self.pool.free_blocks([block for index in blocks if (block := known.leased.pop(index, None)) is not None])
 
     def silent(self) -> list[bytes]:
-        """Return the borrowers that were silent for `expiry_s`."""
+        """Return the holders that were silent for `expiry_s`."""
         deadline = self.clock() - self.expiry_s
-        return [name for name, known in self.borrowers.items() if known.last_beat < deadline]
+        return [name for name, known in self.holders.items() if known.last_heard < deadline]
 
-    def leave(self, borrower: bytes) -> LeaseHolder | None:
-        """From now on the borrower is not known. Return what it has, which stays out until `evict`; None: nothing."""
-        known = self.borrowers.pop(borrower)
-        if not known.has_blocks:
+    def leave(self, holder: bytes) -> LeaseHolder | None:
+        """Forget a holder. Return what it has, which stays out until `evict`; None: nothing."""
+        known = self.holders.pop(holder, None)
+        if known is None or not known.has_blocks:
             return None
         self._leaving.append(known)
         return known
 
     def evict(self, left: LeaseHolder) -> None:
-        """Take back what a borrower that left has. The caller has made sure that nobody attends for it any more."""
+        """Take back what a holder that left has. The caller has made sure that nobody attends for it any more."""
         self._leaving.remove(left)
         for blocks in left.claims.values():
             self.pool.free_blocks(reversed(blocks))
@@ -150,5 +150,5 @@ class LeaseManager:
     @property
     def lent(self) -> tuple[int, int]:
         """Return how many claims and how many leased blocks are out."""
-        known = [*self.borrowers.values(), *self._leaving]
+        known = [*self.holders.values(), *self._leaving]
         return sum(len(b.claims) for b in known), sum(len(b.leased) for b in known)

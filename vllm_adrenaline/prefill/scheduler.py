@@ -22,8 +22,9 @@ from vllm_adrenaline.control.server import ControlServer
 from vllm_adrenaline.engine import profile, profiling
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.placement.prefill_admission import Blocks, should_defer_prefill
-from vllm_adrenaline.prefill import executor
+from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.prefill.leases import LeaseManager
+from vllm_adrenaline.prefill.lending import Lending
 from vllm_adrenaline.prefill.utilization import PrefillUtilization
 
 
@@ -45,39 +46,39 @@ class PrefillScheduler(Scheduler):
         self._growth_reserve = int(pool.num_gpu_blocks * options.growth_reserve)
         connector = self.connector.connector_scheduler
         connector.leases = self.leases
-        self.control = ControlServer(
-            options.listen_address,
-            identity_of(self.vllm_config),
+        self.lending = Lending(
             self.leases,
             self.kv_lock,
-            self._welcome,
-            self._load,
-            self._tick,
-            executor.kill,
-            executor.revoke,
+            make_welcome=self._welcome,
+            make_load=self._load,
+            adjust_share=self._adjust_share,
+            kill_executors=lambda pids: executor_pool.active().kill(pids),
+            revoke=lambda engine: executor_pool.active().revoke(engine),
         )
+        self.control = ControlServer(options.listen_address, identity_of(self.vllm_config), self.lending)
         self._busy = PrefillUtilization(time.monotonic)
         known = profile.cached(profiling.key(self.vllm_config, options, ()))
         objectives = Objectives(options.ttft_slo_ms / 1000 or None, options.tpot_slo_ms / 1000 or None)
         prefill = known.prefill if known is not None else []
-        connector.tuner = ShareTuner(objectives, options.executor_share, prefill, executor.set_share)
+        connector.tuner = ShareTuner(objectives, options.executor_share, prefill, executor_pool.active().set_share)
         self.control.start()
 
     def _welcome(self) -> messages.Welcome:
-        nixl = self.connector.connector_scheduler
+        nixl, executors = self.connector.connector_scheduler, executor_pool.active()
         return messages.Welcome(
             engine_id=nixl.engine_id,
             nixl_host=nixl.side_channel_host,
             nixl_port=nixl.side_channel_port,
             num_blocks=self.kv_cache_manager.block_pool.num_gpu_blocks,
-            executors=executor.addresses(),
-            executor_share=executor.share(),
+            executors=executors.addresses,
+            executor_share=executors.share_in_words,
             lease_seconds=self.leases.expiry_s,
         )
 
-    def _tick(self) -> None:
-        """Called by the control thread, which alone changes `beats`."""
-        self.connector.connector_scheduler.tuner.update(beat.tpot for beat in self.control.beats.values())
+    def _adjust_share(self) -> None:
+        """Called by the control thread, which alone changes `heartbeats`."""
+        beats = self.lending.heartbeats.values()
+        self.connector.connector_scheduler.tuner.update(beat.tpot for beat in beats)
 
     def _load(self) -> messages.Load:
         """Called by the control thread, which holds the lock."""
@@ -101,7 +102,7 @@ class PrefillScheduler(Scheduler):
         if asked != PauseState.UNPAUSED or not needed:
             return asked
         pool = self.kv_cache_manager.block_pool
-        beats = list(self.control.beats.copy().values())
+        beats = list(self.lending.heartbeats.copy().values())
         waiting = [beat.waiting for beat in beats]
         claims, leased = self.leases.lent
         blocks = Blocks(

@@ -1,0 +1,224 @@
+"""The attention executors of a prefill engine: started, watched, started again, given their share, and stopped.
+
+Runs in the engine core process. vLLM's executor starts the pool and the scheduler asks it; the two do not know each
+other, so the process has one pool, which is set here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+import msgspec
+import zmq
+
+from vllm_adrenaline.attention.spec import READY, ExecutorSpec
+from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system import priority
+from vllm_adrenaline.system.child import dying_with_parent
+from vllm_adrenaline.system.cores import ranges
+
+logger = logging.getLogger("vllm.adrenaline")
+
+START_TIMEOUT_S = 120.0
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
+HEALTHY_S = 60.0
+"""An executor that served for so long is started again as promptly as the first time."""
+REVOKE_S = 2.0
+"""How long an executor may take to let go of a decode engine."""
+
+
+def in_words(specs: Sequence[ExecutorSpec]) -> str:
+    """Return what executors run on, in at most MAX_NAME characters.
+
+    The same for the same executors, different for others: decode engines keep their profiles by it.
+    """
+    text = "; ".join(f"{s.threads} thread(s) on cores {ranges(s.cpus)}, share {s.share:g}" for s in specs)
+    if len(text) <= messages.MAX_NAME:
+        return text
+    short = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return f"{text[: messages.MAX_NAME - 40]}... ({len(specs)} executors, {short})"
+
+
+class ExecutorProcess:
+    """One attention executor: started, read until it is ready, stopped."""
+
+    def __init__(self, spec: ExecutorSpec) -> None:
+        self.spec = spec
+        self.address = ""
+        self._process = subprocess.Popen(
+            dying_with_parent([sys.executable, "-m", "vllm_adrenaline.attention"]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": str(spec.threads)},
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(spec))
+        self._process.stdin.close()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def wait_ready(self) -> None:
+        """Read the address it listens at; raises AdrenalineError when it ends or is silent for too long."""
+        assert self._process.stdout is not None
+        watchdog = threading.Timer(START_TIMEOUT_S, self._process.kill)
+        watchdog.start()
+        try:
+            for line in self._process.stdout:
+                word, _, address = line.decode(errors="replace").strip().partition(" ")
+                if word == READY:
+                    self.address = address
+                    return
+        finally:
+            watchdog.cancel()
+        raise AdrenalineError(f"attention executor {self.spec.rank} did not start (exit code {self._process.wait()})")
+
+    def wait(self) -> int:
+        """Wait for its end; return the exit code."""
+        return self._process.wait()
+
+    def kill(self) -> None:
+        """Kill it and wait for its end."""
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """End it in an orderly way, within seconds."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+class ExecutorPool:
+    """All attention executors of one prefill engine, by rank. One that ends is started again, ever more slowly."""
+
+    def __init__(self, specs: list[ExecutorSpec]) -> None:
+        self.processes = [ExecutorProcess(spec) for spec in specs]
+        for process in self.processes:
+            process.wait_ready()
+        self._stopping = threading.Event()
+        self.share = specs[0].share if specs else 1.0
+        for rank in range(len(specs)):
+            threading.Thread(target=self._watch, args=(rank,), name=f"adrenaline-watch-{rank}", daemon=True).start()
+
+    def _watch(self, rank: int) -> None:
+        backoff, ready = MIN_BACKOFF_S, time.monotonic()
+        while True:
+            code = self.processes[rank].wait()
+            if self._stopping.is_set():
+                return
+            if time.monotonic() - ready > HEALTHY_S:
+                backoff = MIN_BACKOFF_S
+            ready = math.inf
+            logger.error("attention executor %d ended with exit code %d: starting it again", rank, code)
+            time.sleep(backoff)
+            backoff = min(2 * backoff, MAX_BACKOFF_S)
+            try:
+                process = ExecutorProcess(msgspec.structs.replace(self.processes[rank].spec, share=self.share))
+                self.processes[rank] = process
+                if self._stopping.is_set():
+                    process.stop()
+                    return
+                process.wait_ready()
+                ready = time.monotonic()
+            except (AdrenalineError, OSError):
+                logger.exception("attention executor %d did not come back", rank)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where the executors listen, by rank; empty for one that is not ready."""
+        return [process.address for process in self.processes]
+
+    @property
+    def share_in_words(self) -> str:
+        """What the executors run on."""
+        return in_words([process.spec for process in self.processes])
+
+    def set_share(self, share: float) -> str:
+        """Give every executor this share of its cores, now and after a restart; return in words what they have."""
+        self.share = share
+        words = {priority.take_share(process.pid, share) for process in self.processes}
+        for process in self.processes:
+            cores = process.spec.cpus
+            count = max(process.spec.threads, priority.threads_of(share, len(cores)))
+            priority.keep_to(process.pid, cores[-count:])
+        return ", ".join(sorted(words))
+
+    def kill(self, pids: Sequence[int]) -> None:
+        """Kill those executors that still run under one of `pids`, and wait for their end: then they write nothing.
+
+        They are started again. A process that came in their place meanwhile is left alone.
+        """
+        for process in self.processes:
+            if process.pid in pids:
+                process.kill()
+
+    def revoke(self, engine: str) -> None:
+        """Have no executor attend for a decode engine any more; return when none can write for it.
+
+        An executor that does not acknowledge within REVOKE_S is killed: nobody knows what it still does. Others
+        go on. One that has no address yet was just started, and serves nobody.
+        """
+        with contextlib.ExitStack() as stack:
+            asked = [(process, _ask_to_let_go(process, engine, stack)) for process in self.processes if process.address]
+            deadline = time.monotonic() + REVOKE_S
+            for process, socket in asked:
+                if socket is None or not _acknowledges(socket, engine, deadline):
+                    logger.error("attention executor %d does not let go of decode engine %s", process.pid, engine)
+                    process.kill()
+
+    def stop(self) -> None:
+        """Stop all of them."""
+        self._stopping.set()
+        for process in self.processes:
+            with contextlib.suppress(OSError):
+                process.stop()
+
+
+def _ask_to_let_go(process: ExecutorProcess, engine: str, stack: contextlib.ExitStack) -> zmq.Socket[bytes] | None:
+    try:
+        socket = sockets.connect(process.address)
+        stack.callback(socket.close)
+        socket.send(messages.encode(messages.Revoke(engine)))
+    except zmq.ZMQError as error:  # too many open files, say
+        logger.error("cannot talk to attention executor %d: %s", process.pid, error)
+        return None
+    return socket
+
+
+def _acknowledges(socket: zmq.Socket[bytes], engine: str, deadline: float) -> bool:
+    while socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
+        with contextlib.suppress(msgspec.DecodeError):
+            if messages.decode(b"".join(socket.recv_multipart())) == messages.Revoked(engine):
+                return True
+    return False
+
+
+_active: ExecutorPool | None = None
+
+
+def activate(pool: ExecutorPool | None) -> None:
+    """Make `pool` the one of this process."""
+    global _active
+    _active = pool
+
+
+def active() -> ExecutorPool:
+    """Return the pool of this process; raises AdrenalineError while there is none."""
+    if _active is None:
+        raise AdrenalineError("the attention executors are not started yet")
+    return _active

@@ -1,0 +1,101 @@
+"""What a prefill engine answers decode engines: claims and leases, its load, and the end of executors that failed.
+
+The control thread calls this (control/server.py). It shares the block pool with vLLM's scheduler thread. `lock` is the
+fence between the two: the scheduler holds it while it schedules or frees, the control thread for the microseconds that
+a claim or a lease takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from vllm_adrenaline.control import messages
+from vllm_adrenaline.prefill.leases import LeaseHolder, LeaseManager
+
+
+@dataclass
+class Lending:
+    """The handler of a prefill engine's control server.
+
+    Attributes:
+        leases: the books, guarded by `lock`.
+        make_welcome, make_load: return what this engine says of itself. The latter is called with the lock held.
+        adjust_share: called twice a second.
+        kill_executors: ends those executors that run under one of these process ids.
+        revoke: returns when no executor can write for the named decode engine any more.
+        heartbeats: what each decode engine said last of itself, by its connection.
+    """
+
+    leases: LeaseManager
+    lock: threading.RLock
+    make_welcome: Callable[[], messages.Welcome]
+    make_load: Callable[[], messages.Load]
+    adjust_share: Callable[[], None]
+    kill_executors: Callable[[list[int]], None]
+    revoke: Callable[[str], None]
+    heartbeats: dict[bytes, messages.Heartbeat] = field(default_factory=dict)
+
+    def welcome(self) -> messages.Welcome:
+        """Return what this engine says to a decode engine that fits."""
+        return self.make_welcome()
+
+    def tick(self) -> None:
+        """Adjust the executors' share."""
+        self.adjust_share()
+
+    def join(self, peer: bytes) -> None:
+        """Let a decode engine claim and lease."""
+        with self.lock:
+            self.leases.join(peer)
+
+    def note_sign_of_life(self, peer: bytes) -> bool:
+        """Note that a decode engine said something; return False for one that we do not know (any more)."""
+        with self.lock:
+            return self.leases.note_sign_of_life(peer)
+
+    def silent(self) -> list[bytes]:
+        """Return the decode engines that were silent for a lease."""
+        with self.lock:
+            return self.leases.silent()
+
+    def leave(self, peer: bytes, engine: str) -> Callable[[], None] | None:
+        """Forget a decode engine; return what takes back the blocks it has, once no executor writes for it."""
+        self.heartbeats.pop(peer, None)
+        with self.lock:
+            left = self.leases.leave(peer)
+        return None if left is None else functools.partial(self._take_back, left, engine)
+
+    def _take_back(self, left: LeaseHolder, engine: str) -> None:
+        self.revoke(engine)
+        with self.lock:
+            self.leases.evict(left)
+
+    def answer(self, peer: bytes, message: messages.AnyMessage) -> messages.Message | None:
+        """Carry out a message; return the answer to it, None for one that has none."""
+        if isinstance(message, messages.KillExecutors):
+            self.kill_executors(message.pids)
+            return None
+        with self.lock:
+            return self._lend(peer, message)
+
+    def _lend(self, peer: bytes, message: messages.AnyMessage) -> messages.Message | None:
+        leases = self.leases
+        if isinstance(message, messages.Claim):
+            offer = leases.claim(peer, message.request)
+            if offer is None:
+                return messages.ClaimRejected(message.request)
+            blocks = [block.block_id for block in offer.blocks]
+            return messages.Claimed(message.request, blocks, offer.num_tokens, offer.prompt_hash)
+        if isinstance(message, messages.Lease):
+            return messages.Leased(leases.lease(peer, message.want))
+        if isinstance(message, messages.Drop):
+            leases.drop(message.requests)
+        if isinstance(message, messages.Release):
+            leases.release(peer, message.requests, message.blocks)
+        if isinstance(message, messages.Heartbeat):
+            self.heartbeats[peer] = message
+            return self.make_load()
+        return None
