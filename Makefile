@@ -25,10 +25,11 @@ test-all: setup lint  ## The same, with what takes longer
 test-fast: setup  ## Only what starts no engine
 	@$(BIN)/pytest tests/unit tests/schedulers
 
-lint: setup  ## Check style, formatting and types
+lint: setup  ## Check style, formatting, types and the layers of the package
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 
 format: setup  ## Format the sources and fix what ruff can fix
 	@$(BIN)/ruff check --fix $(SOURCES)

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 import msgspec
 import zmq
 
-from vllm_adrenaline.control.messages import MAX_FRAME
 from vllm_adrenaline.errors import AdrenalineError
 
 logger = logging.getLogger("vllm.adrenaline")
@@ -25,6 +24,8 @@ logger = logging.getLogger("vllm.adrenaline")
 PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 """An operator's choice of the port, as in vLLM; any free one otherwise."""
 POLL_MS = 500
+MAX_FRAME = 1 << 20
+"""Bytes of the largest question that is read."""
 
 Rank = tuple[int, int]
 

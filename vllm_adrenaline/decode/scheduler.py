@@ -19,12 +19,11 @@ from vllm_adrenaline.compat import scheduler as compat
 from vllm_adrenaline.compat.message_queue import wait_without_spinning
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control.client import PrefillClient
-from vllm_adrenaline.decode import leases
+from vllm_adrenaline.decode import leases, profiling
 from vllm_adrenaline.decode.kv_manager import KVSpaceManager
 from vllm_adrenaline.decode.placer import Batch, Placer
 from vllm_adrenaline.decode.remote_attention import Report
 from vllm_adrenaline.decode.request_table import RequestTable
-from vllm_adrenaline.engine import profiling
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.placement.policy import Reason
@@ -50,7 +49,7 @@ class DecodeScheduler(Scheduler):
         tensor_parallel_size = self.vllm_config.parallel_config.tensor_parallel_size
         blocks = self.kv_cache_manager.block_pool.num_gpu_blocks
         shares = [client.welcome.executor_share for client in self.clients if client.welcome is not None]
-        costs = profiling.decode_costs(self.vllm_config, options, shares)
+        costs = profiling.costs_of(self.vllm_config, options, shares)
         placer = Placer(options, costs, blocks, self.block_size, self.max_num_running_reqs)
         self.table = RequestTable(self.clients, placer, self.block_size, tensor_parallel_size)
         self.connector.connector_scheduler.table = self.table

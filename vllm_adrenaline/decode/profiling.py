@@ -1,0 +1,108 @@
+"""The profile of a decode engine: a step without attention, attention here, and attention through each channel."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_adrenaline.attention.kernels import CpuAttention
+from vllm_adrenaline.config import Options
+from vllm_adrenaline.decode.remote_attention import StepPlan
+from vllm_adrenaline.engine import profile, profiling
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.kv import space
+from vllm_adrenaline.placement.costs import Costs, undisturbed
+from vllm_adrenaline.transport.split import split_rows
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_adrenaline.decode.remote_attention import RemoteAttention
+
+logger = logging.getLogger("vllm.adrenaline")
+
+ROWS, CONTEXT = 8, 512
+"""The batch whose attention is measured: rows, and tokens of context of each."""
+
+
+def costs_of(config: VllmConfig, options: Options, executors: Sequence[str]) -> Costs:
+    """Return a decode engine's costs, as its worker measured them or the user gave them; raises AdrenalineError."""
+    if options.ratio is not None:
+        return Costs([(1, 0.0)], 0.0, [0.0] * len(executors))  # a fixed ratio asks nobody
+    found = (
+        profile.load(Path(options.profile))
+        if options.profile
+        else profile.cached(profiling.key(config, options, executors))
+    )
+    if found is None or found.costs is None:
+        raise AdrenalineError("there is no profile of this decode engine; is the cache folder writable?")
+    if len(found.costs.remote) != len(executors):
+        raise AdrenalineError(
+            f"the profile is of {len(found.costs.remote)} executor(s), and there are {len(executors)} peers"
+        )
+    return found.costs
+
+
+def measure(config: VllmConfig, options: Options, runner: Any, remote: RemoteAttention) -> None:
+    """Measure a decode engine's costs unless they are known: steps without attention, attention here and there."""
+    executors = [link.executor_share for link in remote.links]
+    if options.ratio is not None or options.profile or profiling.is_known(profiling.key(config, options, executors)):
+        return
+    began = time.monotonic()
+    logger.info("measuring what a decode step costs here, once (some seconds)")
+    sizes = list(_powers(min(config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens)))
+    step = undisturbed(profiling.step_seconds(runner, sizes, sample=True))
+    logger.info("step without attention: %s", ", ".join(f"{rows} rows {1e3 * s:.1f} ms" for rows, s in step))
+    attention = profiling.attention_of(config)
+    rows, context = min(ROWS, sizes[-1]), min(CONTEXT, config.model_config.max_model_len)
+    local = profiling.attention_seconds(attention, rows, 1, context) / (rows * context)
+    exchange, plan, away = [], [], []
+    for executor, link in enumerate(remote.links):
+        one = _remote_seconds(remote, executor, 1, 1, attention)
+        few = _remote_seconds(remote, executor, rows, 1, attention)
+        many = _remote_seconds(remote, executor, rows, context, attention)
+        plan.append(one)
+        exchange.append(max(few - one, 0.0) / max(rows - 1, 1))
+        # Of a small model the difference drowns in noise: serving shows what a token really costs.
+        away.append(max((many - few) / (rows * (context - 1)), local / 100))
+        us = (1e6 * each[-1] for each in (away, exchange, plan))
+        logger.info("executor at %s: %.3f us a token, %.0f us a row, %.0f us a step", link.address, *us)
+    costs = Costs(step, local, away, max(exchange, default=0.0), max(plan, default=0.0))
+    logger.info("local attention: %.3f us a token; all in %.1f s", 1e6 * local, time.monotonic() - began)
+    profiling.keep(profile.Profile(profiling.key(config, options, executors), costs))
+
+
+def _powers(most: int) -> Iterator[int]:
+    size = 1
+    while size < most:
+        yield size
+        size *= 2
+    yield most
+
+
+def _remote_seconds(remote: RemoteAttention, executor: int, rows: int, context: int, like: CpuAttention) -> float:
+    """Seconds of a step's remote attention through the channel, with nothing else to do meanwhile."""
+    link = remote.links[executor]
+    step = profiling.plan_of(rows, 1, context, link.num_blocks, like.block_size, link.shape.max_blocks)
+    qkv = profiling.qkv_of(like, rows)
+    table = step["block_table"] + space.remote_id(executor, 0)
+
+    def attend() -> None:
+        # Every row counts as received: no slot, so nothing is written into blocks that may be somebody's.
+        split = split_rows(
+            table.clone(),
+            step["query_start_loc"],
+            step["seq_lens"].clone(),
+            step["slot_mapping"].clone(),
+            list(range(rows)),
+            like.block_size,
+        )
+        plan = StepPlan(remote, split)
+        for layer in range(like.num_layers):
+            plan.send(layer, qkv["q"], qkv["k"], qkv["v"])
+            plan.receive(layer, qkv["out"])
+
+    return profiling.shortest_seconds(attend)[0]

@@ -1,0 +1,33 @@
+"""The profile of a prefill engine: how long prompts of some sizes take."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm_adrenaline.config import Options
+from vllm_adrenaline.engine import profile, profiling
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.adrenaline")
+
+PROMPTS = (32, 128, 512, 2048)
+"""Tokens of the prompts that are measured, as far as the engine takes such long ones."""
+
+
+def measure(config: VllmConfig, options: Options, runner: Any) -> None:
+    """Measure how long a prefill engine takes for prompts of some sizes, unless it is known."""
+    wanted = profiling.key(config, options, ())
+    if profiling.is_known(wanted):
+        return
+    attention = profiling.attention_of(config)
+    most = min(config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len)
+    sizes = sorted({min(tokens, most) for tokens in PROMPTS})
+    times = [
+        (tokens, seconds + profiling.attention_seconds(attention, 1, tokens, tokens))
+        for tokens, seconds in profiling.step_seconds(runner, sizes, sample=False)
+    ]
+    logger.info("prompts: %s", ", ".join(f"{tokens} tokens {1e3 * seconds:.0f} ms" for tokens, seconds in times))
+    profiling.keep(profile.Profile(wanted, prefill=times))
