@@ -26,7 +26,7 @@ import python_channel
 import report
 
 from vllm_adrenaline import kv_space
-from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps, Status
+from vllm_adrenaline.data.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps
 from vllm_adrenaline.decode.split import SplitRows, split_rows
 
 ROOT = Path(__file__).parent.parent
@@ -87,15 +87,13 @@ def native(rows: int, core: int) -> list[float]:
     shape = shape_of(rows)
     decode, steps = ShmDecodeChannel(shape), ShmSteps(shape)
     decode.watch(-1, 10.0, shared_core=False)
-    executor = ShmExecutorChannel(decode.fd, shape, decode.epoch, shared_core=False)
+    executor = ShmExecutorChannel(decode.fd, shape, decode.epoch, shared_core=False, num_layers=LAYERS, timeout_s=10)
 
     def serve() -> None:
-        wait, reply, ready = executor.wait_layer, executor.reply, Status.READY
+        next_layer = executor.next_layer
         while executor.next_step() is not None:
-            for layer in range(LAYERS):
-                if wait(layer, 10_000_000_000) != ready:
-                    break
-                reply(layer, rows)
+            while next_layer() is not None:
+                pass
 
     query, key, value, output = activations(rows)
     clock, times = time.perf_counter_ns, []
