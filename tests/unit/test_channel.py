@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +151,27 @@ def test_heads_that_are_not_contiguous_are_refused() -> None:
     query = torch.zeros(1, 4, 2).transpose(1, 2)
     with pytest.raises(ValueError, match="contiguous"):
         steps.send(0, query, query[:, :1], query[:, :1])
+
+
+def test_what_is_no_layer_no_channel_or_no_tensor_is_refused() -> None:
+    steps, decode, _ = channels()
+    split, x = batch({0: [0]}).handle, torch.zeros(1, 2, 4)
+    steps.begin(split, {0: decode})
+    for layer, error in ((4094, ValueError), (-1, OverflowError), ("0", TypeError)):
+        with pytest.raises(error):
+            steps.send(layer, x, x[:, :1], x[:, :1])
+        with pytest.raises(error):
+            steps.receive(layer, x)
+    with pytest.raises(TypeError):
+        steps.begin(split, {0: SimpleNamespace(end=split)})
+    with pytest.raises(TypeError):
+        steps.begin(decode.end, {0: decode})
+    with pytest.raises(ValueError, match="heads are contiguous"):
+        steps.send(0, x, x, x[:, :1])
+    with pytest.raises((TypeError, RuntimeError)):
+        steps.send(0, x, x[:, :1], None)
+    with pytest.raises(TypeError, match="cannot create"):
+        type(split)()
 
 
 def test_an_executor_that_has_ended_is_noticed_long_before_the_timeout() -> None:
