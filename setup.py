@@ -11,7 +11,7 @@ setup(
     ext_modules=[
         Extension(
             "vllm_adrenaline.native._native",
-            sources=["csrc/bindings.cpp"],
+            sources=sorted(str(path) for path in Path("csrc/bindings").glob("*.cpp")),
             depends=[str(path) for path in Path("csrc").rglob("*.h")],
             language="c++",
             define_macros=[("ADRENALINE_SOURCES", f'"{build_hash(Path("csrc"))}"'), ("Py_LIMITED_API", "0x030B0000")],

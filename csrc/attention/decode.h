@@ -34,10 +34,15 @@ struct Bf16 {
 constexpr int kLanes = 16;
 constexpr int kGroup = 32;  // vLLM computes tokens, and dimensions of values, in groups of this size
 
-// Whether the query heads that share a KV head, which are computed together, are a number that is compiled here.
+// How many query heads may share a KV head. They are computed together, so each number is compiled for itself.
+template <int... G>
+struct Sizes {
+  static constexpr bool have(int size) { return ((size == G) || ...); }
+};
+using GroupSizes = Sizes<1, 2, 4, 8>;
+
 constexpr bool has_group(int heads, int kv_heads) {
-  const int group = kv_heads > 0 && heads % kv_heads == 0 ? heads / kv_heads : 0;
-  return group == 1 || group == 2 || group == 4 || group == 8;
+  return kv_heads > 0 && heads % kv_heads == 0 && GroupSizes::have(heads / kv_heads);
 }
 
 // Floats that a call needs to work in.
@@ -258,15 +263,15 @@ void attend_rows(const Call<T>& c, float* scratch) {
   }
 }
 
+template <typename T, int... G>
+void attend_in(Sizes<G...>, const Call<T>& c, float* scratch) {
+  ((c.heads / c.kv_heads == G ? attend_rows<T, G>(c, scratch) : void()), ...);
+}
+
 // Attend all rows that have a token and a length; `scratch` of scratch_of(c) floats.
 template <typename T>
 void attend(const Call<T>& c, float* scratch) {
-  switch (c.heads / c.kv_heads) {
-    case 1: return attend_rows<T, 1>(c, scratch);
-    case 2: return attend_rows<T, 2>(c, scratch);
-    case 4: return attend_rows<T, 4>(c, scratch);
-    case 8: return attend_rows<T, 8>(c, scratch);
-  }
+  attend_in(GroupSizes{}, c, scratch);
 }
 
 }  // namespace adrenaline::attention

@@ -1,6 +1,6 @@
 // One step's batch, split by the place of its KV: what vLLM's stock kernel may see, and a plan for every executor.
 //
-// A block id carries the place of its block in the high bits (vllm_adrenaline/kv_space.py). Built once a step, in one
+// A block id carries the pool of its block in the high bits (vllm_adrenaline/kv/space.py). Built once a step, in one
 // pass; nothing of it changes between layers.
 #pragma once
 

@@ -24,14 +24,14 @@ struct MutableRows {
 
 class DecodeEnd {
  public:
-  // `memory`: total bytes of layout_of(shape), zeroed, kept by the caller. `epoch`: 1 to 65535, this channel's life.
+  // `memory`: total bytes of layout_of(shape), zeroed, kept by the caller. `epoch`: 1 to kMaxEpoch, this channel's life.
   DecodeEnd(void* memory, const Shape& shape, uint64_t epoch)
       : base_(static_cast<char*>(memory)),
         header_(reinterpret_cast<Header*>(memory)),
         shape_(shape),
         at_(layout_of(shape)),
         epoch_(epoch) {
-    ADRENALINE_CHECK(epoch > 0 && epoch < (1 << 16), "an epoch has 16 bits and is not 0");
+    ADRENALINE_CHECK(epoch > 0 && epoch <= kMaxEpoch, "an epoch has 16 bits and is not 0");
     header_->magic = kMagic;
   }
 
@@ -57,7 +57,7 @@ class DecodeEnd {
     header_->padded_rows.store(padded_rows, std::memory_order_relaxed);
     header_->padded_tokens.store(padded_tokens, std::memory_order_relaxed);
     ++step_;
-    header_->plan.store(stamp(epoch_, step_, 0), std::memory_order_release);
+    header_->plan.store(stamp(epoch_, step_, 0), std::memory_order_seq_cst);
     ring(header_->to_executor, header_->executor_sleeps);
   }
 
@@ -65,13 +65,13 @@ class DecodeEnd {
     pack(base_ + at_.q, q, shape_.q_row, tokens);
     pack(base_ + at_.k, k, shape_.kv_row, tokens);
     pack(base_ + at_.v, v, shape_.kv_row, tokens);
-    header_->sent.store(stamp(epoch_, step_, layer + 1), std::memory_order_release);
+    header_->sent.store(stamp(epoch_, step_, layer + 1), std::memory_order_seq_cst);
     ring(header_->to_executor, header_->executor_sleeps);
   }
 
-  // Whether the layer's output is there already, or comes while we spin.
-  bool spin_for(uint64_t layer) {
-    return spin([this, layer] { return is_done(layer) || is_closed(); }, pace_.spin_ns()) && is_done(layer);
+  // Whether the layer's output is there already, or comes while we spin; `clock` as in spin().
+  bool spin_for(uint64_t layer, int64_t& clock) {
+    return spin([this, layer] { return is_done(layer) || is_closed(); }, pace_.spin_ns(), clock) && is_done(layer);
   }
 
   Status sleep_for(uint64_t layer, int64_t deadline) {
@@ -97,7 +97,7 @@ class DecodeEnd {
 
  private:
   bool is_done(uint64_t layer) const {
-    return header_->done.load(std::memory_order_acquire) == stamp(epoch_, step_, layer + 1);
+    return header_->done.load(std::memory_order_seq_cst) == stamp(epoch_, step_, layer + 1);
   }
 
   template <typename T>
@@ -158,28 +158,29 @@ class StepEnds {
   template <typename Block>
   uint64_t receive(uint64_t layer, const MutableRows& out, Block&& block) {
     uint64_t failed = 0;
-    int64_t before = now_ns();
-    const int64_t began = before;
-    times_.local_ns += before - sent_at_;
+    int64_t clock = now_ns();
+    const int64_t began = clock;
+    times_.local_ns += began - sent_at_;
     for (auto& entry : entries_) {
       if (entry.end != nullptr) {
+        const int64_t before = clock;
         Status status = Status::ready;
-        if (!entry.end->spin_for(layer)) {
+        if (!entry.end->spin_for(layer, clock)) {
           const int64_t timeout = entry.end->timeout_ns();
           const int64_t deadline = began + std::max(timeout - lost_ns_, std::min(timeout, kGraceNs));
           block([&] { status = entry.end->sleep_for(layer, deadline); });
+          clock = now_ns();
         }
-        const int64_t after = now_ns();
-        times_.wait_ns += after - before;
+        times_.wait_ns += clock - before;
         if (status == Status::ready) {
-          entry.end->observe(after - before);
+          entry.end->observe(clock - before);
           entry.end->take(entry.tokens, out);
         } else {
-          lost_ns_ += after - before;
+          lost_ns_ += clock - before;
           entry.end = nullptr;
           failed |= uint64_t{1} << entry.executor;
         }
-        before = now_ns();
+        if (&entry != &entries_.back()) clock = now_ns();  // taking the output was no waiting
       }
       if (entry.end == nullptr)
         for (int64_t token : entry.tokens) std::memset(out.data + token * out.stride, 0, entry.out_row);

@@ -14,29 +14,40 @@ struct PlanCopy {
   int64_t* slot_mapping;
 };
 
+// How an executor serves: layers of a step, how long it waits for one, whether others need its core.
+struct Service {
+  uint64_t layers;
+  int64_t timeout_ns;
+  bool shared_core;
+};
+
 class ExecutorEnd {
  public:
   // `memory`: total bytes of layout_of(shape), mapped from the decode worker's file. `copy`: as large as the layout's
   // arrays. Both kept by the caller.
-  ExecutorEnd(void* memory, const Shape& shape, uint64_t epoch, bool shared_core, const PlanCopy& copy)
+  ExecutorEnd(void* memory, const Shape& shape, uint64_t epoch, const Service& service, const PlanCopy& copy)
       : header_(reinterpret_cast<Header*>(memory)),
         shape_(shape),
         at_(layout_of(shape)),
         epoch_(epoch),
-        pace_(shared_core),
+        service_(service),
+        layer_(service.layers),
+        pace_(service.shared_core),
         copy_(copy) {
+    ADRENALINE_CHECK(service.layers > 0 && service.layers <= kMaxLayers, "a model has 1 to 4094 layers");
     ADRENALINE_CHECK(header_->magic == kMagic, "this memory is no channel of this version");
     plan_ = header_->plan.load(std::memory_order_acquire);
   }
 
   // Sleep until there is a plan that was not taken yet; it takes no CPU time meanwhile. ended: stop() was called.
   Status next_plan() {
-    const auto ready = [this] { return has_ended() || header_->plan.load(std::memory_order_acquire) != plan_; };
+    const auto ready = [this] { return has_ended() || header_->plan.load(std::memory_order_seq_cst) != plan_; };
     const Status status = sleep_until(ready, header_->to_executor, header_->executor_sleeps, kForever, -1);
     if (has_ended()) return Status::ended;
     plan_ = header_->plan.load(std::memory_order_acquire);
     step_ = step_of(plan_);
-    ready_at_ = now_ns();
+    layer_ = service_.layers;  // none, until the plan is taken
+    attends_ = false;
     return status;
   }
 
@@ -56,6 +67,7 @@ class ExecutorEnd {
     copy(copy_.seq_lens, at_.seq_lens, padded_rows_);
     copy(copy_.block_table, at_.block_table, padded_rows_ * shape_.max_blocks);
     copy(copy_.slot_mapping, at_.slot_mapping, padded_tokens_);
+    layer_ = 0;
     return true;
   }
 
@@ -64,32 +76,20 @@ class ExecutorEnd {
   uint32_t padded_tokens() const { return padded_tokens_; }
   uint64_t step() const { return step_; }
 
-  bool spin_for(uint64_t layer) {
-    waits_since_ = now_ns();
-    return spin([this, layer] { return is_sent(layer); }, pace_.spin_ns());
+  // Announce the output of the layer that was attended, if one was; then wait for q, k, v of the next. ready: layer() is to
+  // be attended. ended: it was the last one, or the decode worker went on to another step, or stop() was called. late: the
+  // decode worker sent nothing. `block` runs a function that waits (and lets go of the interpreter's lock meanwhile).
+  template <typename Block>
+  Status next_layer(Block&& block) {
+    int64_t clock = attends_ ? reply() : now_ns();
+    if (layer_ == service_.layers) return Status::ended;
+    Status status = Status::ready;
+    block([&] { status = wait(clock); });
+    attends_ = status == Status::ready;
+    return status;
   }
 
-  Status sleep_for(uint64_t layer, int64_t timeout_ns) {
-    return sleep_until([this, layer] { return is_sent(layer) || is_over(); }, header_->to_executor,
-                       header_->executor_sleeps, waits_since_ + timeout_ns, -1);
-  }
-
-  // After a wait for `layer`: ready, or ended when the decode worker went on to another step, or is to be left.
-  Status arrived(uint64_t layer) {
-    if (!is_sent(layer)) return Status::ended;
-    ready_at_ = now_ns();
-    pace_.observe(ready_at_ - waits_since_);
-    return Status::ready;
-  }
-
-  // Announce that the layer's output is in its slot; count what was attended, and the time since it arrived.
-  void reply(uint64_t layer, uint64_t rows) {
-    header_->rows.fetch_add(rows, std::memory_order_relaxed);
-    header_->layers.fetch_add(1, std::memory_order_relaxed);
-    header_->busy_ns.fetch_add(static_cast<uint64_t>(now_ns() - ready_at_), std::memory_order_relaxed);
-    header_->done.store(stamp(epoch_, step_, layer + 1), std::memory_order_release);
-    ring(header_->to_decode, header_->decode_sleeps);
-  }
+  uint64_t layer() const { return layer_; }
 
   // From any thread: the waits of this end are over.
   void stop() {
@@ -105,9 +105,42 @@ class ExecutorEnd {
 
  private:
   bool has_ended() const { return stopped_.load(std::memory_order_seq_cst); }
-  bool is_over() const { return has_ended() || header_->plan.load(std::memory_order_acquire) != plan_; }
-  bool is_sent(uint64_t layer) const {
-    return header_->sent.load(std::memory_order_acquire) == stamp(epoch_, step_, layer + 1);
+  bool is_over() const { return has_ended() || header_->plan.load(std::memory_order_seq_cst) != plan_; }
+  bool is_sent() const {
+    return header_->sent.load(std::memory_order_seq_cst) == stamp(epoch_, step_, layer_ + 1);
+  }
+
+  // Returns the time. What the decode worker waits for comes first: the time that the layer took is added when nobody waits
+  // any more, so that it may be a moment late, where the counts are not.
+  int64_t reply() {
+    add(header_->rows, num_rows_);
+    add(header_->layers, 1);
+    header_->done.store(stamp(epoch_, step_, layer_ + 1), std::memory_order_seq_cst);
+    ring(header_->to_decode, header_->decode_sleeps);
+    const int64_t now = now_ns();
+    add(header_->busy_ns, static_cast<uint64_t>(now - ready_at_));
+    attends_ = false;
+    ++layer_;
+    return now;
+  }
+
+  Status wait(int64_t clock) {
+    const int64_t began = clock;
+    if (!spin([this] { return is_sent(); }, pace_.spin_ns(), clock)) {
+      const auto ready = [this] { return is_sent() || is_over(); };
+      const Status status = sleep_until(ready, header_->to_executor, header_->executor_sleeps,
+                                        began + service_.timeout_ns, -1);
+      if (!is_sent()) return status == Status::ready ? Status::ended : status;
+      clock = now_ns();
+    }
+    pace_.observe(clock - began);
+    ready_at_ = clock;
+    return Status::ready;
+  }
+
+  // Nobody else writes these, so no locked instruction is needed.
+  static void add(std::atomic<uint64_t>& counter, uint64_t more) {
+    counter.store(counter.load(std::memory_order_relaxed) + more, std::memory_order_relaxed);
   }
 
   Header* header_;
@@ -116,7 +149,9 @@ class ExecutorEnd {
   uint64_t epoch_;
   uint64_t plan_ = 0;
   uint64_t step_ = 0;
-  int64_t waits_since_ = 0;
+  Service service_;
+  uint64_t layer_;         // awaited, or attended; as many as there are: no step is served
+  bool attends_ = false;   // q, k, v of layer_ came, and its output was not announced
   int64_t ready_at_ = 0;
   std::atomic<bool> stopped_{false};
   Pace pace_;

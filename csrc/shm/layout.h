@@ -21,6 +21,7 @@ constexpr uint64_t kMagic = 0xAD2E0003;
 constexpr size_t kPage = 4096;
 constexpr size_t kLine = 64;
 constexpr uint64_t kMaxLayers = (1 << 12) - 2;
+constexpr uint64_t kMaxEpoch = (1 << 16) - 1;
 constexpr uint64_t kMaxStep = (uint64_t{1} << 36) - 1;
 
 // What a channel is sized for; row sizes in bytes.

@@ -20,6 +20,7 @@ enum class Status : int { ready = 0, late = 1, gone = 2, ended = 3 };
 
 constexpr int64_t kForever = INT64_MAX;
 constexpr int64_t kLivenessNs = 20'000'000;
+constexpr int kPolls = 8;  // between two readings of the clock: some 0.2 us, which is how exact times are
 
 inline int64_t now_ns() {
   timespec t;
@@ -54,12 +55,13 @@ class Pace {
   int64_t expected_ns_ = 0;
 };
 
-// Announce: call after the stamp was stored. `bell` is ours, `sleeps` is the other side's.
+// Wake the other side if it sleeps. Call after what it waits for was stored with seq_cst: either we see that it sleeps, or
+// it sees what was stored. `bell` is ours, `sleeps` is the other side's. A side that spins costs us no write to the line
+// that it reads.
 inline void ring(std::atomic<uint32_t>& bell, const std::atomic<uint32_t>& sleeps) {
+  if (sleeps.load(std::memory_order_seq_cst) == 0) return;
   bell.fetch_add(1, std::memory_order_seq_cst);
-  if (sleeps.load(std::memory_order_seq_cst) != 0) {
-    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&bell), FUTEX_WAKE, 1, nullptr, nullptr, 0);
-  }
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&bell), FUTEX_WAKE, 1, nullptr, nullptr, 0);
 }
 
 inline bool has_ended(int pidfd) {
@@ -68,22 +70,23 @@ inline bool has_ended(int pidfd) {
   return poll(&entry, 1, 0) > 0;
 }
 
-// Spin up to `spin_ns` until ready() holds.
+// Spin up to `spin_ns` until ready() holds. `clock` is when that began, as the caller has read it, and then the last reading
+// before it ended: to read it once more would keep waiting what has come.
 template <typename Ready>
-bool spin(Ready&& ready, int64_t spin_ns) {
-  if (ready()) return true;
-  const int64_t end = now_ns() + spin_ns;
+bool spin(Ready&& ready, int64_t spin_ns, int64_t& clock) {
+  const int64_t end = clock + spin_ns;
   do {
-    for (int i = 0; i < 32; ++i) {
-      cpu_pause();
+    for (int i = 0; i < kPolls; ++i) {
       if (ready()) return true;
+      cpu_pause();
     }
-  } while (now_ns() < end);
-  return false;
+    clock = now_ns();
+  } while (clock < end);
+  return ready();
 }
 
 // Sleep until ready() holds. `bell`: the other side's; `sleeps`: ours. `pidfd` (or -1): the other side's process, looked
-// at every kLivenessNs. The other side's ring() sees `sleeps`, or we see its announcement: both are seq_cst.
+// at every kLivenessNs. The other side's ring() sees `sleeps`, or we see its announcement: all four accesses are seq_cst.
 template <typename Ready>
 Status sleep_until(Ready&& ready, std::atomic<uint32_t>& bell, std::atomic<uint32_t>& sleeps, int64_t deadline,
                    int pidfd) {

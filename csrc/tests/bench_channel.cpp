@@ -89,14 +89,13 @@ void bench_channel(uint64_t rows, size_t count, int core_b) {
   decode.watch(-1, 10'000'000'000, false);
   std::vector<int32_t> starts(shape.max_rows + 1), lens(shape.max_rows), table(shape.max_rows * shape.max_blocks);
   std::vector<int64_t> slots(shape.max_tokens);
-  ExecutorEnd executor(memory, shape, 1, false, {starts.data(), lens.data(), table.data(), slots.data()});
+  const PlanCopy copy{starts.data(), lens.data(), table.data(), slots.data()};
+  ExecutorEnd executor(memory, shape, 1, {kMaxLayers, kForever / 2, false}, copy);
   const pid_t pid = in_child(core_b, [&] {
     for (;;) {
       executor.next_plan();
-      for (uint64_t layer = 0; layer < kMaxLayers; ++layer) {
-        if (!executor.spin_for(layer) && executor.sleep_for(layer, kForever / 2) != Status::ready) break;
-        if (executor.arrived(layer) != Status::ready) break;
-        executor.reply(layer, rows);
+      if (!executor.take_plan()) return;
+      while (executor.next_layer([](auto&& wait) { wait(); }) == Status::ready) {
       }
     }
   });

@@ -35,8 +35,8 @@ struct Memory {
 
 // An executor's end that keeps its copy of the plan itself.
 struct End : private std::vector<int64_t>, ExecutorEnd {
-  End(void* memory, uint64_t epoch, bool shared_core)
-      : std::vector<int64_t>(4 * 64), ExecutorEnd(memory, kShape, epoch, shared_core, copy()) {}
+  End(void* memory, uint64_t epoch, uint64_t layers, bool shared_core, int64_t timeout_ns = 10 * kSecond)
+      : std::vector<int64_t>(4 * 64), ExecutorEnd(memory, kShape, epoch, {layers, timeout_ns, shared_core}, copy()) {}
   PlanCopy copy() {
     int64_t* at = data();
     auto ints = [at](int part) { return reinterpret_cast<int32_t*>(at + 64 * part); };
@@ -75,21 +75,14 @@ void attend(char* memory, uint32_t tokens) {
           static_cast<char>(memory[at.q + t * kShape.q_row + i] + memory[at.k + t * kShape.kv_row + i % kShape.kv_row]);
 }
 
-void serve(char* memory, ExecutorEnd& end, uint64_t layers) {
+const auto kBlock = [](auto&& sleep) { sleep(); };
+
+void serve(char* memory, ExecutorEnd& end) {
   while (end.next_plan() != Status::ended) {
     EXPECT(end.take_plan());
-    for (uint64_t layer = 0; layer < layers; ++layer) {
-      Status status = Status::ready;
-      if (!end.spin_for(layer)) status = end.sleep_for(layer, 10 * kSecond);
-      if (status == Status::ready) status = end.arrived(layer);
-      if (status != Status::ready) break;
-      attend(memory, end.padded_tokens());
-      end.reply(layer, end.num_rows());
-    }
+    while (end.next_layer(kBlock) == Status::ready) attend(memory, end.padded_tokens());
   }
 }
-
-const auto kBlock = [](auto&& sleep) { sleep(); };
 
 void many_steps_over_two_executors() {
   Memory memory[2];
@@ -97,8 +90,8 @@ void many_steps_over_two_executors() {
   DecodeEnd first(memory[0].data, kShape, 11), second(memory[1].data, kShape, 12);
   first.watch(-1, 60 * kSecond, true);
   second.watch(-1, 60 * kSecond, false);
-  End one(memory[0].data, 11, true), two(memory[1].data, 12, false);
-  std::thread a([&] { serve(memory[0].data, one, kLayers); }), b([&] { serve(memory[1].data, two, kLayers); });
+  End one(memory[0].data, 11, kLayers, true), two(memory[1].data, 12, kLayers, false);
+  std::thread a([&] { serve(memory[0].data, one); }), b([&] { serve(memory[1].data, two); });
   std::mt19937 random(3);
   StepEnds steps;
   Activations in;
@@ -146,19 +139,50 @@ void a_stale_stamp_is_never_taken() {
   decode.send(0, plan.tokens, in.q(), in.k(), in.v());
   for (uint64_t wrong : {stamp(5, 1, 2), stamp(5, 2, 1), stamp(5, 0, 1), stamp(6, 1, 1), uint64_t{0}, ~uint64_t{0}}) {
     header->done.store(wrong);
-    EXPECT(!decode.spin_for(0));
+    int64_t clock = now_ns();
+    EXPECT(!decode.spin_for(0, clock));
     EXPECT(decode.sleep_for(0, now_ns() + kSecond / 100) == Status::late);
   }
   header->done.store(stamp(5, 1, 1));
-  EXPECT(decode.spin_for(0));
+  int64_t clock = now_ns();
+  const int64_t before = clock;
+  EXPECT(decode.spin_for(0, clock) && clock == before);
+}
+
+void layers_are_answered_once_each_and_in_order() {
+  Memory memory;
+  DecodeEnd decode(memory.data, kShape, 5);
+  End end(memory.data, 5, 2, true, kSecond / 100);
+  auto* header = reinterpret_cast<Header*>(memory.data);
+  EXPECT(end.next_layer(kBlock) == Status::ended);  // there is no step
+  decode.begin(plan_of({0, 3}));
+  EXPECT(end.next_plan() == Status::ready);
+  EXPECT(end.next_layer(kBlock) == Status::ended);  // nor is there before its plan was taken
+  EXPECT(end.take_plan() && end.next_layer(kBlock) == Status::late && header->done == 0);
+  for (uint64_t wrong : {stamp(5, 1, 2), stamp(5, 2, 1), stamp(6, 1, 1)}) {
+    header->sent.store(wrong);
+    EXPECT(end.next_layer(kBlock) == Status::late && header->done == 0);
+  }
+  header->sent.store(stamp(5, 1, 1));
+  EXPECT(end.next_layer(kBlock) == Status::ready && end.layer() == 0 && header->done == 0);
+  EXPECT(end.next_layer(kBlock) == Status::late && header->done == stamp(5, 1, 1) && header->layers == 1);
+  EXPECT(end.next_layer(kBlock) == Status::late && header->layers == 1);  // announced once
+  header->sent.store(stamp(5, 1, 2));
+  EXPECT(end.next_layer(kBlock) == Status::ready && end.layer() == 1);
+  EXPECT(end.next_layer(kBlock) == Status::ended && header->done == stamp(5, 1, 2));  // that was the last
+  EXPECT(end.next_layer(kBlock) == Status::ended && header->layers == 2 && header->rows == 4 && header->busy_ns > 0);
+  decode.begin(plan_of({0}));
+  EXPECT(end.next_plan() == Status::ready && end.take_plan());
+  decode.begin(plan_of({1}));
+  EXPECT(end.next_layer(kBlock) == Status::ended && header->done == stamp(5, 1, 2));  // left for another step
 }
 
 void an_end_that_sleeps_can_be_stopped_at_any_moment() {
   for (int i = 0; i < 200; ++i) {
     Memory memory;
     DecodeEnd decode(memory.data, kShape, 5);
-    End end(memory.data, 5, true);
-    std::thread thread([&] { serve(memory.data, end, 2); });
+    End end(memory.data, 5, 2, true);
+    std::thread thread([&] { serve(memory.data, end); });
     if (i % 2 == 0) decode.begin(plan_of({1}));  // it waits for a layer, not for a plan
     for (int spin = 0; spin < i * 50; ++spin) cpu_pause();
     end.stop();
@@ -185,7 +209,7 @@ void what_does_not_fit_throws_with_file_and_line() {
 void plans_are_padded_with_rows_of_no_token() {
   Memory memory;
   DecodeEnd decode(memory.data, kShape, 5);
-  End end(memory.data, 5, true);
+  End end(memory.data, 5, 2, true);
   std::memset(memory.data + kPage, 0x55, layout_of(kShape).q - kPage);
   decode.begin(plan_of({4, 9, 2}));
   EXPECT(end.next_plan() == Status::ready && end.take_plan());
@@ -217,6 +241,7 @@ void spinning_follows_what_was_seen() {
 int main() {
   many_steps_over_two_executors();
   a_stale_stamp_is_never_taken();
+  layers_are_answered_once_each_and_in_order();
   an_end_that_sleeps_can_be_stopped_at_any_moment();
   what_does_not_fit_throws_with_file_and_line();
   plans_are_padded_with_rows_of_no_token();

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,11 +21,13 @@ from hypothesis import strategies as st
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.system import memory_file
-from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps, Status
+from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps
 from vllm_adrenaline.transport.split import SplitRows, split_rows
 
 BLOCK = 32
 SHAPE = Shape(4, 8, 3, num_heads=2, num_kv_heads=1, head_size=4, dtype=torch.float32)
+SENT, DONE = 9, 16
+"""Words of a channel's header (csrc/shm/layout.h)."""
 
 
 def batch(remote: dict[int, list[int]], rows: int = 8) -> SplitRows:
@@ -36,25 +39,26 @@ def batch(remote: dict[int, list[int]], rows: int = 8) -> SplitRows:
     return split_rows(table, starts, lens, torch.arange(rows), [], BLOCK)
 
 
-def channels(timeout_s: float = 5.0, epoch: int | None = None) -> tuple[ShmSteps, ShmDecodeChannel, ShmExecutorChannel]:
+def channels(
+    timeout_s: float = 5.0, epoch: int | None = None, layers: int = 1, layer_timeout_s: float = 5.0
+) -> tuple[ShmSteps, ShmDecodeChannel, ShmExecutorChannel]:
     """Both ends of one channel in this process."""
     decode = ShmDecodeChannel(SHAPE)
     decode.watch(-1, timeout_s, shared_core=True)
-    executor = ShmExecutorChannel(decode.fd, SHAPE, decode.epoch if epoch is None else epoch, shared_core=True)
-    return ShmSteps(SHAPE), decode, executor
+    life = decode.epoch if epoch is None else epoch
+    return ShmSteps(SHAPE), decode, ShmExecutorChannel(decode.fd, SHAPE, life, True, layers, layer_timeout_s)
 
 
-def serve(executor: ShmExecutorChannel, layers: int) -> threading.Thread:
-    """Answer one step with q + k * v."""
+def serve(executor: ShmExecutorChannel, layers: int = 1) -> threading.Thread:
+    """Answer one step of `layers` with q + k * v."""
 
     def run() -> None:
         found = executor.next_step()
         assert found is not None
-        _, rows, step = found
         for layer in range(layers):
-            assert executor.wait_layer(layer, 5_000_000_000) == Status.READY
-            step["out"].copy_(step["q"] + step["k"] * step["v"])
-            executor.reply(layer, rows)
+            assert executor.next_layer() == layer
+            found[2]["out"].copy_(found[2]["q"] + found[2]["k"] * found[2]["v"])
+        assert executor.next_layer() is None
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -62,7 +66,7 @@ def serve(executor: ShmExecutorChannel, layers: int) -> threading.Thread:
 
 
 def test_rows_go_over_and_their_outputs_come_back() -> None:
-    steps, decode, executor = channels()
+    steps, decode, executor = channels(layers=3)
     # As in a model: q, k and v are views of one projection, so tokens are further apart than a row.
     both = torch.randn(6, 4, 4)
     query, key, value = both[:, :2], both[:, 2:3], both[:, 3:4]
@@ -87,9 +91,9 @@ def test_several_executors_are_all_sent_to_before_any_is_waited_for() -> None:
     query, output = torch.randn(4, 2, 4), torch.zeros(4, 2, 4)
     steps.begin(batch({0: [0, 2], 1: [3]}).handle, {0: first, 1: second})
     steps.send(0, query, query[:, :1], query[:, :1])
-    thread = serve(second_end, layers=1)  # the second answers although the first has not been waited for
+    thread = serve(second_end)  # the second answers although the first has not been waited for
     thread.join()
-    thread = serve(first_end, layers=1)
+    thread = serve(first_end)
     assert steps.receive(0, output) == 0
     thread.join()
     expected = query + query[:, :1] * query[:, :1]
@@ -108,7 +112,7 @@ def test_rows_of_an_executor_that_is_not_there_become_zero() -> None:
 
 
 def test_a_late_executor_is_a_returned_status_and_its_late_answer_is_not_believed() -> None:
-    steps, decode, executor = channels(timeout_s=0.01)
+    steps, decode, executor = channels(timeout_s=0.01, layers=2, layer_timeout_s=0.01)
     ones = torch.ones(8, 2, 4)
     steps.begin(batch({3: [0]}).handle, {3: decode})
     steps.send(0, ones, ones[:, :1], ones[:, :1])
@@ -117,7 +121,9 @@ def test_a_late_executor_is_a_returned_status_and_its_late_answer_is_not_believe
     steps.send(1, ones, ones[:, :1], ones[:, :1])
     assert steps.receive(1, ones) == 0, "reported once"
     assert executor.next_step() is not None
-    executor.reply(0, 1)  # too late: the next step is on its way
+    assert executor.next_layer() == 0
+    assert executor.next_layer() is None, "it announced layer 0, and layer 1 was not sent to it"
+    # It was too late: the next step is on its way.
     steps.begin(batch({3: [0]}).handle, {3: decode})
     steps.send(0, ones, ones[:, :1], ones[:, :1])
     assert steps.receive(0, ones) == 1 << 3
@@ -129,8 +135,15 @@ def test_an_answer_from_another_life_of_the_channel_is_not_believed() -> None:
     with pytest.raises(RuntimeError, match="does not fit"):
         executor.next_step()
     zeros = torch.zeros(1, 2, 4)
-    executor.reply(0, 1)
-    assert steps.receive(0, zeros) == 1
+    steps.send(0, zeros, zeros[:, :1], zeros[:, :1])
+    assert executor.next_layer() is None, "what was sent is not its own either"
+    with mmap.mmap(decode.fd, 0) as memory, memoryview(memory).cast("Q") as word:
+        word[DONE] = word[SENT] ^ (7 ^ decode.epoch) << 48
+        assert steps.receive(0, zeros) == 1
+        steps.begin(batch({0: [0]}).handle, {0: decode})
+        steps.send(0, zeros, zeros[:, :1], zeros[:, :1])
+        word[DONE] = word[SENT]
+        assert steps.receive(0, zeros) == 0, "that is where answers are read"
 
 
 def test_heads_that_are_not_contiguous_are_refused() -> None:
@@ -139,6 +152,27 @@ def test_heads_that_are_not_contiguous_are_refused() -> None:
     query = torch.zeros(1, 4, 2).transpose(1, 2)
     with pytest.raises(ValueError, match="contiguous"):
         steps.send(0, query, query[:, :1], query[:, :1])
+
+
+def test_what_is_no_layer_no_channel_or_no_tensor_is_refused() -> None:
+    steps, decode, _ = channels()
+    split, x = batch({0: [0]}).handle, torch.zeros(1, 2, 4)
+    steps.begin(split, {0: decode})
+    for layer, error in ((4094, ValueError), (-1, OverflowError), ("0", TypeError)):
+        with pytest.raises(error):
+            steps.send(layer, x, x[:, :1], x[:, :1])
+        with pytest.raises(error):
+            steps.receive(layer, x)
+    with pytest.raises(TypeError):
+        steps.begin(split, {0: SimpleNamespace(end=split)})
+    with pytest.raises(TypeError):
+        steps.begin(decode.end, {0: decode})
+    with pytest.raises(ValueError, match="heads are contiguous"):
+        steps.send(0, x, x, x[:, :1])
+    with pytest.raises((TypeError, RuntimeError)):
+        steps.send(0, x, x[:, :1], None)
+    with pytest.raises(TypeError, match="cannot create"):
+        type(split)()
 
 
 def test_an_executor_that_has_ended_is_noticed_long_before_the_timeout() -> None:
@@ -172,11 +206,13 @@ def test_an_idle_executor_takes_no_cpu_time_and_ends_when_it_is_stopped() -> Non
 
 
 def test_an_executor_leaves_a_step_that_the_decode_worker_left() -> None:
-    steps, decode, executor = channels()
+    steps, decode, executor = channels(layer_timeout_s=60)
     steps.begin(batch({0: [0]}).handle, {0: decode})
     assert executor.next_step() is not None
     steps.begin(batch({0: [0, 1]}).handle, {0: decode})
-    assert executor.wait_layer(0, 60_000_000_000) == Status.ENDED
+    started = time.monotonic()
+    assert executor.next_layer() is None
+    assert time.monotonic() - started < 10
     found = executor.next_step()
     assert found is not None
     assert found[1] == 2
@@ -194,7 +230,7 @@ def test_a_plan_of_another_width_is_refused() -> None:
 def test_a_file_of_another_size_is_no_channel() -> None:
     fd = memory_file.create("x", 4096)
     with pytest.raises(AdrenalineError, match="bytes"):
-        ShmExecutorChannel(fd, SHAPE, 1, shared_core=True)
+        ShmExecutorChannel(fd, SHAPE, 1, True, 1, 5.0)
     os.close(fd)
 
 
@@ -206,7 +242,7 @@ def test_a_file_that_could_shrink_is_no_channel_and_ours_cannot() -> None:
     fd = os.memfd_create("x")
     os.ftruncate(fd, os.fstat(decode.fd).st_size)
     with pytest.raises(AdrenalineError, match="F_SEAL_SHRINK"):
-        ShmExecutorChannel(fd, SHAPE, 1, shared_core=True)
+        ShmExecutorChannel(fd, SHAPE, 1, True, 1, 5.0)
     os.close(fd)
 
 
@@ -272,14 +308,12 @@ EXECUTOR = """
 import os, sys, torch
 from vllm_adrenaline.transport.shm import Shape, ShmExecutorChannel
 shape = Shape(4, 8, 3, num_heads=2, num_kv_heads=1, head_size=4, dtype=torch.float32)
-channel = ShmExecutorChannel(int(sys.argv[1]), shape, int(sys.argv[2]), shared_core=True)
+channel = ShmExecutorChannel(int(sys.argv[1]), shape, int(sys.argv[2]), shared_core=True, num_layers=4, timeout_s=1)
 print("up", flush=True)
 while True:
     _, _, step = channel.next_step()
-    for layer in range(4):
-        channel.wait_layer(layer, 1_000_000_000)
+    while channel.next_layer() is not None:
         step["out"].copy_(step["q"])
-        channel.reply(layer, 1)
 """
 
 
@@ -343,17 +377,14 @@ def test_a_decode_worker_killed_at_any_point_leaves_the_executor_alive() -> None
             assert peer.stdout is not None
             fd, epoch = map(int, peer.stdout.readline().split())
             mapped = os.open(f"/proc/{peer.pid}/fd/{fd}", os.O_RDWR)
-            executor = ShmExecutorChannel(mapped, SHAPE, epoch, shared_core=True)
+            executor = ShmExecutorChannel(mapped, SHAPE, epoch, True, 4, 0.2)
             os.close(mapped)
             print(file=peer.stdin, flush=True)
             layers = []
 
             def run(executor: ShmExecutorChannel = executor, layers: list[int] = layers) -> None:
                 while executor.next_step() is not None:
-                    for layer in range(4):
-                        if executor.wait_layer(layer, 200_000_000) != Status.READY:
-                            break
-                        executor.reply(layer, 1)
+                    while (layer := executor.next_layer()) is not None:
                         layers.append(layer)
 
             thread = threading.Thread(target=run)
@@ -376,7 +407,7 @@ def sent(split: SplitRows, executor: int) -> tuple[int, dict[str, torch.Tensor]]
     """What an executor gets to see of a split: how many rows, and the arrays."""
     shape = replace(SHAPE, max_rows=8, max_tokens=64, max_blocks=4)
     decode = ShmDecodeChannel(shape)
-    end = ShmExecutorChannel(decode.fd, shape, decode.epoch, shared_core=True)
+    end = ShmExecutorChannel(decode.fd, shape, decode.epoch, True, 1, 5.0)
     ShmSteps(shape).begin(split.handle, {executor: decode})
     found = end.next_step()
     decode.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.kv import space
 from vllm_adrenaline.native import loader
 from vllm_adrenaline.native.build_hash import build_hash
+from vllm_adrenaline.native.library import library
 
 ROOT = Path(__file__).parent.parent.parent
 FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
@@ -67,11 +71,41 @@ def test_the_digest_knows_every_source_and_ignores_tests(tmp_path: Path) -> None
     assert build_hash(tmp_path) != before
 
 
+def test_what_is_said_of_its_types_is_true() -> None:
+    """Callers are checked against the stub, so it must say what the library has: names, methods, names of arguments."""
+    said: dict[str, list[str] | None] = {}
+
+    def read(body: list[ast.stmt], within: str = "") -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                read(node.body, f"{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                said[within + node.name] = [each.arg for each in (*node.args.posonlyargs, *node.args.args)]
+            elif isinstance(node, ast.AnnAssign):
+                said[ast.unparse(node.target)] = None
+
+    read(ast.parse((ROOT / "vllm_adrenaline" / "native" / "_native.pyi").read_text()).body)
+    found: dict[str, list[str] | None] = {}
+    for name, each in vars(library).items():
+        if isinstance(each, type):
+            methods = {key: method for key, method in vars(each).items() if inspect.ismethoddescriptor(method)}
+            found |= {f"{name}.{key}": [*inspect.signature(method).parameters] for key, method in methods.items()}
+            found |= {f"{name}.__new__": said.get(f"{name}.__new__")} if "__new__" in vars(each) else {}
+        elif not name.startswith("__"):
+            found[name] = [*inspect.signature(each).parameters] if callable(each) else None
+    assert said == found
+
+
+def test_a_block_id_means_the_same_to_the_scheduler_and_to_the_split() -> None:
+    """Schedulers and simulations do without the library."""
+    assert (space.INDEX_BITS, space.MAX_EXECUTORS) == (library.INDEX_BITS, library.MAX_EXECUTORS)
+
+
 def test_a_missing_library_says_which_command_mends_it() -> None:
     code = (
         "import sys; sys.modules['vllm_adrenaline.native._native'] = None\n"
         "from vllm_adrenaline.errors import AdrenalineError\n"
-        "from vllm_adrenaline import native\n"
+        "from vllm_adrenaline.native import loader\n"
         "try: loader.load()\n"
         "except AdrenalineError as error: print(error)"
     )

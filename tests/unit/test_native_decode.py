@@ -9,7 +9,7 @@ import torch
 
 from vllm_adrenaline.attention import native_decode
 from vllm_adrenaline.attention.kernels import CpuAttention
-from vllm_adrenaline.transport.shm import library
+from vllm_adrenaline.native.library import library
 
 pytestmark = pytest.mark.skipif(not library.can_attend(), reason="needs AVX-512 with bfloat16")
 LENGTHS = [1, 5, 31, 32, 33, 100, 127, 128, 129, 300]
@@ -125,8 +125,8 @@ def test_several_threads_are_left_to_vllm() -> None:
 def test_a_cache_it_cannot_read_is_refused() -> None:
     keys = torch.zeros(2, 8, 128, 64)
     with pytest.raises(ValueError, match="KV cache"):
-        library.cache_open(keys.transpose(2, 3), keys, 8, 1.0)
+        library.KVCache(keys.transpose(2, 3), keys, 8, 1.0)
     with pytest.raises(RuntimeError, match="differ"):
-        library.cache_open(keys, torch.zeros(3, 8, 128, 64), 8, 1.0)
+        library.KVCache(keys, torch.zeros(3, 8, 128, 64), 8, 1.0)
     with pytest.raises(RuntimeError, match="query heads"):
-        library.cache_open(keys, keys, 12, 1.0)
+        library.KVCache(keys, keys, 12, 1.0)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
 
 import torch
 
 from vllm_adrenaline.attention import operators
-from vllm_adrenaline.transport.shm import library
+from vllm_adrenaline.native.library import library
 
 logger = logging.getLogger("vllm.adrenaline")
 
-ISA, GROUP = "vec", 32
+ISA, GROUP = "vec", library.GROUP
 """vLLM's name of the layout, and how many tokens and dimensions its operator takes at once."""
 LENGTHS = (31744, 15872, 7680, 3584, 1536)
 """Tokens of a row that are tried, the longest first: vLLM cuts rows that do not fit half the L2 cache, and that changes
@@ -27,9 +26,9 @@ attend = library.attend
 """attend(cache of `open_cache`, q, out, block_table, seq_lens, query_start_loc): rows of at most one token each."""
 
 
-def open_cache(keys: torch.Tensor, values: torch.Tensor, num_heads: int, scale: float) -> Any:
+def open_cache(keys: torch.Tensor, values: torch.Tensor, num_heads: int, scale: float) -> library.KVCache:
     """Return what `attend` takes for a layer; the caller keeps keys and values alive."""
-    return library.cache_open(keys, values, num_heads, scale)
+    return library.KVCache(keys, values, num_heads, scale)
 
 
 def longest_row(num_heads: int, keys: torch.Tensor, isa: str) -> int:
@@ -37,7 +36,7 @@ def longest_row(num_heads: int, keys: torch.Tensor, isa: str) -> int:
     number of threads; 0: never."""
     _, num_kv_heads, block_size, head_size = keys.shape
     group = num_heads // num_kv_heads
-    if isa != ISA or group not in (1, 2, 4, 8) or num_heads % num_kv_heads or torch.get_num_threads() != 1:
+    if isa != ISA or group not in library.GROUP_SIZES or num_heads % num_kv_heads or torch.get_num_threads() != 1:
         return 0
     if keys.dtype not in (torch.bfloat16, torch.float32) or block_size % GROUP or head_size % GROUP:
         return 0

@@ -19,7 +19,7 @@ from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.spec import READY, ExecutorSpec
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.transport.shm import Shape, ShmExecutorChannel, Status
+from vllm_adrenaline.transport.shm import Shape, ShmExecutorChannel
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -30,35 +30,32 @@ REVOKE_POLL_MS = 2
 class ChannelThread(threading.Thread):
     """Serves the steps of one worker of the decode engine `engine`; between them it sleeps on the channel."""
 
-    def __init__(
-        self, attention: CpuAttention, channel: ShmExecutorChannel, engine: str, num_layers: int, idle_timeout: float
-    ) -> None:
+    def __init__(self, attention: CpuAttention, channel: ShmExecutorChannel, engine: str) -> None:
         super().__init__(name="adrenaline-channel", daemon=True)
         self.channel, self.engine = channel, engine
-        self._attention, self._num_layers = attention, num_layers
-        self._idle_timeout_ns = int(idle_timeout * 1e9)
+        self._attention = attention
 
     def run(self) -> None:
         try:
             while (found := self.channel.next_step()) is not None:
-                self._serve_step(*found)
+                number, _, step = found
+                self._serve_step(number, step)
         except Exception:
             # The decode engine learns it at once and recomputes; it attaches anew. Others are served as before.
             logger.exception("a step of decode engine %s failed: its channel is closed", self.engine)
         finally:
             self.channel.close()
 
-    def _serve_step(self, number: int, rows: int, step: dict[str, torch.Tensor]) -> None:
-        channel, attention, timeout_ns = self.channel, self._attention, self._idle_timeout_ns
+    def _serve_step(self, number: int, step: dict[str, torch.Tensor]) -> None:
+        next_layer, attention = self.channel.next_layer, self._attention
         check_plan(step, attention.num_blocks, attention.block_size)
         schedule = attention.schedule(step["query_start_loc"], step["seq_lens"])
-        for layer in range(self._num_layers):
-            status = channel.wait_layer(layer, timeout_ns)
-            if status != Status.READY:
-                logger.warning("the decode worker left step %d before layer %d: step dropped", number, layer)
-                return
+        last = -1
+        while (layer := next_layer()) is not None:
             attention.layer(layer, step, schedule)
-            channel.reply(layer, rows)
+            last = layer
+        if last + 1 < attention.num_layers:
+            logger.warning("the decode worker left step %d before layer %d: step dropped", number, last + 1)
 
 
 def check_plan(step: dict[str, torch.Tensor], num_blocks: int, block_size: int) -> None:
@@ -171,14 +168,14 @@ class Server:
             try:
                 # Whether spinning keeps the prefill worker, or the decode worker itself, from this core.
                 shared = bool(set(self._spec.cpus) & {*self._spec.kv.cpus, *message.cpus})
-                channel = ShmExecutorChannel(fd, shape, message.epoch, shared)
+                layers, timeout = self._spec.kv.layers, self._spec.idle_timeout
+                channel = ShmExecutorChannel(fd, shape, message.epoch, shared, len(layers), timeout)
             finally:
                 os.close(fd)
         except Exception:
             os.close(pidfd)
             raise
-        layers = self._spec.kv.layers
-        thread = ChannelThread(attention, channel, message.engine, len(layers), self._spec.idle_timeout)
+        thread = ChannelThread(attention, channel, message.engine)
         thread.start()
         self._threads[pidfd] = thread
         self._poller.register(pidfd, zmq.POLLIN)

@@ -1,11 +1,11 @@
 """The native library (csrc/, built by setup.py): loaded here, and refused when it is missing or was built from other
-sources than those in the checkout."""
+sources than those in the checkout. Who uses it imports it from library.py."""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.native.build_hash import build_hash
@@ -13,7 +13,7 @@ from vllm_adrenaline.native.build_hash import build_hash
 BUILD = "pip install --no-build-isolation --editable ."
 
 
-def load() -> Any:
+def load() -> ModuleType:
     """Return the library; raises AdrenalineError with the command that mends it."""
     sources = Path(__file__).parent.parent.parent / "csrc"
     try:

@@ -6,32 +6,17 @@ lies in it, how it is announced and waited for: csrc/shm. Here it becomes tensor
 
 from __future__ import annotations
 
-import functools
 import math
 import mmap
 import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any
 
 import torch
 
-from vllm_adrenaline.native import loader
+from vllm_adrenaline.native.library import library
 from vllm_adrenaline.system import memory_file
-
-library = loader.load()
-library.use_tensors(torch.Tensor.__dlpack_c_exchange_api__)
-
-
-class Status(IntEnum):
-    """How a wait ended (csrc/shm/wait.h)."""
-
-    READY = 0
-    LATE = 1
-    GONE = 2
-    ENDED = 3
 
 
 @dataclass(frozen=True)
@@ -58,7 +43,7 @@ class Memory:
     """A mapped channel; `address` is where it begins."""
 
     def __init__(self, fd: int, shape: Shape) -> None:
-        self.layout: dict[str, int] = library.layout(*shape.sizes)
+        self.layout = library.layout(*shape.sizes)
         total = self.layout["total"]
         memory_file.check(fd, total, "the channel")
         self._map = mmap.mmap(fd, total)
@@ -74,26 +59,26 @@ class ShmDecodeChannel:
     """The decode worker's end. It makes the memory; `epoch` tells its life from any other's."""
 
     def __init__(self, shape: Shape) -> None:
-        self.epoch = 1 + secrets.randbelow(0xFFFF)
+        self.epoch = 1 + secrets.randbelow(library.MAX_EPOCH)
         self.fd = memory_file.create("adrenaline-channel", library.layout(*shape.sizes)["total"])
         try:
             self._memory = Memory(self.fd, shape)
-            self.end = library.decode_open(self._memory.address, shape.sizes, self.epoch)
+            self.end = library.DecodeEnd(self._memory.address, shape.sizes, self.epoch)
         except BaseException:
             os.close(self.fd)
             raise
 
     def watch(self, pidfd: int, timeout_s: float, shared_core: bool) -> None:
         """Say whose answers are awaited, how long at most, and whether spinning would keep it from its core."""
-        library.decode_watch(self.end, pidfd, int(timeout_s * 1e9), shared_core)
+        self.end.watch(pidfd, int(timeout_s * 1e9), shared_core)
 
     @property
     def counters(self) -> tuple[int, int, int]:
-        return library.decode_counters(self.end)
+        return self.end.counters()
 
     @property
     def is_closed(self) -> bool:
-        return library.decode_is_closed(self.end)
+        return self.end.is_closed()
 
     def close(self) -> None:
         """Close the file; the memory goes with the last reference to this channel."""
@@ -106,27 +91,27 @@ class ShmSteps:
     """The steps of a decode worker over all its channels: StepTransport. One native call per layer and direction."""
 
     def __init__(self, shape: Shape) -> None:
-        self._steps = library.steps_open(*shape.sizes[3:5])
+        self._steps = library.Steps(*shape.sizes[3:5])
         # Bound here, so that a layer costs no Python frame.
-        self.send = functools.partial(library.send, self._steps)
-        self.receive = functools.partial(library.receive, self._steps)
+        self.send, self.receive = self._steps.send, self._steps.receive
         self._channels: list[ShmDecodeChannel | None] = []
 
-    def begin(self, split: Any, channels: Mapping[int, ShmDecodeChannel | None]) -> None:
-        library.steps_clear(self._steps)
+    def begin(self, split: library.Split, channels: Mapping[int, ShmDecodeChannel | None]) -> None:
+        self._steps.clear()
         self._channels = [*channels.values()]  # whose memory this step uses
         for executor, channel in channels.items():
-            library.steps_add(self._steps, split, executor, None if channel is None else channel.end)
+            self._steps.add(split, executor, None if channel is None else channel.end)
 
     @property
     def times_ns(self) -> tuple[int, int]:
-        return library.steps_times(self._steps)
+        return self._steps.times_ns()
 
 
 class ShmExecutorChannel:
     """The executor's end: views of its own copy of the plan, and of the slots, taken once a step."""
 
-    def __init__(self, fd: int, shape: Shape, epoch: int, shared_core: bool) -> None:
+    def __init__(self, fd: int, shape: Shape, epoch: int, shared_core: bool, num_layers: int, timeout_s: float) -> None:
+        """`timeout_s`: how long a layer is waited for at most."""
         memory = Memory(fd, shape)
         self._memory = memory
         r, t, d = shape.max_rows, shape.max_tokens, shape.head_size
@@ -138,12 +123,14 @@ class ShmExecutorChannel:
         }
         slots = torch.zeros(t, dtype=torch.int64)
         copies = (self._query_start_loc, *self._rows.values(), slots)
-        addresses = [copy.data_ptr() for copy in copies]
-        self._end = library.executor_open(memory.address, shape.sizes, epoch, shared_core, *addresses)
-        # wait_layer(layer, timeout in ns): wait until q, k, v of the layer are in the slot; returns a Status.
-        self.wait_layer = functools.partial(library.executor_wait, self._end)
-        # reply(layer, rows): announce that the output of the layer is in the slot; count what was attended.
-        self.reply = functools.partial(library.executor_reply, self._end)
+        starts, lens, table, numbers = (copy.data_ptr() for copy in copies)
+        timeout_ns = int(timeout_s * 1e9)
+        self._end = library.ExecutorEnd(
+            memory.address, shape.sizes, epoch, num_layers, timeout_ns, shared_core, starts, lens, table, numbers
+        )
+        # next_layer(): announce that the output of the layer before is in its slot; wait until q, k, v of the next are;
+        # return its number. None: that was the last one, or the step is to be left.
+        self.next_layer = self._end.next_layer
         self._tokens = {
             "slot_mapping": slots,
             "q": memory.array("q", (t, shape.num_heads, d), shape.dtype),
@@ -160,11 +147,12 @@ class ShmExecutorChannel:
         None: the channel was stopped. Raises RuntimeError when the plan does not fit the channel: nothing of it may be
         believed then.
         """
-        found = library.executor_next(self._end)
+        found = self._end.next_step()
         if found is None:
             return None
-        step, rows, *padded = found
-        return step, rows, self._views.get(tuple(padded)) or self._view(*padded)
+        step, rows, padded_rows, padded_tokens = found
+        views = self._views.get((padded_rows, padded_tokens))
+        return step, rows, views or self._view(padded_rows, padded_tokens)
 
     def _view(self, rows: int, tokens: int) -> dict[str, torch.Tensor]:
         """Sizes are few (csrc/shm/layout.h, bucket), so views are made once for each."""
@@ -176,8 +164,8 @@ class ShmExecutorChannel:
 
     def stop(self) -> None:
         """End the waits of this end, from any thread."""
-        library.executor_stop(self._end)
+        self._end.stop()
 
     def close(self) -> None:
         """Tell the decode worker that nothing is written for it any more. The thread that serves it says so."""
-        library.executor_close(self._end)
+        self._end.close()

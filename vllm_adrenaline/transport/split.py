@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from vllm_adrenaline.transport.shm import library
+from vllm_adrenaline.native.library import library
 
 
 @dataclass(frozen=True)
@@ -18,11 +17,11 @@ class SplitRows:
     local_seq_lens: torch.Tensor
     executors: list[int]
     has_local: bool
-    handle: Any
+    handle: library.Split
 
     def rows(self, executor: int) -> list[int]:
         """Return the rows of the batch that one of `executors` attends."""
-        return library.split_rows(self.handle, executor)
+        return self.handle.rows(executor)
 
 
 def split_rows(
