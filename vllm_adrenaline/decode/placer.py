@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vllm_adrenaline.placement.feedback import Feedback, OutputLengths, Step
+from vllm_adrenaline.placement.feedback import Feedback, Step
 from vllm_adrenaline.placement.memory import Memory
+from vllm_adrenaline.placement.output_length import OutputLengths
 from vllm_adrenaline.placement.policy import (
     Candidate,
     Decision,
@@ -110,7 +111,7 @@ class Placer:
                 memory=Memory(pool.spare + share.blocks, size, share.lengths),
                 rows=share.rows,
                 tokens=share.tokens,
-                ready=pool.executor not in down and pool.client.welcome is not None,
+                available=pool.executor not in down and pool.client.welcome is not None,
                 busy=pool.client.load.busy,
                 recalls=pool.client.load.recalls,
             )

@@ -6,8 +6,9 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from vllm_adrenaline.placement.feedback import Feedback, OutputLengths, Step
+from vllm_adrenaline.placement.feedback import Feedback, Step
 from vllm_adrenaline.placement.memory import Memory
+from vllm_adrenaline.placement.output_length import OutputLengths
 from vllm_adrenaline.placement.policy import Candidate, Decision, EngineState, Observed, Placement, Reason, move, place
 from vllm_adrenaline.simulate.engines import Prefill, Row
 
