@@ -19,12 +19,13 @@ from vllm_adrenaline.config import Options
 from vllm_adrenaline.control.client import PrefillClient
 from vllm_adrenaline.decode import leases
 from vllm_adrenaline.decode.blocks import KVSpaceManager
-from vllm_adrenaline.decode.placer import Batch, Placer
+from vllm_adrenaline.decode.placer import Placer
 from vllm_adrenaline.decode.remote_attention import Report
 from vllm_adrenaline.decode.request_table import Offload
 from vllm_adrenaline.engine import profiling
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.placement.admission import Batch
 from vllm_adrenaline.placement.policy import Reason
 from vllm_adrenaline.system.cores import come_first, wait_without_spinning
 
@@ -100,18 +101,17 @@ class DecodeScheduler(Scheduler):
 
     def _place(self) -> None:
         """Decide about waiting requests, and whether a running one moves; once a step, before vLLM schedules."""
-        offload, placer = self.offload, self.offload.placer
-        looks_for_move = offload.any_offloaded and placer.is_time_to_move()
-        if not looks_for_move and not offload.waiting:
+        offload, admission = self.offload, self.offload.placer.admission
+        admission.begin_step(offload.any_offloaded)
+        if not admission.is_move_due and not offload.waiting:
             return
-        free = self._spare()
         batch = offload.batch(self.running)
-        if looks_for_move:
-            observed = placer.observed(batch, free, offload.pools, offload.down)
-            request = placer.move(observed, offload.movable())
-            if request is not None and self._pull(request):
-                free -= self._blocks(request)
-        offload.place_waiting(batch, free, self.max_num_running_reqs)
+        pools = offload.placer.pools(self._spare(), offload.pools, offload.down)
+        if admission.is_move_due and (found := admission.choose_move(pools, batch, offload.movable())):
+            moving, reason = found
+            if self._pull(moving.request, reason):
+                pools = pools.with_local_taken(self._blocks(moving.request))
+        offload.place_waiting(pools, batch)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         offload, output = self.offload, model_runner_output.kv_connector_output
@@ -144,18 +144,17 @@ class DecodeScheduler(Scheduler):
             request.num_computed_tokens = 0
             self.failed_recving_kv_req_ids.add(request.request_id)
 
-    def _pull(self, request: Request, reason: Reason | None = None) -> bool:
+    def _pull(self, request: Request, reason: Reason) -> bool:
         """Let an offloaded request go on in local memory with its KV pulled there, if it can be; say whether."""
         offload = self.offload
-        if request not in self.running or all(request is not other for other, _ in offload.movable()):
+        if request not in self.running or all(request is not other.request for other in offload.movable()):
             return False
         # Out of vLLM's books, so that preempting frees none of them: they are what is pulled.
         manager = self.kv_cache_manager.coordinator.single_type_managers[0]
         blocks = manager.req_to_blocks.pop(request.request_id)
         manager.num_cached_block.pop(request.request_id, None)
         offload.begin_move(request, blocks)
-        if reason is not None:
-            offload.placer.moved(reason)
+        offload.placer.admission.count_move(reason)
         self.running.remove(request)
         super()._preempt_request(request, time.monotonic(), drop_stale_output=True)
         if self.log_stats:
