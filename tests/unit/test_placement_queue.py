@@ -160,3 +160,14 @@ def test_a_prefill_engine_knows_what_waits_unless_a_fixed_ratio_decides(ratio: f
     engine.waiting.drop("r1")
     engine.waiting.drop("r1")
     assert engine.pool.client.waiting == 0
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 0.5), (0.5, None)])
+def test_what_a_prefill_engine_was_told_is_taken_back_when_the_ratio_changes_meanwhile(
+    before: float | None, after: float | None
+) -> None:
+    engine = Engine(before, free=0, remote_free=0)
+    engine.arrive(320)
+    engine.placer.admission.set_ratio(after)
+    engine.waiting.drop("r0")
+    assert engine.pool.client.waiting == 0

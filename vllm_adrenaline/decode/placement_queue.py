@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING
 from vllm_adrenaline.placement.policy import Placement
 
 if TYPE_CHECKING:
-    from vllm.v1.request import Request
-
-    from vllm_adrenaline.decode.blocks import RemotePool
     from vllm_adrenaline.decode.placer import Placer
     from vllm_adrenaline.decode.request import RemoteRequest
     from vllm_adrenaline.placement.admission import Batch, Pools
@@ -26,6 +23,7 @@ class PlacementQueue:
     def __init__(self, placer: Placer, block_size: int) -> None:
         self._admission, self._block_size = placer.admission, block_size
         self._pending: dict[str, RemoteRequest] = {}
+        self._told: dict[str, int] = {}
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._pending
@@ -34,15 +32,22 @@ class PlacementQueue:
         return bool(self._pending)
 
     def add(self, pending: RemoteRequest) -> None:
-        """A request's prompt is ours."""
+        """A request's prompt is ours.
+
+        The prefill engine is to know how many blocks of its prompts wait. With a fixed ratio it need not: who is to be
+        local waits, but who is to be offloaded would not, and must not be kept from being computed.
+        """
         self._pending[pending.name] = pending
-        self._tell(pending.pool, self._blocks(pending.request))
+        if self._admission.ratio is None:
+            blocks = self._told[pending.name] = -(-pending.request.num_tokens // self._block_size)
+            pending.pool.client.waiting += blocks
 
     def drop(self, request_id: str) -> None:
         """It goes on, or ended, if it was here."""
         pending = self._pending.pop(request_id, None)
-        if pending is not None:
-            self._tell(pending.pool, -self._blocks(pending.request))
+        if pending is not None and (told := self._told.pop(request_id, 0)):
+            pending.pool.client.waiting -= told
+            pending.pool.client.beat()  # not a quarter of a second later: prompts may wait for this
 
     def count_local(self, pending: RemoteRequest) -> None:
         """It has local memory: count the decision that let it go on so."""
@@ -57,14 +62,3 @@ class PlacementQueue:
             if decision.placement is Placement.OFFLOADED:
                 self.drop(pending.name)
                 yield pending
-
-    def _blocks(self, request: Request) -> int:
-        return -(-request.num_tokens // self._block_size)
-
-    def _tell(self, pool: RemotePool, blocks: int) -> None:
-        """Let the prefill engine know how many blocks of its prompts wait. With a fixed ratio it need not: who is to
-        be local waits, but who is to be offloaded would not, and must not be kept from being computed."""
-        if self._admission.ratio is None:
-            pool.client.waiting += blocks
-            if blocks < 0:
-                pool.client.beat()  # not a quarter of a second later: prompts may wait for this
