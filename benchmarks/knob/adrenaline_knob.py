@@ -12,19 +12,19 @@ from typing import Any
 
 
 def register() -> None:
-    """Let the placer look at the file whenever it decides."""
+    """Let admission look at the file whenever it decides."""
     file = os.environ.get("ADRENALINE_KNOB")
     if not file:
         return
-    from vllm_adrenaline.decode import placer
+    from vllm_adrenaline.placement.admission import Admission
 
-    observed = placer.Placer.observed
+    admit = Admission.admit
 
-    def with_knob(self: placer.Placer, *args: Any) -> Any:
+    def with_knob(self: Admission, *args: Any) -> Any:
         text = Path(file).read_text().strip()
         ratio = None if text == "auto" else float(text)
         if ratio != self.ratio:
-            self.ratio, self._decided, self._offloaded = ratio, 0, 0
-        return observed(self, *args)
+            self.set_ratio(ratio)
+        return admit(self, *args)
 
-    placer.Placer.observed = with_knob
+    Admission.admit = with_knob

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adrenaline.placement.costs import Costs
-from vllm_adrenaline.placement.feedback import LARGEST, WINDOW, Feedback, OutputLengths, Step
+from vllm_adrenaline.placement.feedback import LARGEST, WINDOW, Feedback, Step
+from vllm_adrenaline.placement.output_length import OutputLengths
 
 COSTS = Costs(step=[(1, 0.010), (64, 0.050)], local=2e-6, remote=[2e-6, 3e-6])
 

@@ -29,13 +29,13 @@ from vllm_adrenaline.placement.policy import (
 COSTS = Costs(step=[(1, 0.010), (8, 0.012), (64, 0.050)], local=2e-6, remote=[2e-6], exchange=1e-4)
 
 
-def site(capacity: int, room: int, rows: int, tokens: int) -> EngineState:
-    """A place with `room` tokens of memory beyond what its requests have and need."""
+def engine(capacity: int, room: int, rows: int, tokens: int) -> EngineState:
+    """An engine with `room` tokens of memory beyond what its requests have and need."""
     return EngineState(capacity, Memory(room, 1), rows, tokens)
 
 
-ROOMY = site(capacity=10_000, room=10_000, rows=0, tokens=0)
-FULL = site(capacity=4_000, room=-1_000, rows=8, tokens=4_000)
+ROOMY = engine(capacity=10_000, room=10_000, rows=0, tokens=0)
+FULL = engine(capacity=4_000, room=-1_000, rows=8, tokens=4_000)
 REQUEST = Candidate(executor=0, tokens=500, growth=140, final=640)
 
 
@@ -43,8 +43,8 @@ def observed(decode: EngineState = ROOMY, executor: EngineState = ROOMY, **other
     return Observed(**({"decode": decode, "executors": [executor], "costs": COSTS} | other))
 
 
-def offloaded_of(ratio: float, count: int, ready: bool = True) -> int:
-    offloaded, executor = 0, msgspec.structs.replace(ROOMY, ready=ready)
+def offloaded_of(ratio: float, count: int, available: bool = True) -> int:
+    offloaded, executor = 0, msgspec.structs.replace(ROOMY, available=available)
     for decided in range(count):
         state = observed(executor=executor, ratio=ratio, decided=decided, offloaded=offloaded)
         offloaded += place(state, REQUEST).placement is Placement.OFFLOADED
@@ -62,8 +62,8 @@ def test_exact_counts_of_32_requests(ratio: float, expected: int) -> None:
 
 
 def test_nothing_is_offloaded_to_an_executor_that_is_away() -> None:
-    assert offloaded_of(1.0, 10, ready=False) == 0
-    away = msgspec.structs.replace(ROOMY, ready=False)
+    assert offloaded_of(1.0, 10, available=False) == 0
+    away = msgspec.structs.replace(ROOMY, available=False)
     assert place(observed(decode=FULL, executor=away), REQUEST) == Decision(Placement.LOCAL, Reason.EXECUTOR_AWAY)
 
 
@@ -72,7 +72,7 @@ def test_one_request_alone_stays_local_for_nothing_could_hide_its_attention() ->
 
 
 def test_with_memory_to_spare_offloading_must_shorten_the_step() -> None:
-    long = site(capacity=100_000, room=90_000, rows=8, tokens=20_000)  # 40 ms of attention beside 12 ms of GEMMs
+    long = engine(capacity=100_000, room=90_000, rows=8, tokens=20_000)  # 40 ms of attention beside 12 ms of GEMMs
     assert place(observed(decode=long), msgspec.structs.replace(REQUEST, tokens=4_000)) == Decision(
         Placement.OFFLOADED, Reason.SHORTER_STEP
     )
@@ -80,7 +80,7 @@ def test_with_memory_to_spare_offloading_must_shorten_the_step() -> None:
 
 
 def test_a_busy_prefill_engine_is_left_alone_unless_memory_is_needed() -> None:
-    long = site(capacity=100_000, room=90_000, rows=8, tokens=20_000)
+    long = engine(capacity=100_000, room=90_000, rows=8, tokens=20_000)
     busy = msgspec.structs.replace(ROOMY, busy=0.9)
     request = msgspec.structs.replace(REQUEST, tokens=4_000)
     assert place(observed(decode=long, executor=busy), request).placement is Placement.LOCAL
@@ -89,14 +89,14 @@ def test_a_busy_prefill_engine_is_left_alone_unless_memory_is_needed() -> None:
 
 def test_what_does_not_fit_is_offloaded_while_it_hides_then_waits() -> None:
     assert place(observed(decode=FULL), REQUEST) == Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
-    as_much = site(capacity=10_000, room=5_000, rows=8, tokens=4_000)
+    as_much = engine(capacity=10_000, room=5_000, rows=8, tokens=4_000)
     dear = msgspec.structs.replace(COSTS, local=8e-6, remote=[8e-6])
     state = observed(decode=FULL, executor=as_much, costs=dear)
     assert place(state, REQUEST) == Decision(Placement.WAIT, Reason.OVER_BOUND)
 
 
 def test_beyond_the_bound_a_larger_batch_is_made_where_steps_are_mostly_weights() -> None:
-    as_much = site(capacity=10_000, room=5_000, rows=8, tokens=4_000)
+    as_much = engine(capacity=10_000, room=5_000, rows=8, tokens=4_000)
     weights = Costs([(1, 0.050), (64, 0.060)], 2e-6, [2e-6])
     state = observed(decode=FULL, executor=as_much, costs=weights)
     assert place(state, REQUEST) == Decision(Placement.OFFLOADED, Reason.THROUGHPUT)
@@ -107,13 +107,13 @@ def test_beyond_the_bound_a_larger_batch_is_made_where_steps_are_mostly_weights(
 def test_a_request_waits_when_neither_side_has_blocks_and_an_empty_engine_takes_any() -> None:
     full = msgspec.structs.replace(FULL, rows=2, tokens=900)
     assert place(observed(decode=FULL, executor=full), REQUEST) == Decision(Placement.WAIT, Reason.EXECUTOR_FULL)
-    nothing = site(capacity=100, room=100, rows=0, tokens=0)
+    nothing = engine(capacity=100, room=100, rows=0, tokens=0)
     assert place(observed(decode=nothing, executor=full), REQUEST) == Decision(Placement.LOCAL, Reason.FITS)
 
 
 def test_a_slower_executor_gets_less() -> None:
     slow = msgspec.structs.replace(COSTS, remote=[8e-6])
-    quarter = site(capacity=10_000, room=5_000, rows=2, tokens=1_000)
+    quarter = engine(capacity=10_000, room=5_000, rows=2, tokens=1_000)
     assert bound(observed(decode=FULL), 0) == 1
     assert bound(observed(decode=FULL, costs=slow), 0) == 0.25
     assert place(observed(decode=FULL, executor=quarter), REQUEST).placement is Placement.OFFLOADED
@@ -170,7 +170,7 @@ def test_an_undisturbed_profile_never_falls_and_grows_no_slower_for_larger_batch
 
 def test_an_executor_that_is_slower_gives_a_request_back_but_not_for_little() -> None:
     slow = msgspec.structs.replace(COSTS, remote=[10e-6])
-    executor = site(capacity=10_000, room=5_000, rows=2, tokens=2_000)
+    executor = engine(capacity=10_000, room=5_000, rows=2, tokens=2_000)
     offloaded = [REQUEST, msgspec.structs.replace(REQUEST, tokens=1_500)]
     state = observed(decode=msgspec.structs.replace(ROOMY, rows=4, tokens=2_000), executor=executor, costs=slow)
     assert move(state, offloaded) == (1, Reason.EXECUTOR_SLOW)
@@ -211,18 +211,18 @@ class Cluster(RuleBasedStateMachine):
         self.used: dict[int | None, int] = {None: 0, 0: 0, 1: 0}
         self.live: list[tuple[int | None, int, int]] = []  # place, tokens, final
         self.waiting: list[Candidate] = []
-        self.ready = [True, True]
+        self.available = [True, True]
         self.costs = msgspec.structs.replace(COSTS, remote=[2e-6, 2e-6])
         self.admitted = 0
 
-    def site(self, where: int | None) -> EngineState:
+    def engine(self, where: int | None) -> EngineState:
         here = [(tokens, final - tokens) for place_, tokens, final in self.live if place_ == where]
-        ready = True if where is None else self.ready[where]
+        available = True if where is None else self.available[where]
         memory = Memory(self.capacity[where], BLOCK, here)
-        return EngineState(self.capacity[where] * BLOCK, memory, len(here), sum(t for t, _ in here), ready)
+        return EngineState(self.capacity[where] * BLOCK, memory, len(here), sum(t for t, _ in here), available)
 
     def state(self) -> Observed:
-        return Observed(self.site(None), [self.site(0), self.site(1)], self.costs)
+        return Observed(self.engine(None), [self.engine(0), self.engine(1)], self.costs)
 
     @rule(executor=st.integers(0, 1), tokens=st.integers(1, 200), output=st.integers(1, 100))
     def arrive(self, executor: int, tokens: int, output: int) -> None:
@@ -247,7 +247,7 @@ class Cluster(RuleBasedStateMachine):
             remote[where] = (site.rows + 1, site.tokens + request.tokens)
             assert (rows + 1) / state.costs.seconds(rows + 1, state.decode.tokens, remote) > rows / now
         if where is not None and decision.reason is Reason.LOCAL_FULL:
-            assert self.ready[where]
+            assert self.available[where]
             assert site.tokens + request.tokens <= limit * state.decode.tokens + 1e-9, "over its bound"
         memory = (state.decode if where is None else site).memory
         # A prompt is with its executor already, in blocks of its own.
@@ -277,10 +277,10 @@ class Cluster(RuleBasedStateMachine):
     def abort(self, index: int) -> None:
         self.live.pop(index % len(self.live))
 
-    @rule(executor=st.integers(0, 1), ready=st.booleans())
-    def joins_or_leaves(self, executor: int, ready: bool) -> None:
-        self.ready[executor] = ready
-        if not ready:
+    @rule(executor=st.integers(0, 1), available=st.booleans())
+    def joins_or_leaves(self, executor: int, available: bool) -> None:
+        self.available[executor] = available
+        if not available:
             self.live = [each for each in self.live if each[0] != executor]
 
     @rule(executor=st.integers(0, 1), factor=st.floats(0.5, 20))

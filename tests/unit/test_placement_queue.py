@@ -11,8 +11,9 @@ import pytest
 from vllm_adrenaline.control.messages import Load
 from vllm_adrenaline.decode.blocks import RemotePool
 from vllm_adrenaline.decode.placement_queue import PlacementQueue
-from vllm_adrenaline.decode.placer import Batch, Placer
-from vllm_adrenaline.decode.request import RemoteRequest
+from vllm_adrenaline.decode.placer import Placer
+from vllm_adrenaline.decode.request import RemoteRequest, progress_of
+from vllm_adrenaline.placement.batch import Batch
 from vllm_adrenaline.placement.costs import Costs
 from vllm_adrenaline.prefill.utilization import PrefillUtilization
 
@@ -55,11 +56,11 @@ class Engine:
 
     def local(self) -> list[str]:
         """Return who may take local memory in this step."""
-        return [name for name, waiting in self.waiting._undecided.items() if waiting.decision is not None]
+        return [name for name, waiting in self.waiting._pending.items() if waiting.decision is not None]
 
     def goes_local(self, name: str) -> None:
         """vLLM gave it blocks."""
-        waiting = self.waiting._undecided[name]
+        waiting = self.waiting._pending[name]
         self.waiting.drop(name)
         self.waiting.count_local(waiting)
 
@@ -67,13 +68,9 @@ class Engine:
         """Decide; return who is offloaded and who may go on locally."""
         batch = Batch()
         for i in range(self.running):
-            self.placer.add(batch, Request(f"running{i}", 160), None)  # type: ignore[arg-type]
-        offloaded = [
-            each.request.request_id
-            for each in self.waiting.place(
-                lambda free: self.placer.observed(batch, free, [self.pool], frozenset()), batch, self.free, 8
-            )
-        ]
+            batch.add(progress_of(Request(f"running{i}", 160)), None)  # type: ignore[arg-type]
+        pools = self.placer.pools(self.free, [self.pool], frozenset())
+        offloaded = [each.request.request_id for each in self.waiting.place(pools, batch)]
         return offloaded, self.local()
 
 
@@ -89,9 +86,9 @@ def test_a_decision_is_made_anew_until_vllm_gives_the_blocks() -> None:
     engine.arrive(160)
     assert engine.step() == ([], ["r0"])
     assert engine.step() == ([], ["r0"])
-    assert engine.placer.counts == {}
+    assert engine.placer.admission.counts == {}
     engine.goes_local("r0")
-    assert engine.placer.counts == {("local", "fits"): 1}
+    assert engine.placer.admission.counts == {("local", "fits"): 1}
 
 
 def test_behind_a_request_that_waits_nobody_takes_local_memory() -> None:
@@ -99,9 +96,9 @@ def test_behind_a_request_that_waits_nobody_takes_local_memory() -> None:
     engine.running = 2
     engine.arrive(640, 16)
     assert engine.step() == ([], [])
-    assert engine.placer.counts == {("wait", "executor_full"): 1}
+    assert engine.placer.admission.counts == {("wait", "executor_full"): 1}
     engine.step()
-    assert engine.placer.counts == {("wait", "executor_full"): 1}, "a wait is counted once"
+    assert engine.placer.admission.counts == {("wait", "executor_full"): 1}, "a wait is counted once"
     engine.free = 90
     assert engine.step() == ([], ["r0", "r1"])
 
@@ -118,7 +115,7 @@ def test_a_fixed_ratio_decides_once_and_at_once() -> None:
     engine.arrive(160, 160, 160, 160)
     assert engine.step() == (["r1", "r3"], ["r0", "r2"])
     assert engine.step() == ([], ["r0", "r2"])
-    assert engine.placer.counts == {("local", "ratio"): 2, ("offloaded", "ratio"): 2}
+    assert engine.placer.admission.counts == {("local", "ratio"): 2, ("offloaded", "ratio"): 2}
 
 
 def test_a_request_that_may_not_use_cached_kv_is_local_and_counts_for_no_ratio() -> None:
@@ -126,7 +123,7 @@ def test_a_request_that_may_not_use_cached_kv_is_local_and_counts_for_no_ratio()
     (request,) = engine.arrive(160)
     request.skip_reading_prefix_cache = True
     assert engine.step() == ([], ["r0"])
-    assert engine.placer.counts == {("local", "no_prefix_cache"): 1}
+    assert engine.placer.admission.counts == {("local", "no_prefix_cache"): 1}
 
 
 def test_an_aborted_request_is_forgotten() -> None:
@@ -162,4 +159,15 @@ def test_a_prefill_engine_knows_what_waits_unless_a_fixed_ratio_decides(ratio: f
     engine.waiting.drop("r0")
     engine.waiting.drop("r1")
     engine.waiting.drop("r1")
+    assert engine.pool.client.waiting == 0
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 0.5), (0.5, None)])
+def test_what_a_prefill_engine_was_told_is_taken_back_when_the_ratio_changes_meanwhile(
+    before: float | None, after: float | None
+) -> None:
+    engine = Engine(before, free=0, remote_free=0)
+    engine.arrive(320)
+    engine.placer.admission.set_ratio(after)
+    engine.waiting.drop("r0")
     assert engine.pool.client.waiting == 0

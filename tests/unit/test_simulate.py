@@ -14,7 +14,8 @@ from vllm_adrenaline import cli
 from vllm_adrenaline.engine import profile
 from vllm_adrenaline.placement.costs import Costs
 from vllm_adrenaline.simulate.engines import Model
-from vllm_adrenaline.simulate.run import Result, Setup, Simulation
+from vllm_adrenaline.simulate.run import Result, Simulation
+from vllm_adrenaline.simulate.setup import Setup
 from vllm_adrenaline.workload import trace
 from vllm_adrenaline.workload.trace import Arrival, Scale
 
@@ -33,6 +34,12 @@ def run(setup: Setup, arrivals: list[Arrival]) -> Simulation:
 def result(arrivals: list[Arrival], **setup: object) -> Result:
     sizes = {"model": MODEL, "prefill_blocks": 120, "decode_blocks": 30} | setup
     return Simulation(Setup(**sizes), arrivals).run()  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def auto() -> Result:
+    """Return what becomes of BURST when it is placed by load."""
+    return result(BURST)
 
 
 @settings(deadline=None, max_examples=60)
@@ -64,9 +71,8 @@ def test_fixed_ratios_are_kept() -> None:
     assert result(BURST, ratio=0.5).offloaded == len(BURST) // 2
 
 
-def test_a_saturated_decode_engine_gains_and_is_never_far_from_the_best_fixed_ratio() -> None:
+def test_a_saturated_decode_engine_gains_and_is_never_far_from_the_best_fixed_ratio(auto: Result) -> None:
     fixed = {ratio: result(BURST, ratio=ratio).throughput_tok_s for ratio in (0.0, 0.3, 0.5, 0.7, 1.0)}
-    auto = result(BURST)
     assert auto.throughput_tok_s > 1.15 * fixed[0.0]
     assert auto.throughput_tok_s > 0.95 * max(fixed.values())
     assert auto.preemptions == 0
@@ -79,16 +85,17 @@ def test_a_light_load_is_no_slower_than_without_offloading() -> None:
     assert light.ttft_p50_ms <= 1.02 * none.ttft_p50_ms
 
 
-@pytest.mark.parametrize("wrong", [1 / 3, 3.0])
-def test_a_wrong_profile_heals_while_serving(wrong: float) -> None:
+def test_a_wrong_profile_heals_while_serving() -> None:
     long = trace.poisson(600, Scale(0.4, 0.6, 900, 300, rate=8.0), seed=3)
-    believed = msgspec.structs.replace(COSTS, remote=[4e-6 * wrong])
-    assert result(long, believed=believed).throughput_tok_s > 0.9 * result(long).throughput_tok_s
+    right = result(long).throughput_tok_s
+    for wrong in (1 / 3, 3.0):
+        believed = msgspec.structs.replace(COSTS, remote=[4e-6 * wrong])
+        assert result(long, believed=believed).throughput_tok_s > 0.9 * right, wrong
 
 
-def test_a_slow_executor_gets_less() -> None:
+def test_a_slow_executor_gets_less(auto: Result) -> None:
     slow = Model(msgspec.structs.replace(COSTS, remote=[16e-6]), MODEL.prefill, 0.002, pull=1e-6)
-    assert result(BURST, model=slow).offloaded < result(BURST).offloaded
+    assert result(BURST, model=slow).offloaded < auto.offloaded
 
 
 def test_of_two_executors_the_slow_one_gets_less() -> None:
@@ -104,8 +111,27 @@ def test_a_tpot_objective_is_kept_better_with_it_than_without() -> None:
     assert result(BURST, decode_blocks=60, tpot_slo=slo).tpot_p90_ms < free.tpot_p90_ms
 
 
-def test_the_same_run_gives_the_same_result() -> None:
-    assert result(BURST) == result(BURST)
+def test_the_same_run_gives_the_same_result(auto: Result) -> None:
+    assert result(BURST) == auto
+
+
+@pytest.mark.parametrize("ratio", [None, 0.0, 0.5, 1.0])
+def test_no_batch_is_larger_than_the_largest(ratio: float | None) -> None:
+    simulation = Simulation(Setup(MODEL, 1, 1, 120, 30, max_rows=4, ratio=ratio), BURST[:30])
+    rows: list[int] = []
+    (decode,) = simulation.decodes
+    seconds = decode._seconds
+    decode._seconds = lambda: rows.append(len(decode._active)) or seconds()  # type: ignore[method-assign,func-returns-value]
+    simulation.run()
+    assert max(rows) == 4
+
+
+def test_who_cannot_grow_beside_the_prefill_engine_moves_after_a_second() -> None:
+    all_at_once = [Arrival(0.0, 120, 200) for _ in range(8)]  # a block each, and another one soon
+    found = result(all_at_once, prefill_blocks=10, ratio=1.0)
+    assert found.placements["moved/starved"] == found.moved > 0
+    assert found.preemptions == 0
+    assert found.tpot_p99_ms * 199 > 1000
 
 
 def test_executors_on_cores_of_their_own_slow_no_prefill_down() -> None:

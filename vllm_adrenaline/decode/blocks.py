@@ -58,12 +58,6 @@ class RemotePool:
         return len(self._leased)
 
     @property
-    def spare(self) -> int:
-        """How many more blocks there are for growth: leased and free ones, and what the prefill engine could lend."""
-        load = self.client.load
-        return len(self.free) + max(0, load.free - load.reserve)
-
-    @property
     def borrowed(self) -> int:
         """How many blocks of the prefill engine we hold."""
         return self.leased + self._claimed.total()

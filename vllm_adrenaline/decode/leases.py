@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.decode.request import RemoteRequest, State
+from vllm_adrenaline.placement.starvation import reserve_growth
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 LOOKAHEAD = 64
 """Tokens a request is provided for in advance: a lease takes a millisecond, a token several."""
-STARVE_S = 1.0
-"""How long a request waits for a growth block before it moves to the decode engine."""
 
 
 def reserve(
@@ -27,24 +26,14 @@ def reserve(
 
     For all others of `running` there are enough free leased blocks.
     """
-    waiting, leaving = [], []
-    now = time.monotonic()
-    spare = {id(pool): len(pool.free) for pool in pools}
-    for request in running:
-        offloaded = known.get(request.request_id)
-        if offloaded is None or offloaded.state is not State.OFFLOADED:
-            continue
-        needed = -(-request.num_tokens_with_spec // block_size) - offloaded.held
-        key = id(offloaded.pool)
-        if needed <= spare.get(key, 0):
-            spare[key] = spare.get(key, 0) - max(0, needed)
-            offloaded.starved_since = None
-        elif offloaded.starved_since is None or now - offloaded.starved_since < STARVE_S:
-            offloaded.starved_since = offloaded.starved_since or now
-            waiting.append(request)
-        else:
-            leaving.append(request)
-    return waiting, leaving
+    mine = [known[request.request_id] for request in running if request.request_id in known]
+    growing = [
+        (each, id(each.pool), -(-each.request.num_tokens_with_spec // block_size) - each.held)
+        for each in mine
+        if each.state is State.OFFLOADED
+    ]
+    waiting, leaving = reserve_growth(growing, {id(pool): len(pool.free) for pool in pools}, time.monotonic())
+    return [each.request for each in waiting], [each.request for each in leaving]
 
 
 def adjust(known: Mapping[str, RemoteRequest], pools: Iterable[RemotePool], block_size: int) -> None:

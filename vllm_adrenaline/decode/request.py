@@ -20,6 +20,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from vllm_adrenaline.kv import space
+from vllm_adrenaline.placement.batch import Progress
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -67,6 +68,11 @@ NEXT = {
 }
 
 
+def progress_of(request: Request) -> Progress:
+    """Return how far a request of vLLM's is."""
+    return Progress(request.num_prompt_tokens, request.num_output_tokens, request.max_tokens)
+
+
 @dataclass(eq=False)
 class RemoteRequest:
     """One of them. `claim`: the prompt's name at the prefill engine. `claimed_at`: when it was asked for (seconds).
@@ -93,6 +99,23 @@ class RemoteRequest:
     def name(self) -> str:
         """The request's id on this engine."""
         return self.request.request_id
+
+    # What admission asks (placement/admission.py, Pending)
+
+    @property
+    def executor(self) -> int:
+        """Number of the executor beside its prompt."""
+        return self.pool.executor
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return progress_of(self.request)
+
+    @property
+    def local_only(self) -> bool:
+        """Whether a cached prompt is of no use to it."""
+        return bool(self.request.skip_reading_prefix_cache)
 
     def become(self, state: State) -> None:
         """Go on to another state. An illegal way is a mistake of ours: it raises in tests, and is logged otherwise."""

@@ -22,17 +22,17 @@ from vllm_adrenaline.control.client import PrefillClient
 from vllm_adrenaline.decode import params
 from vllm_adrenaline.decode.blocks import RemoteBlock, RemotePool
 from vllm_adrenaline.decode.placement_queue import PlacementQueue
-from vllm_adrenaline.decode.placer import Batch, Placer
+from vllm_adrenaline.decode.placer import Placer
 from vllm_adrenaline.decode.remote_attention import Report
-from vllm_adrenaline.decode.request import RemoteRequest, State
+from vllm_adrenaline.decode.request import RemoteRequest, State, progress_of
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
+from vllm_adrenaline.placement.batch import Batch
+from vllm_adrenaline.placement.pools import Pools
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
-
-    from vllm_adrenaline.placement.policy import Observed
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -92,24 +92,20 @@ class RequestTable:
 
     def batch(self, running: Iterable[Request]) -> Batch:
         """Return what is attended where; requests on their way count as there."""
-        batch, add, known = Batch(), self.placer.add, self.requests
+        batch, known = Batch(), self.requests
         for request in running:
             if request.request_id not in known:
-                add(batch, request, None)
+                batch.add(progress_of(request), None)
         for each in known.values():
             if each.state is State.OFFLOADED:
-                add(batch, each.request, each.pool.executor)
+                batch.add(each.progress, each.pool.executor)
             elif each.state in (State.MIGRATING, State.PULLING, State.RECEIVED):
-                add(batch, each.request, None)
+                batch.add(each.progress, None)
         return batch
 
-    def place_waiting(self, batch: Batch, free: int, max_rows: int) -> None:
-        """Decide about requests that could run now; `free`: local blocks."""
-
-        def observe(free: int) -> Observed:
-            return self.placer.observed(batch, free, self.pools, self.unavailable)
-
-        for placed in self.queue.place(observe, batch, free, max_rows):
+    def place_waiting(self, pools: Pools, batch: Batch) -> None:
+        """Decide about requests that could run now."""
+        for placed in self.queue.place(pools, batch):
             placed.pull_nothing()
             placed.become(State.OFFLOADED)
             self._counts["offloaded_requests"] += 1
@@ -182,10 +178,10 @@ class RequestTable:
         migrating.pull(peer, request.num_tokens - 1, self._block_size, self._tp)
         self._counts["moved_requests"] += 1
 
-    def migratable(self) -> list[tuple[Request, int]]:
+    def migratable(self) -> list[RemoteRequest]:
         """Return the requests that may migrate: they have run, so all their KV but the last token's is there."""
         return [
-            (each.request, each.pool.executor)
+            each
             for each in self.requests.values()
             if each.state is State.OFFLOADED and each.request.num_output_tokens and each.pool.peer is not None
         ]
@@ -316,7 +312,7 @@ class RequestTable:
     def observe_step(self, batch: Batch, report: Report | None, seconds: float) -> None:
         """Take what a step took; `seconds` is 0 when it computed prompts as well."""
         self.placer.observe(batch, report, seconds, len(self.pools))
-        tpot = self.placer.tpot(seconds)
+        tpot = self.placer.note_step(seconds)
         for pool in self.pools:
             pool.client.tpot = tpot
 

@@ -21,11 +21,12 @@ from vllm_adrenaline.config import Options
 from vllm_adrenaline.control.client import PrefillClient
 from vllm_adrenaline.decode import leases, profiling
 from vllm_adrenaline.decode.kv_manager import KVSpaceManager
-from vllm_adrenaline.decode.placer import Batch, Placer
+from vllm_adrenaline.decode.placer import Placer
 from vllm_adrenaline.decode.remote_attention import Report
 from vllm_adrenaline.decode.request_table import RequestTable
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.placement.batch import Batch
 from vllm_adrenaline.placement.policy import Reason
 from vllm_adrenaline.system.priority import come_first
 
@@ -96,18 +97,17 @@ class DecodeScheduler(Scheduler):
 
     def _place(self) -> None:
         """Decide about waiting requests, and whether a running one migrates; once a step, before vLLM schedules."""
-        table, placer = self.table, self.table.placer
-        looks_for_move = table.any_offloaded and placer.is_time_to_move()
-        if not looks_for_move and not table.queue:
+        table, admission = self.table, self.table.placer.admission
+        admission.begin_step(table.any_offloaded)
+        if not admission.is_move_due and not table.queue:
             return
-        free = self._spare()
         batch = table.batch(self.running)
-        if looks_for_move:
-            observed = placer.observed(batch, free, table.pools, table.unavailable)
-            request = placer.move(observed, table.migratable())
-            if request is not None and self._migrate(request):
-                free -= self._blocks(request)
-        table.place_waiting(batch, free, self.max_num_running_reqs)
+        pools = table.placer.pools(self._spare(), table.pools, table.unavailable)
+        if admission.is_move_due and (found := admission.choose_move(pools, batch, table.migratable())):
+            migrating, reason = found
+            if self._migrate(migrating.request, reason):
+                pools = pools.with_local_taken(self._blocks(migrating.request))
+        table.place_waiting(pools, batch)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         table, output = self.table, model_runner_output.kv_connector_output
@@ -128,14 +128,13 @@ class DecodeScheduler(Scheduler):
         table.settle()
         return result
 
-    def _migrate(self, request: Request, reason: Reason | None = None) -> bool:
+    def _migrate(self, request: Request, reason: Reason) -> bool:
         """Let an offloaded request go on in local memory with its KV pulled there, if it can be; return whether."""
         table = self.table
-        if request not in self.running or all(request is not other for other, _ in table.migratable()):
+        if request not in self.running or all(request is not other.request for other in table.migratable()):
             return False
         table.begin_migration(request, compat.take_blocks(self, request))
-        if reason is not None:
-            table.placer.moved(reason)
+        table.placer.admission.count_move(reason)
         compat.preempt(self, request)
         compat.uncount_preemption(self, request)  # it is counted as moved
         return True

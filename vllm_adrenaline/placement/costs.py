@@ -12,9 +12,10 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
 def undisturbed(times: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return times by rows of a batch, ascending, without what only a disturbance explains: the highest curve below
-    them that never falls and grows no slower as batches grow. Whatever ran meanwhile made some of them longer, none
-    shorter; a hump that is believed keeps batches small for ever."""
+    """Return the lower convex hull of (batch size, seconds), clamped to be non-decreasing.
+
+    Interference only ever adds time, so points above the hull are noise.
+    """
     hull: list[tuple[int, float]] = []
     for i, (rows, _) in enumerate(times):
         point = (rows, min(seconds for _, seconds in times[i:]))
@@ -54,8 +55,8 @@ class Costs(msgspec.Struct, frozen=True):
 
     def seconds(self, rows: float, local_tokens: float, remote: Sequence[tuple[float, float]]) -> float:
         """Return the seconds of a step: `remote` holds (rows, tokens) of each executor; the slowest side counts."""
-        away = [self.remote_seconds(e, r, tokens) for e, (r, tokens) in enumerate(remote) if r]
-        return self.other(rows) + max([self.local * local_tokens, *away]) + (self.plan if away else 0.0)
+        attended = [self.remote_seconds(e, r, tokens) for e, (r, tokens) in enumerate(remote) if r]
+        return self.other(rows) + max([self.local * local_tokens, *attended]) + (self.plan if attended else 0.0)
 
     def most_rows(self, limit_s: float, attention_s: float, per_row_s: float, most: int) -> int:
         """Return the largest batch, up to `most`, whose step takes at most `limit_s` with `attention_s` of attention

@@ -19,7 +19,7 @@ MARGIN = 1 / 16
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """KV memory of one place: `blocks` of `block_size` tokens are what the requests there have and could get; `rows`:
+    """KV memory of one pool: `blocks` of `block_size` tokens are what the requests there have and could get; `rows`:
     (tokens, expected growth) of each of them."""
 
     blocks: int

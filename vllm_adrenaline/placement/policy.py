@@ -1,6 +1,6 @@
 """Where a request's decode attention runs: pure functions from observed state to a decision.
 
-The rules, in order (docs/placement.md): never offload to an executor that is away; with a fixed ratio, keep it; else
+The rules, in order (docs/placement.md): offload only to an available executor; with a fixed ratio, keep it; else
 stay local while the decode engine has memory, unless offloading makes the step clearly shorter and the prefill engine
 has the time; offload what does not fit while remote attention hides under local attention (placement/bounds.py);
 beyond that, while a larger batch is clearly worth it; otherwise wait, as in vLLM.
@@ -24,8 +24,8 @@ MOVE_GAIN = 0.02
 """By how much moving a request back must shorten the step: less is noise. Until its end it must also gain a whole step,
 for it costs a transfer."""
 MAX_MARGINAL_COST = 0.85
-"""What a row that does not hide may cost at most, of what a row of the batch costs on average: below 1 it raises
-throughput, and ends a wait; the price is TPOT, which an objective bounds."""
+"""Maximum marginal cost of an offloaded request whose attention is not hidden, as a fraction of the batch's mean cost
+per request. Below 1, throughput rises. TPOT grows; `tpot_slo` bounds it."""
 BUSY = 0.7
 """Busy share of a prefill engine and executor together, above which nothing is offloaded just to shorten a step."""
 
@@ -63,23 +63,41 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class EngineState(msgspec.Struct, frozen=True):
-    """One place where attention runs. `capacity`: the KV memory there is, in tokens; `memory`: what its requests have
-    and could get of it. There are `rows` of them, which hold `tokens`. `ready`: it answers. `busy`: share of its time
-    that its prefill engine computes. `recalls`: its prefill engine asks for memory back."""
+    """The policy's view of one engine or executor.
+
+    Attributes:
+        capacity: The KV memory there is, in tokens.
+        memory: What its requests have and could get of that.
+        rows: How many requests it attends.
+        tokens: Tokens of context that they have.
+        available: Whether it answers.
+        busy: Share of its time, 0 to 1, that its prefill engine computes.
+        recalls: Whether its prefill engine asks for memory back.
+    """
 
     capacity: int
     memory: Memory
     rows: int
     tokens: int
-    ready: bool = True
+    available: bool = True
     busy: float = 0.0
     recalls: bool = False
 
 
 class Observed(msgspec.Struct, frozen=True):
-    """What a decision depends on. `ratio`: the fixed share to offload, None for load-aware placement; `decided` and
-    `offloaded`: requests placed so far, and how many of them were offloaded. `tpot_slo`: seconds, None for no
-    objective. `max_rows`: the largest batch."""
+    """What a decision depends on.
+
+    Attributes:
+        decode: The decode engine.
+        executors: The executors. The place of one in the list is its number.
+        costs: What a step is believed to cost.
+        rule: How the paper's two conditions are combined.
+        tpot_slo: Objective for the time per output token in seconds; None for no objective.
+        max_rows: The largest batch.
+        ratio: The fixed share of requests to offload, 0 to 1; None for placement by load.
+        decided: Requests placed so far.
+        offloaded: How many of those were offloaded.
+    """
 
     decode: EngineState
     executors: Sequence[EngineState]
@@ -94,21 +112,28 @@ class Observed(msgspec.Struct, frozen=True):
     @property
     def rows(self) -> int:
         """How many requests the batch has."""
-        return self.decode.rows + sum(site.rows for site in self.executors)
+        return self.decode.rows + sum(executor.rows for executor in self.executors)
 
     @property
     def tokens(self) -> int:
         """How many tokens of context they have."""
-        return self.decode.tokens + sum(site.tokens for site in self.executors)
+        return self.decode.tokens + sum(executor.tokens for executor in self.executors)
 
     @property
     def remote(self) -> list[tuple[int, int]]:
         """Rows and tokens of each executor."""
-        return [(site.rows, site.tokens) for site in self.executors]
+        return [(executor.rows, executor.tokens) for executor in self.executors]
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A request to place. In tokens: `tokens` it has, `growth` expected of it, `final` at the very most."""
+    """A request to place. All lengths are tokens.
+
+    Attributes:
+        executor: Number of the executor beside its prompt.
+        tokens: What it has.
+        growth: How many more are expected.
+        final: What it has at its end at the very most.
+    """
 
     executor: int
     tokens: int
@@ -117,21 +142,22 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 def bound(o: Observed, executor: int) -> float:
-    """Return OB of one executor: offloaded over local."""
-    site = o.executors[executor]
-    memory = bounds.ob_mem(site.capacity, o.decode.capacity, o.costs.remote[executor], o.costs.local)
+    """Return OB, the bound on offloaded over local, of one executor."""
+    capacity = o.executors[executor].capacity
+    memory = bounds.ob_mem(capacity, o.decode.capacity, o.costs.remote[executor], o.costs.local)
     return min(memory, _comp(o))
 
 
 def place(o: Observed, request: Candidate) -> Decision:
     """Decide about one request; see the module."""
-    site = o.executors[request.executor]
-    if not site.ready:
+    executor = o.executors[request.executor]
+    if not executor.available:
         return Decision(Placement.LOCAL, Reason.EXECUTOR_AWAY)
     if o.ratio is not None:
         quota = o.ratio * (o.decided + 1)
         return Decision(Placement.OFFLOADED if o.offloaded + 1 <= quota + 1e-9 else Placement.LOCAL, Reason.RATIO)
-    has_room = site.memory.fits(request.tokens, request.growth, own=-(-request.tokens // site.memory.block_size))
+    own = -(-request.tokens // executor.memory.block_size)
+    has_room = executor.memory.fits(request.tokens, request.growth, own)
     # An empty decode engine takes any request: vLLM has checked that it fits, and waiting would be for ever.
     if o.decode.rows == 0 or o.decode.memory.fits(request.tokens, request.growth):
         if has_room and _shortens(o, request):
@@ -141,7 +167,7 @@ def place(o: Observed, request: Candidate) -> Decision:
         return Decision(Placement.WAIT, Reason.EXECUTOR_FULL)
     local = (o.decode.rows, o.decode.tokens)
     limit = bound(o, request.executor)
-    if bounds.within(o.rule, (site.rows, site.tokens), request.tokens, request.final, local, limit):
+    if bounds.within(o.rule, (executor.rows, executor.tokens), request.tokens, request.final, local, limit):
         return Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
     if _is_worth(o, request):
         return Decision(Placement.OFFLOADED, Reason.THROUGHPUT)

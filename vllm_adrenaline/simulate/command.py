@@ -13,7 +13,8 @@ from vllm_adrenaline.config import ratio_of
 from vllm_adrenaline.engine import profile
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.simulate.engines import Model
-from vllm_adrenaline.simulate.run import Result, Setup, Simulation
+from vllm_adrenaline.simulate.run import Result, Simulation
+from vllm_adrenaline.simulate.setup import Setup
 from vllm_adrenaline.workload import trace
 
 DESCRIPTION = """\

@@ -1,21 +1,25 @@
-"""A decode engine in simulation: continuous batching over local and remote blocks, placed by the real policy."""
+"""A decode engine in simulation: continuous batching over local and remote blocks.
+
+Who is placed where is decided by the code that decides it in a real engine (placement/admission.py). A step does what
+a real one does, in the same order: pending requests are admitted, starved ones leave, running ones grow, and then
+waiting ones start (decode/scheduler.py, and vLLM's scheduler below it).
+"""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
-from vllm_adrenaline.placement.feedback import Feedback, OutputLengths, Step
-from vllm_adrenaline.placement.memory import Memory
-from vllm_adrenaline.placement.policy import Candidate, Decision, EngineState, Observed, Placement, Reason, move, place
+from vllm_adrenaline.placement.admission import Admission, Settings
+from vllm_adrenaline.placement.batch import Batch
+from vllm_adrenaline.placement.policy import Placement, Reason
+from vllm_adrenaline.placement.pools import ExecutorPool, LocalPool, Pools
+from vllm_adrenaline.placement.starvation import reserve_growth
 from vllm_adrenaline.simulate.engines import Prefill, Row
+from vllm_adrenaline.simulate.setup import Setup
 
-if TYPE_CHECKING:
-    from vllm_adrenaline.simulate.run import Setup
-
-MOVE_EVERY, SEEN = 32, 64
-"""As in vllm_adrenaline/decode/placer.py and waiting.py."""
+IDLE_S = 0.001
+"""How long an engine with nothing to run waits before it looks again."""
 
 
 class Decode:
@@ -23,64 +27,45 @@ class Decode:
 
     def __init__(self, setup: Setup, prefills: Sequence[Prefill], pull: Callable[[float, Row, int], None]) -> None:
         self.setup, self.prefills, self._pull = setup, prefills, pull
+        settings = Settings(setup.block_size, setup.max_rows, setup.rule, setup.tpot_slo)
+        self.admission = Admission(settings, setup.believed or setup.model.costs, setup.ratio)
         self.free = setup.decode_blocks
-        self.feedback = Feedback(setup.believed or setup.model.costs)
-        self.lengths = OutputLengths()
-        self.waiting: deque[Row] = deque()
-        self.running: list[Row] = []
-        self.pulling: list[Row] = []
         self.stepping = False
-        self.placements: Counter[str] = Counter()
         self.preemptions = self.moved = self.steps = self.row_steps = 0
         self.exposed = 0.0
-        self._decided = self._offloaded = self._since_move = 0
+        self._pending: dict[Row, None] = {}  # an ordered set
+        self._waiting: deque[Row] = deque()
+        self._pulling: list[Row] = []
+        self._received: deque[Row] = deque()
+        self._running: list[Row] = []
         self._active: list[Row] = []
-        self._step: Step | None = None
+        self._batch = Batch()
+        self._took: tuple[float, float, list[float], float] = (0.0, 0.0, [], 0.0)
+
+    def arrive(self, row: Row) -> None:
+        """A row's prompt is computed."""
+        self._pending[row] = None
+        self._waiting.append(row)
 
     def pulled(self, row: Row) -> None:
         """A row's KV is here."""
-        self.pulling.remove(row)
-        self.running.append(row)
+        self._pulling.remove(row)
+        self._received.append(row)
 
     def begin_step(self, now: float) -> float:
-        """Place what waits and start a step; return its seconds, 0 when there is nothing to run."""
-        if self.running:
-            self._move(now)
-        self._place(now)
-        self._active = self._grown()
-        while self.running and not self._active:
-            # Nobody can grow where it is: the oldest goes on here, recomputed, as a starved request does.
-            self._preempt(self.running[0])
-            self._place(now)
-            self._active = self._grown()
+        """Place what waits and start a step; return its seconds, 0 when there is nothing to do until somebody comes."""
+        self._admit(now)
+        starved = self._starve(now)
+        preemptions = self.preemptions
+        self._active = self._grow(starved)
+        if self.preemptions == preemptions:
+            self._active += self._start(now)
         if not self._active:
-            return 0.0
-        recomputed = [row for row in self._active if row.recompute]
-        model, executors = self.setup.model, len(self.prefills)
-        local = sum(row.tokens for row in self._active if row.where is None)
-        rows, tokens = [0] * executors, [0] * executors
-        for row in self._active:
-            if row.where is not None:
-                rows[row.where] += 1
-                tokens[row.where] += row.tokens
-        costs, remote = model.costs, list(zip(rows, tokens, strict=True))
-        seconds = costs.seconds(len(self._active), local, remote)
-        seconds += model.overhead + model.row_overhead * len(self._active)
-        away = [costs.remote_seconds(e, r, t) if r else 0.0 for e, (r, t) in enumerate(remote)]
-        for engine, busy in zip(self.prefills, away, strict=True):
-            engine.attend(busy)
-        exposed = max(0.0, max(away, default=0.0) - costs.local * local)
-        self.exposed += exposed
-        for row in recomputed:
-            seconds += model.prompt_seconds(row.tokens)
-            row.recompute = False
-        self.steps += 1
-        self.row_steps += len(self._active)
-        measured = costs.local * local if any(rows) else 0.0
-        total = 0.0 if recomputed else seconds
-        self._step = Step(len(self._active), local, tokens, total, measured, away, exposed)
+            self.stepping = bool(self._running or self._received)
+            return IDLE_S if self.stepping else 0.0
         self.stepping = True
-        return seconds
+        self._batch = self._load()
+        return self._seconds()
 
     def end_step(self, now: float) -> list[Row]:
         """Every row has one more token; return those that are done."""
@@ -93,18 +78,107 @@ class Decode:
                 row.first_at = now
             if row.made == row.output:
                 done.append(row)
-                self.lengths.ended(row.output)
+                self.admission.lengths.ended(row.output)
                 self._give_back(row)
         if done:
-            self.running = [row for row in self.running if row.made < row.output]
-        if self._step is not None:
-            self.feedback.observe(self._step)
+            self._running = [row for row in self._running if row.made < row.output]
+        if self._active:
+            total, local, remote, exposed = self._took
+            self.admission.observe_step(self._batch, total, local, remote, exposed)
         return done
 
-    # Memory
+    def _seconds(self) -> float:
+        """Return what the step takes, and note what is observed of it."""
+        model, executors = self.setup.model, len(self.prefills)
+        local = sum(row.tokens for row in self._active if row.where is None)
+        rows, tokens = [0] * executors, [0] * executors
+        for row in self._active:
+            if row.where is not None:
+                rows[row.where] += 1
+                tokens[row.where] += row.tokens
+        costs, remote = model.costs, list(zip(rows, tokens, strict=True))
+        seconds = costs.seconds(len(self._active), local, remote)
+        seconds += model.overhead + model.row_overhead * len(self._active)
+        attended = [costs.remote_seconds(e, r, t) if r else 0.0 for e, (r, t) in enumerate(remote)]
+        for engine, busy in zip(self.prefills, attended, strict=True):
+            engine.attend(busy)
+        exposed = max(0.0, max(attended, default=0.0) - costs.local * local)
+        recomputed = [row for row in self._active if row.recompute]
+        for row in recomputed:
+            seconds += model.prompt_seconds(row.tokens)
+            row.recompute = False
+        self.exposed += exposed
+        self.steps += 1
+        self.row_steps += len(self._active)
+        self._took = (0.0 if recomputed else seconds, costs.local * local if any(rows) else 0.0, attended, exposed)
+        return seconds
+
+    # Placement: admission in this engine's terms
+
+    def _admit(self, now: float) -> None:
+        """Decide about pending rows, and whether a running one moves."""
+        admission = self.admission
+        admission.begin_step(any(row.where is not None for row in self._placed()))
+        if not admission.is_move_due and not self._pending:
+            return
+        batch, pools = self._load(), self._pools(now)
+        if admission.is_move_due:
+            movable = [row for row in self._running if row.where is not None and row.made]
+            if found := admission.choose_move(pools, batch, movable):
+                self._move(*found)
+                pools = pools.with_local_taken(self._blocks(found[0].tokens))
+        for row, decision in admission.admit(self._pending, pools, batch):
+            if decision.placement is Placement.OFFLOADED:
+                self._leave_queue(row)
+                row.where = row.prefill
+
+    def _placed(self) -> Iterator[Row]:
+        """Yield the rows that hold memory here or beside a prefill engine, or are on their way to it."""
+        yield from self._running
+        yield from self._pulling
+        yield from self._received
+        for row in self._waiting:
+            if row.moving or row.where is not None:
+                yield row
+
+    def _load(self) -> Batch:
+        batch = Batch()
+        for row in self._placed():
+            batch.add(row.progress, row.where)
+        return batch
+
+    def _pools(self, now: float) -> Pools:
+        executors = [
+            ExecutorPool(
+                total=engine.total,
+                free=engine.free,
+                reserve=engine.reserved,
+                busy=engine.busy_share(now),
+                recalls=engine.recalls,
+            )
+            for engine in self.prefills
+        ]
+        return Pools(LocalPool(self.setup.decode_blocks, self.free), executors)
+
+    def _leave_queue(self, row: Row) -> None:
+        del self._pending[row]
+        self.prefills[row.prefill].waiting -= row.blocks
+
+    def _move(self, row: Row, reason: Reason) -> None:
+        """An offloaded row goes on here as soon as it has local blocks, its KV pulled."""
+        self.moved += 1
+        self.admission.count_move(reason)
+        self._running.remove(row)
+        row.where, row.moving = None, True
+        self._waiting.appendleft(row)
+
+    # Memory, as vLLM's scheduler and decode/leases.py give it
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.setup.block_size)
+
+    def _missing(self, row: Row) -> int:
+        return self._blocks(row.tokens) - row.blocks
 
     def _give_back(self, row: Row) -> None:
         if row.where is None:
@@ -113,164 +187,76 @@ class Decode:
             self.prefills[row.where].release(row.blocks)
         row.blocks = 0
 
-    def _grown(self) -> list[Row]:
-        """Return the rows that run in this step, with the blocks they need."""
-        before = self.preemptions
-        active = [row for row in list(self.running) if self._grow(row)]
-        if self.preemptions > before:  # some may have lost their place to those after them
-            active = [row for row in active if not row.recompute or row in self.running]
+    def _starve(self, now: float) -> set[Row]:
+        """Return the offloaded rows that lack a block in this step. Who has lacked one for long goes on here."""
+        growing = [(row, row.where, self._missing(row)) for row in self._running if row.where is not None]
+        free = {number: max(0, engine.free - engine.reserved) for number, engine in enumerate(self.prefills)}
+        waiting, leaving = reserve_growth(growing, free, now)
+        for row in leaving:
+            if self._blocks(row.tokens) <= self.free:
+                self._move(row, Reason.STARVED)
+            else:
+                self._preempt(row)
+        return set(waiting)
+
+    def _grow(self, starved: set[Row]) -> list[Row]:
+        """Give running rows the blocks they need for this step; return those that run."""
+        # Offloaded ones first: preempting one of them would free no local memory.
+        self._running.sort(key=lambda row: row.where is None)
+        active: list[Row] = []
+        for row in list(self._running):
+            if row in starved or row.recompute:
+                continue
+            missing = self._missing(row)
+            if missing <= 0:
+                active.append(row)
+                continue
+            if row.where is not None:
+                engine = self.prefills[row.where]
+                engine.free -= missing
+                engine.held += missing
+            else:
+                while self.free < missing and row.blocks:
+                    self._preempt(self._running[-1])  # in the end it is the row itself
+                if not row.blocks:
+                    break
+                self.free -= missing
+            row.blocks += missing
+            active.append(row)
         return active
 
-    def _grow(self, row: Row) -> bool:
-        """Give a row the block it needs for this step; say whether it can run."""
-        if row not in self.running:
-            return False
-        needed = self._blocks(row.tokens) - row.blocks
-        if needed <= 0:
-            return True
-        if row.where is not None:
-            engine = self.prefills[row.where]
-            if engine.free < needed:
-                return False  # it sits this step out
-            engine.free -= needed
-            engine.held += needed
-        else:
-            while self.free < needed:
-                last = next(r for r in reversed(self.running) if r.where is None)
-                self._preempt(last)
-                if last is row:
-                    return False
+    def _start(self, now: float) -> list[Row]:
+        """Let waiting rows start, first come first served; return those that run in this step."""
+        active: list[Row] = []
+        while self._received and len(self._running) + len(active) < self.setup.max_rows:
+            active.append(self._received.popleft())
+        for row in list(self._waiting):
+            if len(self._running) + len(active) >= self.setup.max_rows:
+                break
+            if row in self._pending and row.decision is None:
+                continue
+            needed = self._blocks(row.tokens) if row.where is None else 0
+            if needed > self.free:
+                break
             self.free -= needed
-        row.blocks += needed
-        return True
+            self._waiting.remove(row)
+            if row in self._pending:
+                self._leave_queue(row)
+                self.admission.count_local(row)
+            if row.where is None and not row.recompute:
+                self._pulling.append(row)
+                self._pull(now, row, row.blocks)
+            else:
+                active.append(row)
+            row.moving = False
+            if row.where is None:
+                row.blocks = needed
+        self._running += active
+        return active
 
     def _preempt(self, row: Row) -> None:
         self.preemptions += 1
         self._give_back(row)
         row.where, row.recompute = None, True
-        self.running.remove(row)
-        self.waiting.appendleft(row)
-
-    # Placement, as the real scheduler asks for it
-
-    def _growth(self, row: Row) -> int:
-        return self.lengths.expected_growth(row.made, row.output)
-
-    def _candidate(self, row: Row) -> Candidate:
-        return Candidate(row.prefill, row.tokens, self._growth(row), row.prompt + row.output)
-
-    def _observed(self, now: float) -> Observed:
-        size, setup = self.setup.block_size, self.setup
-        lengths: defaultdict[int | None, list[tuple[int, int]]] = defaultdict(list)
-        blocks: Counter[int | None] = Counter()
-        tokens: Counter[int | None] = Counter()
-        for row in (*self.running, *self.pulling):
-            lengths[row.where].append((row.tokens, self._growth(row)))
-            blocks[row.where] += self._blocks(row.tokens)
-            tokens[row.where] += row.tokens
-        executors = []
-        for number, engine in enumerate(self.prefills):
-            reserve = int(engine.total * engine.reserve)
-            executors.append(
-                EngineState(
-                    capacity=(engine.total - reserve) * size,
-                    memory=Memory(max(0, engine.free - reserve) + blocks[number], size, lengths[number]),
-                    rows=len(lengths[number]),
-                    tokens=tokens[number],
-                    busy=engine.busy_share(now),
-                    recalls=engine.recalls,
-                )
-            )
-        memory = Memory(self.free + blocks[None], size, lengths[None])
-        decode = EngineState(setup.decode_blocks * size, memory, len(lengths[None]), tokens[None])
-        return Observed(
-            decode,
-            executors,
-            self.feedback.costs,
-            setup.rule,
-            setup.tpot_slo,
-            setup.max_rows,
-            setup.ratio,
-            self._decided,
-            self._offloaded,
-        )
-
-    def _place(self, now: float) -> None:
-        blocked, by_load = False, self.setup.ratio is None
-        full: set[int] = set()
-        for row in list(self.waiting)[:SEEN]:
-            if len(self.running) + len(self.pulling) >= self.setup.max_rows:
-                return
-            if row.recompute or (row.placed and row.where is None):
-                if not self._goes_local(now, row):
-                    blocked = True
-                    if not by_load:
-                        return  # first come first served, as in vLLM
-                continue
-            if row.prefill in full:
-                continue
-            decision = place(self._observed(now), self._candidate(row))
-            if decision.placement is Placement.OFFLOADED:
-                self.waiting.remove(row)
-                self.prefills[row.prefill].waiting -= row.blocks
-                row.where = row.prefill
-                self.running.append(row)
-                self._count(decision)
-            elif decision.placement is Placement.WAIT or blocked:
-                blocked = True
-                if decision.placement is Placement.WAIT:
-                    full.add(row.prefill)
-                    if not row.waited:
-                        row.waited = True
-                        self.placements[f"wait/{decision.reason.value}"] += 1
-            else:
-                if not by_load:
-                    row.placed = True
-                    self._count(decision)
-                if not self._goes_local(now, row):
-                    if not by_load:
-                        return
-                    blocked = True
-                elif by_load:
-                    self._count(decision)
-
-    def _goes_local(self, now: float, row: Row) -> bool:
-        needed = self._blocks(row.tokens)
-        if needed > self.free:
-            return False
-        self.waiting.remove(row)
-        self.free -= needed
-        remote, row.blocks = row.blocks, needed
-        if row.recompute:
-            self.running.append(row)
-        else:
-            self.prefills[row.prefill].waiting -= remote
-            self.pulling.append(row)
-            self._pull(now, row, remote)
-        return True
-
-    def _count(self, decision: Decision) -> None:
-        self.placements[f"{decision.placement.value}/{decision.reason.value}"] += 1
-        self._decided += 1
-        self._offloaded += decision.placement is Placement.OFFLOADED
-
-    def _move(self, now: float) -> None:
-        self._since_move = (self._since_move + 1) % MOVE_EVERY
-        if self.setup.ratio is not None or self._since_move:
-            return
-        offloaded = [row for row in self.running if row.where is not None and row.made]
-        found = move(self._observed(now), [self._candidate(row) for row in offloaded]) if offloaded else None
-        if found is not None:
-            self._take(now, offloaded[found[0]], found[1])
-
-    def _take(self, now: float, row: Row, reason: Reason) -> None:
-        needed = self._blocks(row.tokens)
-        if needed > self.free:
-            return
-        self.moved += 1
-        self.placements[f"moved/{reason.value}"] += 1
-        self.running.remove(row)
-        self.free -= needed
-        remote, row.blocks, row.where = row.blocks, needed, None
-        self.pulling.append(row)
-        self._pull(now, row, remote)
+        self._running.remove(row)
+        self._waiting.appendleft(row)

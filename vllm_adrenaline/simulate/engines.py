@@ -9,15 +9,33 @@ import bisect
 from collections import deque
 from dataclasses import dataclass, field
 
+from vllm_adrenaline.placement.batch import Progress
 from vllm_adrenaline.placement.costs import Costs, Seconds
+from vllm_adrenaline.placement.policy import Decision
 from vllm_adrenaline.placement.prefill_admission import Blocks, should_defer_prefill
 
 
 @dataclass(eq=False)
 class Row:
-    """One request on its way through prefill engine `prefill` and decode engine `decode`. `where`: the executor that
-    attends it, None for the decode engine; `blocks`: what it holds there; `recompute`: its KV is lost; `placed`: a
-    fixed ratio has decided."""
+    """One request on its way through a prefill and a decode engine.
+
+    Attributes:
+        arrived: When it arrived (seconds).
+        prompt: Tokens of its prompt.
+        output: Tokens that it generates.
+        prefill: Number of its prefill engine, and of the executor beside that.
+        decode: Number of its decode engine.
+        made: Tokens that it has generated.
+        where: The executor that attends it; None for the decode engine.
+        blocks: Blocks that it holds: of the decode engine if its KV is there, else of the prefill engine.
+        recompute: Whether its KV is lost.
+        moving: Whether it was offloaded and waits for local blocks.
+        decision: Why it may take local memory, if it may.
+        waited: Whether it was counted as one that has to wait.
+        starved_since: Since when it lacks a block to grow into (seconds).
+        first_at: When it had its first token (seconds).
+        last_at: When it had its last token so far (seconds).
+    """
 
     arrived: float
     prompt: int
@@ -28,15 +46,34 @@ class Row:
     where: int | None = None
     blocks: int = 0
     recompute: bool = False
-    placed: bool = False
+    moving: bool = False
+    decision: Decision | None = None
     waited: bool = False
+    starved_since: float | None = None
     first_at: float = 0.0
     last_at: float = 0.0
 
     @property
     def tokens(self) -> int:
-        """Its context so far."""
+        """Tokens of its context so far."""
         return self.prompt + self.made
+
+    # What admission asks (placement/admission.py, Pending)
+
+    @property
+    def executor(self) -> int:
+        """Number of the executor beside its prompt."""
+        return self.prefill
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return Progress(self.prompt, self.made, self.output)
+
+    @property
+    def local_only(self) -> bool:
+        """No simulated request refuses cached KV."""
+        return False
 
 
 @dataclass
@@ -139,6 +176,11 @@ class Prefill:
             self._spans.popleft()
         spans = [*self._spans, (self._began, now)] if self.batch else list(self._spans)
         return min(1.0, sum(end - max(begin, now - 1) for begin, end in spans if end > now - 1))
+
+    @property
+    def reserved(self) -> int:
+        """Blocks that are never lent."""
+        return int(self.total * self.reserve)
 
     @property
     def recalls(self) -> bool:

@@ -6,35 +6,15 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from vllm_adrenaline.placement.bounds import Rule
-from vllm_adrenaline.placement.costs import Costs
 from vllm_adrenaline.simulate.decode import Decode
-from vllm_adrenaline.simulate.engines import Model, Prefill, Row
+from vllm_adrenaline.simulate.engines import Prefill, Row
+from vllm_adrenaline.simulate.setup import Setup
 from vllm_adrenaline.system.statistics import percentile
 from vllm_adrenaline.workload.trace import Arrival
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A cluster. Blocks are per engine. `ratio`: fixed share to offload, None for `auto`. `believed`: what placement
-    starts from; None for the truth."""
-
-    model: Model
-    prefill: int = 1
-    decode: int = 1
-    prefill_blocks: int = 1000
-    decode_blocks: int = 1000
-    block_size: int = 128
-    max_rows: int = 256
-    ratio: float | None = None
-    rule: Rule = "or"
-    tpot_slo: float | None = None
-    believed: Costs | None = None
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -97,7 +77,7 @@ class Simulation:
             self._at(engine.done_at, self._computed, engine)
             return
         for row in engine.end(now):
-            self.decodes[row.decode].waiting.append(row)
+            self.decodes[row.decode].arrive(row)
             self._step(now, self.decodes[row.decode])
         self._compute(now, engine)
 
@@ -126,7 +106,7 @@ class Simulation:
         lasted = max(end - begin, 1e-9)
         ttft = [1000 * (row.first_at - row.arrived) for row in rows]
         tpot = [1000 * (row.last_at - row.first_at) / (row.output - 1) for row in rows if row.output > 1]
-        placements: Counter[str] = sum((decode.placements for decode in decodes), Counter())
+        placements: Counter[tuple[str, str]] = sum((decode.admission.counts for decode in decodes), Counter())
         steps = max(sum(decode.steps for decode in decodes), 1)
         return Result(
             requests=len(rows),
@@ -139,11 +119,11 @@ class Simulation:
             tpot_p90_ms=percentile(tpot, 0.9),
             tpot_p99_ms=percentile(tpot, 0.99),
             mean_rows=sum(decode.row_steps for decode in decodes) / steps,
-            offloaded=sum(count for name, count in placements.items() if name.startswith("offloaded")),
+            offloaded=sum(count for (placement, _), count in placements.items() if placement == "offloaded"),
             preemptions=sum(decode.preemptions for decode in decodes),
             moved=sum(decode.moved for decode in decodes),
             exposed_share=sum(decode.exposed for decode in decodes) / lasted / len(decodes),
             prefill_busy_share=sum(engine.busy for engine in self.prefills) / lasted / len(self.prefills),
             executor_busy_share=sum(engine.attended for engine in self.prefills) / lasted / len(self.prefills),
-            placements=dict(placements),
+            placements={f"{placement}/{reason}": count for (placement, reason), count in placements.items()},
         )

@@ -1,0 +1,40 @@
+"""What is simulated: engines, their memory, and how requests are placed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_adrenaline.placement.bounds import Rule
+from vllm_adrenaline.placement.costs import Costs
+from vllm_adrenaline.simulate.engines import Model
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A cluster.
+
+    Attributes:
+        model: What things cost in truth.
+        prefill: How many prefill engines there are.
+        decode: How many decode engines there are.
+        prefill_blocks: KV blocks of each prefill engine.
+        decode_blocks: KV blocks of each decode engine.
+        block_size: Tokens in a KV block.
+        max_rows: The largest batch.
+        ratio: The fixed share of requests to offload, 0 to 1; None for placement by load.
+        rule: How the paper's two conditions are combined.
+        tpot_slo: Objective for the time per output token in seconds; None for no objective.
+        believed: The costs that placement starts from; None for the true ones.
+    """
+
+    model: Model
+    prefill: int = 1
+    decode: int = 1
+    prefill_blocks: int = 1000
+    decode_blocks: int = 1000
+    block_size: int = 128
+    max_rows: int = 256
+    ratio: float | None = None
+    rule: Rule = "or"
+    tpot_slo: float | None = None
+    believed: Costs | None = None
