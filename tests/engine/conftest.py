@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import re
 import signal
 import sys
 import threading
@@ -115,11 +114,7 @@ class Engine(Client):
     async def read_metrics(self) -> dict[str, float]:
         """Return every metric without labels; equal names are added up."""
         async with aiohttp.ClientSession() as session, session.get(f"{self.url}/metrics") as response:
-            text = await response.text()
-        values: dict[str, float] = {}
-        for name, value in re.findall(r"^([a-z_:]+)(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE):
-            values[name] = values.get(name, 0.0) + float(value)
-        return values
+            return Snapshot(await response.text()).values
 
     def snapshot(self) -> Snapshot:
         """Return all metrics with their labels."""
