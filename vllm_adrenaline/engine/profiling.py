@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.utils.math_utils import cdiv
 
 from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.config import Options
@@ -178,7 +179,7 @@ def _plan(
 ) -> dict[str, torch.Tensor]:
     """Return a step that reads different blocks for every row, as far as there are, and writes none. `width`: columns
     of the block table, 0 for as many as are needed."""
-    width = width or -(-context // block_size)
+    width = width or cdiv(context, block_size)
     return {
         "query_start_loc": torch.arange(0, rows * queries + 1, queries, dtype=torch.int32),
         "seq_lens": torch.full((rows,), context, dtype=torch.int32),
