@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import report
 
 from vllm_adrenaline.launch import commands
-from vllm_adrenaline.launch.cluster import runtime_folder
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.system import machine
+from vllm_adrenaline.system.folders import runtime_folder
 from vllm_adrenaline.workload.tiny_model import make_model
 
 RATIOS = {"local": "0", "offloaded": "0.5"}

@@ -11,12 +11,12 @@ from typing import Any
 
 from vllm_adrenaline.bench import figures
 from vllm_adrenaline.launch import commands
-from vllm_adrenaline.launch.cluster import runtime_folder
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.process import group_members
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
 from vllm_adrenaline.system import machine
+from vllm_adrenaline.system.folders import runtime_folder
 from vllm_adrenaline.workload import client
 from vllm_adrenaline.workload.load import Load, Request, from_trace
 from vllm_adrenaline.workload.tiny_model import make_model

@@ -247,7 +247,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def short_tmp() -> Iterator[Path]:
     """A folder with a name short enough for Unix sockets."""
-    from vllm_adrenaline.launch.cluster import runtime_folder
+    from vllm_adrenaline.system.folders import runtime_folder
 
     folder = runtime_folder()
     yield folder

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_adrenaline.bench import demo_load, demo_report
 from vllm_adrenaline.workload.text import words
-from vllm_adrenaline.workload.tiny_model import cache_folder, make_model
+from vllm_adrenaline.workload.tiny_model import make_model
 
 
 def tiny(folder: Path, seed: int = 0) -> Path:
@@ -69,11 +69,6 @@ def test_impossible_sizes_are_refused(tmp_path: Path, sizes: dict[str, int], why
     with pytest.raises(ValueError, match=why):
         make_model(tmp_path, **sizes)
     assert list(tmp_path.glob("*/model.safetensors")) == []
-
-
-def test_cache_folder_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "vllm-adrenaline" / "models"
 
 
 def test_config_is_what_was_asked(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import commands
-from vllm_adrenaline.launch.cluster import runtime_folder
 from vllm_adrenaline.launch.commands import EngineSpec
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
 from vllm_adrenaline.system import machine
+from vllm_adrenaline.system.folders import runtime_folder
 
 BASELINE = "vllm_pd"
 BASELINE_PLUGIN = Path(__file__).parent / "baseline"

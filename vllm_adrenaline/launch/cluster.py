@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,15 +18,7 @@ from vllm_adrenaline.launch.running import Running
 from vllm_adrenaline.launch.supervisor import Supervisor, say
 from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
 from vllm_adrenaline.system import machine
-
-# The kernel's limit for the path of a Unix socket is 107 bytes; ours end in a short name.
-LONGEST_RUNTIME = 80
-
-
-def runtime_folder() -> Path:
-    """Return a new private folder, short enough for the addresses of Unix sockets."""
-    folder = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="adrenaline-", dir=folder if len(folder) < LONGEST_RUNTIME else "/tmp"))
+from vllm_adrenaline.system.folders import runtime_folder
 
 
 class Cluster(Running):

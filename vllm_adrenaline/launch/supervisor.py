@@ -16,6 +16,7 @@ from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.commands import EngineSpec
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.running import Running
+from vllm_adrenaline.system.folders import cache_folder
 
 STOP_S = 15.0
 PROBE_S = 0.5
@@ -34,8 +35,7 @@ def say(text: str) -> None:
 
 def log_folder() -> Path:
     """Return a new folder for the logs of one run; the oldest ones are removed."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    parent = (Path(base) if base else Path.home() / ".cache") / "vllm-adrenaline" / "logs"
+    parent = cache_folder("logs")
     parent.mkdir(parents=True, exist_ok=True)
     old = sorted((path for path in parent.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     for path in old[: -LOG_FOLDERS_KEPT + 1]:

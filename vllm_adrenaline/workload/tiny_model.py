@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_adrenaline.system.folders import cache_folder
 from vllm_adrenaline.workload.text import TEXT
 
 # Part of the cache key: raise it when the files made from the same parameters change.
@@ -48,12 +48,6 @@ class Shape:
         return f"llama-{self.layers}x{self.hidden}-h{self.heads}k{self.kv_heads}-{digest}"
 
 
-def cache_folder() -> Path:
-    """Return where models are kept: below $XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vllm-adrenaline" / "models"
-
-
 def make_model(
     folder: Path | None = None,
     *,
@@ -77,7 +71,7 @@ def make_model(
     if heads % kv_heads:
         raise ValueError(f"{heads} heads cannot share {kv_heads} KV heads evenly")
     shape = Shape(seed, layers, hidden, heads, kv_heads, head_dim, inner or 3 * hidden, vocab, max_position)
-    parent = folder or cache_folder()
+    parent = folder or cache_folder("models")
     target = parent / shape.name
     if target.is_dir():
         return target
