@@ -24,12 +24,13 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).parent))
 import report
 
-from vllm_adrenaline.launch import commands
+from vllm_adrenaline.compat.engine_threads import CORES_ENV
+from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy import bodies
-from vllm_adrenaline.system import machine
 from vllm_adrenaline.system.folders import runtime_folder
+from vllm_adrenaline.system.ports import reserve_ports
 from vllm_adrenaline.workload.tiny_model import make_model
 
 RATIOS = {"local": "0", "offloaded": "0.5"}
@@ -80,14 +81,14 @@ def main() -> None:
     folder = runtime_folder()
     common = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "2048", "--served-model-name", "m"]
     common += ["--kv-cache-memory-bytes", str(2 << 30), "--no-enable-prefix-caching"]
-    ports = iter(machine.held_ports(1 + len(RATIOS)))
+    ports = iter(reserve_ports(1 + len(RATIOS)))
     specs = []
     for name, ratio in [("prefill", "0"), *RATIOS.items()]:
         role = "prefill" if name == "prefill" else "decode"
-        env = {machine.CORES_ENV: "1" if role == "prefill" else "0", "HF_HUB_OFFLINE": "1"}
-        flags = commands.adrenaline_args(folder, float(ratio))[role]
+        env = {CORES_ENV: "1" if role == "prefill" else "0", "HF_HUB_OFFLINE": "1"}
+        flags = engine_command.adrenaline_args(folder, float(ratio))[role]
         flags += ["--adrenaline-lease-seconds", "600"] if role == "prefill" else []
-        specs.append(commands.engine_spec(name, str(model), next(ports), [*flags, *common], env))
+        specs.append(engine_command.vllm_server(name, str(model), next(ports), [*flags, *common], env))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.enter_context(Supervisor(specs))

@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 import aiohttp
 import pytest
 
-from vllm_adrenaline.launch import commands
+from vllm_adrenaline.compat.engine_threads import CORES_ENV
+from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics, Snapshot
 from vllm_adrenaline.launch.process import group_members
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
-from vllm_adrenaline.system import machine
+from vllm_adrenaline.system.ports import reserve_ports
 from vllm_adrenaline.workload.tiny_model import make_model
 
 T = TypeVar("T")
@@ -164,11 +165,11 @@ def fleet(
         "decode": ["--plugin", "adrenaline", "--adrenaline-role", "decode", "--adrenaline-peers", address],
     }
     specs = []
-    for port, (name, (role, more)) in zip(machine.held_ports(len(engines)), engines.items(), strict=True):
+    for port, (name, (role, more)) in zip(reserve_ports(len(engines)), engines.items(), strict=True):
         args = ["--served-model-name", "m", "--enforce-eager", *common, *flags[role], *more]
         threads = os.environ.get("ADRENALINE_TEST_CORES", "0" if role == "decode" else "1")
         specs.append(
-            commands.engine_spec(name, str(model), port, args, {machine.CORES_ENV: threads, "HF_HUB_OFFLINE": "1"})
+            engine_command.vllm_server(name, str(model), port, args, {CORES_ENV: threads, "HF_HUB_OFFLINE": "1"})
         )
     with ExitStack() as stack:
         supervisor = stack.enter_context(Supervisor(specs, logs=logs))

@@ -16,7 +16,7 @@ from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.proxy.app import create_app
 from vllm_adrenaline.proxy.errors import Refused
 from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
-from vllm_adrenaline.system.machine import held_ports
+from vllm_adrenaline.system.ports import reserve_ports
 
 PARAMS = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_block_ids": [[1, 2]]}
 BODY = {"model": "m", "prompt": "hello", "max_tokens": 7}
@@ -193,7 +193,7 @@ def test_engine_that_is_down_is_503(missing: str) -> None:
     async def run() -> None:
         engine = good_prefill() if missing == "decode" else good_decode()
         async with engine.serve():
-            down = f"http://127.0.0.1:{held_ports(1)[0]}"
+            down = f"http://127.0.0.1:{reserve_ports(1)[0]}"
             urls = (down, engine.url) if missing == "prefill" else (engine.url, down)
             listener = bind("127.0.0.1", 0)
             door = ServerThread(listener, [urls[0]], [urls[1]])
@@ -377,7 +377,7 @@ def test_a_prompt_is_given_up_through_another_decode_engine_when_its_own_is_down
         p, d = good_prefill(), good_decode()
         async with p.serve(), d.serve():
             listener = bind("127.0.0.1", 0)
-            door = ServerThread(listener, [p.url], [f"http://127.0.0.1:{held_ports(1)[0]}", d.url])
+            door = ServerThread(listener, [p.url], [f"http://127.0.0.1:{reserve_ports(1)[0]}", d.url])
             door.start()
             try:
                 async with aiohttp.ClientSession(url_of(listener)) as client:

@@ -21,7 +21,7 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 from vllm_adrenaline.bench.workloads import BLOCK, MODELS
-from vllm_adrenaline.system.machine import physical_cores
+from vllm_adrenaline.system.cores import physical_cores
 
 SENT, DONE, STOP, NATIVE = 0, 1, 2, 3
 REPEATS = 15

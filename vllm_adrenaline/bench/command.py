@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from vllm_adrenaline.bench.run import Plan, budget, ceiling_file
     from vllm_adrenaline.bench.run import run as run_plan
     from vllm_adrenaline.launch.supervisor import say
-    from vllm_adrenaline.system.machine import machine
+    from vllm_adrenaline.system import machine
 
     quick = options.quick
     plan = Plan(
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         say(f"model {name}: {about}; {', '.join(shares)}; aggregated engines have the sum of both")
     results = run_plan(plan, options.out, say)
     ceilings = {name: json.loads(ceiling_file(options.out, name).read_text()) for name in plan.models}
-    found = report.summary(results, machine(), ceilings)
+    found = report.summary(results, machine.description(), ceilings)
     markdown = report.markdown(found)
     for name, text in {
         "report.json": json.dumps(found, indent=1) + "\n",

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from vllm_adrenaline.bench import demo_load, demo_report
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch import commands
+from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.cluster import Cluster
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.supervisor import Supervisor, say
-from vllm_adrenaline.system import machine
+from vllm_adrenaline.system.ports import reserve_ports
 from vllm_adrenaline.workload.tiny_model import make_model
 
 # 48 KV blocks of 128 tokens for whoever decodes: fewer than all requests need at once.
@@ -51,8 +51,8 @@ def _measure(
 def _plain(model: Path, requests: Sequence[demo_load.Work]) -> demo_report.Result:
     name = "plain vLLM"
     say(f"{name}: starting one engine")
-    (port,) = machine.held_ports(1)
-    spec = commands.engine_spec("plain", str(model), port, [*ENGINE_ARGS, *_kv(DECODE_KV_BYTES)], ENGINE_ENV)
+    (port,) = reserve_ports(1)
+    spec = engine_command.vllm_server("plain", str(model), port, [*ENGINE_ARGS, *_kv(DECODE_KV_BYTES)], ENGINE_ENV)
     with Supervisor([spec]) as supervisor:
         result = _measure(name, spec.url, spec.url, requests, supervisor.check)
     return demo_report.Result(name, None, result.measured, result.blocks)

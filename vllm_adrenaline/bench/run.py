@@ -30,7 +30,7 @@ from vllm_adrenaline.bench.workloads import (
 )
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.engine_metrics import Snapshot
-from vllm_adrenaline.system.machine import physical_cores, split_cores
+from vllm_adrenaline.system.cores import physical_cores, split_cores
 from vllm_adrenaline.workload import client
 from vllm_adrenaline.workload.load import Load
 

@@ -9,14 +9,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_adrenaline.compat.engine_threads import CORES_ENV
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch import commands
-from vllm_adrenaline.launch.commands import EngineSpec
+from vllm_adrenaline.launch import engine_command
+from vllm_adrenaline.launch.engine_command import EngineCommand
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
-from vllm_adrenaline.system import machine
 from vllm_adrenaline.system.folders import runtime_folder
+from vllm_adrenaline.system.ports import reserve_ports
 
 BASELINE = "vllm_pd"
 BASELINE_PLUGIN = Path(__file__).parent / "baseline"
@@ -78,7 +79,7 @@ class Systems:
     ) -> None:
         self._model, self._budget, self._args, self._runtime = str(model), budget, args, runtime_folder()
         stack.callback(shutil.rmtree, self._runtime, ignore_errors=True)
-        self._specs: dict[str, EngineSpec] = {}
+        self._specs: dict[str, EngineCommand] = {}
         wanted = {name: self._engines(name) for name in names}
         supervisor = stack.enter_context(Supervisor(list(self._specs.values()), logs=logs))
         self.running: dict[str, System] = {}
@@ -94,7 +95,7 @@ class Systems:
             urls = {engine.name: engine.url for engine in engines}
             self.running[name] = System(name, url_of(listener), urls, pids)
 
-    def _engines(self, name: str) -> list[EngineSpec]:
+    def _engines(self, name: str) -> list[EngineCommand]:
         about(name)
         b = self._budget
         if name == "vllm_one":
@@ -106,14 +107,14 @@ class Systems:
             cores_of = (b.decode_cores, b.prefill_cores)
             return [self._spec(f"vllm_two_{i}", half, cores, []) for i, cores in enumerate(cores_of)]
         if name == BASELINE:
-            env = commands.nixl_env(machine.held_ports(2))
-            flags = commands.plain_args()
+            env = engine_command.nixl_env(reserve_ports(2))
+            flags = engine_command.nixl_args()
             return [
                 self._spec("pd_prefill", b.prefill_bytes, b.prefill_cores, flags["prefill"], env["prefill"]),
                 self._spec("pd_decode", b.decode_bytes, b.decode_cores, flags["decode"], env["decode"]),
             ]
         # One prefill engine serves the decode engines of all ratios: only one of them works at a time.
-        flags = commands.adrenaline_args(self._runtime, name.removeprefix("adrenaline_"))
+        flags = engine_command.adrenaline_args(self._runtime, name.removeprefix("adrenaline_"))
         return [
             self._spec("adrenaline_prefill", b.prefill_bytes, b.prefill_cores, flags["prefill"]),
             self._spec(f"{name}_decode", b.decode_bytes, b.decode_cores, flags["decode"]),
@@ -121,12 +122,12 @@ class Systems:
 
     def _spec(
         self, name: str, kv_bytes: int, cores: str, flags: Sequence[str], env: dict[str, str] | None = None
-    ) -> EngineSpec:
+    ) -> EngineCommand:
         if name not in self._specs:
-            (port,) = machine.held_ports(1)
+            (port,) = reserve_ports(1)
             args = [*flags, *self._args, "--kv-cache-memory-bytes", str(kv_bytes)]
-            env = {**(env or {}), machine.CORES_ENV: cores, "HF_HUB_OFFLINE": "1"}
+            env = {**(env or {}), CORES_ENV: cores, "HF_HUB_OFFLINE": "1"}
             if not name.startswith("adrenaline"):
                 env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BASELINE_PLUGIN), os.environ.get("PYTHONPATH"))))
-            self._specs[name] = commands.engine_spec(name, self._model, port, args, env)
+            self._specs[name] = engine_command.vllm_server(name, self._model, port, args, env)
         return self._specs[name]

@@ -15,6 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_adrenaline.compat.engine_threads import come_first, wait_without_spinning
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control.client import PrefillClient
 from vllm_adrenaline.decode import leases
@@ -26,7 +27,6 @@ from vllm_adrenaline.engine import profiling
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.placement.policy import Reason
-from vllm_adrenaline.system.cores import come_first, wait_without_spinning
 
 logger = logging.getLogger("vllm.adrenaline")
 

@@ -15,6 +15,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adrenaline.attention import operators
+from vllm_adrenaline.compat.engine_threads import come_first, settle_worker
 from vllm_adrenaline.compat.sampling import without_generators
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.decode import backend, remote_attention
@@ -22,7 +23,6 @@ from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.engine import profiling
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.system.cores import come_first, settle_worker
 from vllm_adrenaline.transport.shm import Shape, ShmSteps
 
 

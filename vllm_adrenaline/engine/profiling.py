@@ -22,13 +22,14 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.utils.math_utils import cdiv
 
 from vllm_adrenaline.attention.kernels import CpuAttention
+from vllm_adrenaline.compat.engine_threads import CORES_ENV
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.engine import profile
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.placement.costs import Costs, undisturbed
-from vllm_adrenaline.system.machine import CORES_ENV, cpu_model
+from vllm_adrenaline.system.machine import cpu_model
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -9,16 +9,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from vllm_adrenaline.compat import versions
+from vllm_adrenaline.compat.engine_threads import CORES_ENV
 from vllm_adrenaline.config import ratio_of
 from vllm_adrenaline.engine.setup import PEERS_START_TOO, check_model
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch import commands, memory
+from vllm_adrenaline.launch import engine_command, memory
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.running import Running
 from vllm_adrenaline.launch.supervisor import Supervisor, say
 from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
-from vllm_adrenaline.system import machine
+from vllm_adrenaline.system import cores
 from vllm_adrenaline.system.folders import runtime_folder
+from vllm_adrenaline.system.ports import reserve_ports
 
 
 class Cluster(Running):
@@ -96,22 +99,22 @@ class Cluster(Running):
         self._door.start()
         self.url = url_of(self._listener)
 
-    def _specs(self, runtime: Path) -> list[commands.EngineSpec]:
-        ports = machine.held_ports(4)
+    def _specs(self, runtime: Path) -> list[engine_command.EngineCommand]:
+        ports = reserve_ports(4)
         env: dict[str, dict[str, str]] = {"prefill": {}, "decode": {}}
         if self.offload_ratio is None:
-            flags = commands.plain_args()
-            env = commands.nixl_env(ports[2:])
+            flags = engine_command.nixl_args()
+            env = engine_command.nixl_env(ports[2:])
         else:
-            flags = commands.adrenaline_args(runtime, self.offload_ratio)
+            flags = engine_command.adrenaline_args(runtime, self.offload_ratio)
             env["decode"][PEERS_START_TOO] = "1"
-        if machine.is_cpu_build() and machine.CORES_ENV not in {**os.environ, **self._env}:
-            decode, prefill = machine.split_cores(machine.physical_cores())
-            env["decode"][machine.CORES_ENV], env["prefill"][machine.CORES_ENV] = decode, prefill
+        if versions.is_cpu_build() and CORES_ENV not in {**os.environ, **self._env}:
+            decode, prefill = cores.split_cores(cores.physical_cores())
+            env["decode"][CORES_ENV], env["prefill"][CORES_ENV] = decode, prefill
         for role, args in self._shared_memory({role: {**os.environ, **env[role], **self._env} for role in env}).items():
             flags[role] = [*flags[role], *args]
         return [
-            commands.engine_spec(
+            engine_command.vllm_server(
                 role, self.model, port, [*flags[role], *self._args[role]], env={**env[role], **self._env}
             )
             for role, port in zip(("prefill", "decode"), ports, strict=False)
@@ -120,10 +123,10 @@ class Cluster(Running):
     def _shared_memory(self, env: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
         """Return the flags by which engines share this machine's memory, for those whose user chose nothing."""
         free = [role for role in env if not memory.is_chosen(self._args[role], env[role])]
-        if not free or not machine.is_cpu_build():
+        if not free or not versions.is_cpu_build():
             return {}
-        found = memory.machine()
-        share = memory.share(found, len(env))
+        found = memory.read()
+        share = memory.utilization(found, len(env))
         say(
             f"memory: {found.available / memory.GIB:.1f} of {found.total / memory.GIB:.1f} GiB are available; the "
             f"{' and the '.join(free)} engine may take {share * found.total / memory.GIB:.1f} GiB each for weights and "

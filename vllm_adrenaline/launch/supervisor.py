@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch.commands import EngineSpec
+from vllm_adrenaline.launch.engine_command import EngineCommand
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.running import Running
 from vllm_adrenaline.system.folders import cache_folder
@@ -89,7 +89,7 @@ class Supervisor(Running):
 
     def __init__(
         self,
-        specs: Sequence[EngineSpec],
+        specs: Sequence[EngineCommand],
         *,
         logs: Path | None = None,
         ready_timeout: float = 1800,
@@ -107,7 +107,7 @@ class Supervisor(Running):
         self.logs = self.logs or log_folder()
         for spec in self.specs:
             log = self.logs / f"{spec.name}.log"
-            self.processes[spec.name] = EngineProcess(spec.name, spec.command, {**os.environ, **spec.env}, log)
+            self.processes[spec.name] = EngineProcess(spec.name, spec.argv, {**os.environ, **spec.env}, log)
             say(f"{spec.name} engine: started as process {self.processes[spec.name].pid}, log: {log}")
         self._wait_until_ready()
 

@@ -14,6 +14,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adrenaline.colocation.controller import Objectives
 from vllm_adrenaline.colocation.tuner import ShareTuner
+from vllm_adrenaline.compat.engine_threads import wait_without_spinning
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.control.server import ControlServer
@@ -23,7 +24,6 @@ from vllm_adrenaline.placement.prefill_admission import Blocks, should_defer_pre
 from vllm_adrenaline.prefill import executor
 from vllm_adrenaline.prefill.leases import LeaseManager
 from vllm_adrenaline.prefill.utilization import PrefillUtilization
-from vllm_adrenaline.system.cores import wait_without_spinning
 
 
 class PrefillScheduler(Scheduler):

@@ -16,11 +16,11 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adrenaline.attention import operators
 from vllm_adrenaline.attention.spec import KVExport, LayerSpec
+from vllm_adrenaline.compat.engine_threads import settle_worker
 from vllm_adrenaline.compat.sampling import without_generators
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.engine import profiling
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.system.cores import settle_worker
 
 
 class PrefillWorker(CPUWorker):

@@ -1,54 +1,15 @@
-"""How an engine's processes share cores on CPU: workers stay on their own cores, and nothing waits by spinning.
+"""Processor cores: those of this machine, and lists of them as a user writes them."""
 
-vLLM's workers and engine core wait for each other in a sched_yield loop for a second after every message, and only then
-sleep (vllm/distributed/device_communicators/shm_broadcast.py, SpinCondition; 0.32 run, 0.33 read). A prefill
-engine with a prompt on offer steps every millisecond, so it would spin without end, on the very cores the attention
-executor needs.
-"""
+from __future__ import annotations
 
-import contextlib
-import functools
 import os
 import re
-import time
 from collections.abc import Collection
-from typing import Any
+from pathlib import Path
 
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.system import priority
 
-SHORTEST_S, LONGEST_S, OF_THE_WAIT = 50e-6, 400e-6, 1 / 16
-"""Sleeps between polls of a message queue: this part of the wait so far, within limits."""
 MAX_CORES = 4096
-AFFINITY_VARIABLES = ("KMP_AFFINITY", "GOMP_CPU_AFFINITY", "OMP_PLACES")
-
-
-def wait_without_spinning() -> None:
-    """Let this process's message queues sleep between polls, longer the longer they wait. Idempotent.
-
-    Polls every 50 us took 10 to 14 % of a core in every engine that worked. vLLM's own notifications are no way out: it
-    counts on polling and lets some get lost (a PUB socket with a high water mark of 1).
-
-    Removal condition: vLLM lets one set the busy-loop time of its message queues.
-    """
-    from vllm.distributed.device_communicators import shm_broadcast
-
-    wait = shm_broadcast.SpinCondition.wait
-    if hasattr(wait, "__wrapped__"):
-        return
-
-    @functools.wraps(wait)
-    def sleeping(self: Any, timeout_ms: int | None = None) -> None:
-        now = time.monotonic()
-        if now > self.last_read + self.busy_loop_s:
-            wait(self, timeout_ms)  # idle: until a notification
-            return
-        if getattr(self, "waits_since_read", None) != self.last_read:
-            self.waits_since_read, self.waits_from = self.last_read, now
-        time.sleep(min(max(SHORTEST_S, (now - self.waits_from) * OF_THE_WAIT), LONGEST_S))
-
-    shm_broadcast.SpinCondition.wait = sleeping
-    shm_broadcast.sched_yield = lambda: time.sleep(SHORTEST_S)
 
 
 def parse(text: str) -> list[list[int]]:
@@ -88,30 +49,28 @@ def check(text: str, ranks: int) -> None:
             raise AdrenalineError(f"--adrenaline-executor-cores {text}: this machine has no core {core}")
 
 
-def bound_cores() -> set[int]:
-    """Return the cores vLLM bound this worker's OpenMP threads to (VLLM_CPU_OMP_THREADS_BIND); all, if it did not."""
-    for name in AFFINITY_VARIABLES:
-        cores = re.search(r"(?:proclist=\[|\{|^)([\d ,]+)", os.environ.get(name, ""))
-        if cores:
-            return {int(core) for core in re.findall(r"\d+", cores[1])}
-    return os.sched_getaffinity(0)
+def physical_cores() -> list[int]:
+    """Return one processor number for each physical core that this process may use.
 
-
-def come_first() -> None:
-    """Give all threads of this process a niceness of -10, where that is permitted (CAP_SYS_NICE); else nothing changes.
-
-    For those a decode step waits for, the engine core and its workers: what they share cores with (API servers, front
-    doors) delays one client by a moment, but through them every request of the batch.
+    If it may use only one physical core, all its hardware threads are returned.
     """
-    with contextlib.suppress(PermissionError):
-        priority.set_niceness(os.getpid(), priority.PROMPT_NICENESS)
+    allowed = sorted(os.sched_getaffinity(0))
+    first: dict[str, int] = {}
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            first.setdefault(siblings.read_text().strip(), cpu)
+        except OSError:
+            first[str(cpu)] = cpu
+    cores = list(first.values())
+    return cores if len(cores) > 1 else allowed
 
 
-def settle_worker() -> None:
-    """Keep all threads of this worker on the cores of its OpenMP threads.
+def split_cores(cores: list[int]) -> tuple[str, str]:
+    """Return one half of the cores for the decode engine and the other for the prefill engine, as "0,1" and "2,3".
 
-    Called when the worker is made and again when it is ready: meanwhile NixlConnector moves the main thread to the last
-    core of each NUMA node (vllm/distributed/kv_transfer/kv_connector/v1/nixl/base_worker.py; 0.32, run).
+    The decode engine has the larger half. A single core is in both.
     """
-    wait_without_spinning()
-    priority.keep_to(os.getpid(), bound_cores())
+    half = (len(cores) + 1) // 2
+    decode, prefill = cores[:half], cores[half:] or cores
+    return ",".join(map(str, decode)), ",".join(map(str, prefill))

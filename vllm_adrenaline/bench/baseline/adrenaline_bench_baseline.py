@@ -12,8 +12,8 @@ def register() -> None:
     """Called by vLLM in each of its processes."""
     from vllm.v1.worker.cpu_worker import CPUWorker
 
+    from vllm_adrenaline.compat.engine_threads import settle_worker, wait_without_spinning
     from vllm_adrenaline.compat.nixl_progress import pause_progress_thread
-    from vllm_adrenaline.system.cores import settle_worker, wait_without_spinning
 
     wait_without_spinning()
     pause_progress_thread()
