@@ -41,7 +41,8 @@ async def prefill(session: aiohttp.ClientSession, url: str, prompt: list[int], t
     """Compute one prompt; return the body that makes a decode engine go on with it."""
     body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     async with session.post(f"{url}/v1/completions", json=bodies.for_prefill(body)) as response:
-        return bodies.for_decode(body, await response.read()) | {"stream": True, "return_token_ids": True}
+        params = bodies.params_of(await response.read())
+    return bodies.for_decode(body, params) | {"stream": True, "return_token_ids": True}
 
 
 async def decode(session: aiohttp.ClientSession, url: str, body: bodies.Body) -> list[float]:
