@@ -11,7 +11,6 @@ takes a minute or more.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import shutil
 import sys
@@ -31,6 +30,7 @@ from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.system.folders import runtime_folder
 from vllm_adrenaline.system.ports import reserve_ports
+from vllm_adrenaline.workload import client
 from vllm_adrenaline.workload.tiny_model import make_model
 
 RATIOS = {"local": "0", "offloaded": "0.5"}
@@ -48,11 +48,8 @@ async def prefill(session: aiohttp.ClientSession, url: str, prompt: list[int], t
 async def decode(session: aiohttp.ClientSession, url: str, body: bodies.Body) -> list[float]:
     """Return when each token of one request came."""
     times: list[float] = []
-    async with session.post(f"{url}/v1/completions", json=body) as response:
-        async for line in response.content:
-            if line.startswith(b"data: {"):
-                new = json.loads(line[6:])["choices"][0].get("token_ids") or []
-                times += [time.monotonic()] * len(new)
+    async for new in client.stream(session, f"{url}/v1/completions", body):
+        times += [time.monotonic()] * len(new)
     if len(times) != body["max_tokens"]:
         raise SystemExit(f"{len(times)} of {body['max_tokens']} tokens came")
     return times
@@ -60,8 +57,7 @@ async def decode(session: aiohttp.ClientSession, url: str, body: bodies.Body) ->
 
 async def step_ms(prefill_url: str, decode_url: str, prompts: list[list[int]], tokens: int) -> float:
     """Compute all prompts, then decode them together; return the milliseconds of a step with all of them in it."""
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with client.open_session() as session:
         ready = [await prefill(session, prefill_url, prompt, tokens) for prompt in prompts]
         answers = await asyncio.gather(*(decode(session, decode_url, body) for body in ready))
     begin, end = max(times[0] for times in answers), min(times[-1] for times in answers)

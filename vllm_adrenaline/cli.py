@@ -122,8 +122,8 @@ def _urls(flag: str, text: str) -> list[str]:
 
 def _proxy(options: argparse.Namespace) -> int:
     from vllm_adrenaline.errors import AdrenalineError
-    from vllm_adrenaline.launch.supervisor import say
     from vllm_adrenaline.proxy.server import PortTaken, bind, make_server, url_of
+    from vllm_adrenaline.system.terminal import say
 
     server = make_server(_urls("--prefill", options.prefill), _urls("--decode", options.decode))
     try:

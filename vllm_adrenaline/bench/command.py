@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> int:
     from vllm_adrenaline.bench import report, systems, workloads
     from vllm_adrenaline.bench.run import Plan, budget, ceiling_file
     from vllm_adrenaline.bench.run import run as run_plan
-    from vllm_adrenaline.launch.supervisor import say
     from vllm_adrenaline.system import machine
+    from vllm_adrenaline.system.terminal import say
 
     quick = options.quick
     plan = Plan(

@@ -53,13 +53,18 @@ def goodput_share(answers: Sequence[Answer], ttft_slo_ms: float, tpot_slo_ms: fl
     return statistics.mean(ttft_ms(a) <= ttft_slo_ms and tpot_ms(a) <= tpot_slo_ms for a in answers)
 
 
-def same_tokens(answers: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> float:
-    """Return the share of tokens up to the first, in each answer, that differs from the reference's."""
+def same_token_count(answers: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens come before the first, in each answer, that differs from the reference's."""
     same = 0
     for mine, its in zip(answers, reference, strict=True):
         pairs = enumerate(zip(mine, its, strict=True))
         same += next((i for i, (a, b) in pairs if a != b), len(its))
-    return same / max(sum(map(len, reference)), 1)
+    return same
+
+
+def same_tokens(answers: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> float:
+    """Return the same as a share of the reference's tokens, 0 to 1."""
+    return same_token_count(answers, reference) / max(sum(map(len, reference)), 1)
 
 
 def seconds_by_rows(answers: Sequence[Answer], at_least: int = 30) -> dict[int, float]:

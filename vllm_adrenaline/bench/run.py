@@ -219,7 +219,7 @@ def _once(system: System, model: str, load: Load, repeat: int, count: int) -> Ru
     first, last = next(iter(system.engines)), list(system.engines)[-1]
     before = {name: system.metrics(name).read() for name in system.engines}
     cpu = {name: cpu_seconds(pid) for name, pid in system.pids.items()}
-    with Sampler(system.metrics(first), system.metrics(last)) as sampler:
+    with Sampler(system.metrics(last), system.metrics(first)) as sampler:
         answers = client.send(system.url, MODEL_NAME, requests)
     found = figures.of(answers, sum(prompts))
     found["goodput_share"] = figures.goodput_share(answers, TTFT_SLO_MS, TPOT_SLO_MS)

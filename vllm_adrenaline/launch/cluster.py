@@ -17,11 +17,12 @@ from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import engine_command, memory
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.running import Running
-from vllm_adrenaline.launch.supervisor import Supervisor, say
+from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
 from vllm_adrenaline.system import cores
 from vllm_adrenaline.system.folders import runtime_folder
 from vllm_adrenaline.system.ports import reserve_ports
+from vllm_adrenaline.system.terminal import say
 
 
 class Cluster(Running):

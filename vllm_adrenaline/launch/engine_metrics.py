@@ -71,10 +71,6 @@ class EngineMetrics:
         infos = [labels for labels, _ in self._now().labelled("vllm:cache_config_info")]
         return int(infos[0]["num_gpu_blocks"]) if infos else 0
 
-    def usage(self) -> float:
-        """Return the share of KV blocks in use, 0 to 1."""
-        return self.value(KV_USED)
-
     def offloaded(self) -> int:
         """Return how many requests had their attention run elsewhere so far."""
         return int(self.value("vllm:adrenaline_offloaded_requests_total"))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import http.client
 import os
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from vllm_adrenaline.launch.engine_command import EngineCommand
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.running import Running
 from vllm_adrenaline.system.folders import cache_folder
+from vllm_adrenaline.system.terminal import StatusLine, say
 
 STOP_S = 15.0
 PROBE_S = 0.5
@@ -26,11 +26,6 @@ STUCK_S = 20.0
 LAST_LINE = 70
 """Characters of an engine's log that are shown while it starts."""
 LOG_FOLDERS_KEPT = 10
-
-
-def say(text: str) -> None:
-    """Show one line of progress."""
-    print(f"[adrenaline] {text}", flush=True)
 
 
 def log_folder() -> Path:
@@ -53,35 +48,6 @@ def is_ready(port: int) -> bool:
         return False
     finally:
         connection.close()
-
-
-class Progress:
-    """What starting engines are at: one line that changes on a terminal, else a line in PROGRESS_S."""
-
-    def __init__(self) -> None:
-        self._live = sys.stdout.isatty()
-        self._shown = 0.0
-
-    def show(self, doing: Mapping[str, str], seconds: float) -> None:
-        """Show what each engine said last, `seconds` after the start."""
-        if not doing:
-            return
-        if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\033[K{self._line(doing, seconds)[:width]}", end="", flush=True)
-        elif seconds - self._shown >= PROGRESS_S:
-            self._shown = seconds
-            print(self._line(doing, seconds), flush=True)
-
-    def done(self, text: str) -> None:
-        """Show a line that stays."""
-        print("\r\033[K" if self._live else "", end="")
-        say(text)
-
-    @staticmethod
-    def _line(doing: Mapping[str, str], seconds: float) -> str:
-        engines = "; ".join(f"{name}: {last[:LAST_LINE] or 'starting'}" for name, last in doing.items())
-        return f"[adrenaline] {seconds:.0f} s, {engines}"
 
 
 class Supervisor(Running):
@@ -130,7 +96,7 @@ class Supervisor(Running):
     def _wait_until_ready(self) -> None:
         started = time.monotonic()
         waiting = {spec.name: spec for spec in self.specs}
-        progress = Progress()
+        line = StatusLine(PROGRESS_S)
         while waiting:
             time.sleep(PROBE_S)
             self.check()
@@ -138,8 +104,10 @@ class Supervisor(Running):
             for name in [name for name, spec in waiting.items() if is_ready(spec.port)]:
                 del waiting[name]
                 self.processes[name].remember_shared_memory()
-                progress.done(f"{name} engine: ready after {seconds:.0f} s")
-            progress.show({name: self.processes[name].last_line for name in waiting}, seconds)
+                line.keep(f"{name} engine: ready after {seconds:.0f} s")
+            if waiting:
+                said = {name: self.processes[name].last_line[:LAST_LINE] or "starting" for name in waiting}
+                line.show(f"{seconds:.0f} s, {'; '.join(f'{name}: {last}' for name, last in said.items())}")
             for process in (self.processes[name] for name in waiting):
                 if process.thread_died and process.silent_s > STUCK_S:
                     raise AdrenalineError(

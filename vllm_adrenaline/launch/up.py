@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.cluster import Cluster
-from vllm_adrenaline.launch.supervisor import say
+from vllm_adrenaline.system.terminal import say
 
 CHECK_S = 0.5
 

@@ -12,16 +12,20 @@ from vllm_adrenaline.workload.trace import Arrival, Scale
 
 TRACE = Path(__file__).parent / "data" / "azure_conv_400.csv"
 FIRST_TOKEN = 5
-"""Token ids below are special in the models of the benchmarks (demo/model.py)."""
+"""Token ids below are special in the models of the benchmarks (tiny_model.py)."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Due `at` seconds after the start."""
+    """One request, due `at` seconds after the start of the run. The answer has exactly `tokens` tokens.
+
+    The prompt is text, or token ids. `chat` sends text as the message of a chat.
+    """
 
     at: float
-    prompt: list[int]
+    prompt: list[int] | str
     tokens: int
+    chat: bool = False
 
 
 @dataclass(frozen=True)
