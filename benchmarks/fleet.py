@@ -1,4 +1,4 @@
-"""A prefill engine on the second core, a decode engine on the first, a front door: what benchmarks of serving share."""
+"""A prefill engine on the second core, a decode engine on the first, a proxy: what benchmarks of serving share."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ class Fleet:
         self._prefill_pid = supervisor.processes["prefill"].pid
         listener = stack.enter_context(bind("127.0.0.1", 0))
         self.prefill_url, decode_url = (spec.url for spec in specs)
-        door = ServerThread(listener, [self.prefill_url], [decode_url])
-        door.start()
-        stack.callback(door.stop)
+        proxy = ServerThread(listener, [self.prefill_url], [decode_url])
+        proxy.start()
+        stack.callback(proxy.stop)
         self.url = url_of(listener)
         self.prefill, self.decode = EngineMetrics(self.prefill_url), EngineMetrics(decode_url)
         for ratio in ("0", "1"):  # what vLLM compiles at its first steps

@@ -294,7 +294,7 @@ def test_every_part_of_a_cluster_is_stopped_whatever_another_one_does(tmp_path: 
 
         close = stop
 
-    cluster._door, cluster._listener, cluster._supervisor = parts = (Part(), Part(), Part())  # type: ignore[assignment]
+    cluster._proxy, cluster._listener, cluster._supervisor = parts = (Part(), Part(), Part())  # type: ignore[assignment]
     cluster._runtime = tmp_path / "runtime"
     cluster._runtime.mkdir()
     with pytest.raises(PermissionError):

@@ -1,4 +1,4 @@
-"""The systems that are compared: which engines each has, on which cores, with how much KV memory."""
+"""The systems that `adrenaline bench` compares: their engines, on which cores, with how much KV memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from vllm_adrenaline.system.ports import reserve_ports
 
 BASELINE = "vllm_pd"
 BASELINE_PLUGIN = Path(__file__).parent / "baseline"
-"""Gives vLLM's own systems what this plugin needs to share cores at all: without it they are several times slower on a
-machine with two cores, and a comparison would say nothing of offloading (docs/vllm-notes.md)."""
+"""A vLLM plugin that gives vLLM's own systems what this plugin needs to share cores at all. Without it they are several
+times slower on a machine with two cores, and a comparison would say nothing of offloading (docs/vllm-notes.md)."""
 ABOUT = {
     BASELINE: "vLLM disaggregated over its own NixlConnector, without this plugin",
     "vllm_one": "vLLM aggregated, one engine on all cores",
@@ -33,7 +33,7 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What every system has: KV bytes of the decode and of the prefill side, and the cores of each."""
+    """What every system gets: the bytes of KV memory and the cores of its decode and of its prefill side."""
 
     decode_bytes: int
     prefill_bytes: int
@@ -43,7 +43,7 @@ class Budget:
 
 @dataclass
 class System:
-    """One that runs: its front door, its engines by name (the prefill side first), their processes."""
+    """A system that runs: its proxy's URL, and the URLs and process ids of its engines by name, prefill side first."""
 
     name: str
     url: str
@@ -56,7 +56,7 @@ class System:
 
 
 def about(name: str) -> str:
-    """Say what a system is; raises AdrenalineError for a name that is none."""
+    """Return in words what a system is. Raises AdrenalineError for a name that is none."""
     if name in ABOUT:
         return ABOUT[name]
     ratio = name.removeprefix("adrenaline_")
@@ -66,7 +66,10 @@ def about(name: str) -> str:
 
 
 class Systems:
-    """Starts all engines of all systems at once, and stops them with `stack`."""
+    """All systems of a run, `running` by name. Their engines start at once, and stop with `stack`.
+
+    `args` are flags of vLLM for all engines; `logs` is the folder for their logs, None for one in the user's cache.
+    """
 
     def __init__(
         self,
@@ -88,9 +91,9 @@ class Systems:
             disaggregated = not name.startswith("vllm_one") and name != "vllm_two"
             prefill = [engines[0].url] if disaggregated else []
             decode = [engine.url for engine in (engines[1:] if disaggregated else engines)]
-            door = ServerThread(listener, prefill, decode)
-            door.start()
-            stack.callback(door.stop)
+            proxy = ServerThread(listener, prefill, decode)
+            proxy.start()
+            stack.callback(proxy.stop)
             pids = {engine.name: supervisor.processes[engine.name].pid for engine in engines}
             urls = {engine.name: engine.url for engine in engines}
             self.running[name] = System(name, url_of(listener), urls, pids)

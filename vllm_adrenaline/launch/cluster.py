@@ -1,4 +1,4 @@
-"""A prefill engine, a decode engine and the front door on this machine, as one object for commands and tests."""
+"""A cluster on this machine, as one object for commands and tests: a prefill engine, a decode engine, the proxy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_adrenaline.launch import engine_command, memory
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.running import Running
 from vllm_adrenaline.launch.supervisor import Supervisor
-from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
+from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
 from vllm_adrenaline.system import cores
 from vllm_adrenaline.system.folders import runtime_folder
 from vllm_adrenaline.system.ports import reserve_ports
@@ -26,9 +26,11 @@ from vllm_adrenaline.system.terminal import say
 
 
 class Cluster(Running):
-    """A context manager: engines and front door are up inside of it, and gone after it.
+    """A context manager that runs a prefill engine, a decode engine and the proxy in front of them.
 
-    `offload_ratio=None` leaves the plugin out: the same cluster with vLLM's own disaggregation over NIXL.
+    They serve requests inside of the context, and nothing of them is left after it. Extra flags of vLLM are in `args`
+    for both engines, and in `prefill_args` and `decode_args` for one. `offload_ratio=None` leaves the plugin out: the
+    same cluster with vLLM's own disaggregation over NIXL. `port=0` chooses a free port. `url` is the proxy's address.
     """
 
     def __init__(
@@ -53,20 +55,20 @@ class Cluster(Running):
         self._runtime: Path | None = None
         self._listener: socket.socket | None = None
         self._supervisor: Supervisor | None = None
-        self._door: ServerThread | None = None
+        self._proxy: ServerThread | None = None
         self.url = self.prefill_url = self.decode_url = ""
 
     @property
     def processes(self) -> dict[str, EngineProcess]:
-        """Return the running engines by role: "prefill" and "decode"."""
+        """Return the processes of the running engines by role: "prefill" and "decode"."""
         return self._supervisor.processes if self._supervisor else {}
 
     def check(self) -> None:
-        """Raise AdrenalineError if an engine or the front door has ended."""
+        """Raise AdrenalineError if an engine or the proxy has ended."""
         if self._supervisor:
             self._supervisor.check()
-        if self._door and not self._door.alive:
-            raise AdrenalineError("the front door has stopped")
+        if self._proxy and not self._proxy.available:
+            raise AdrenalineError("the proxy has stopped")
 
     def stop(self) -> None:
         """Stop everything; may be called again."""
@@ -77,27 +79,27 @@ class Cluster(Running):
                 stack.callback(self._supervisor.stop)
             if self._listener:
                 stack.callback(self._listener.close)
-            if self._door:
-                stack.callback(self._door.stop)
-            self._door = self._listener = self._supervisor = self._runtime = None
+            if self._proxy:
+                stack.callback(self._proxy.stop)
+            self._proxy = self._listener = self._supervisor = self._runtime = None
 
     def start(self) -> None:
-        """Start engines and front door; return when they are ready."""
+        """Start engines and proxy; return when they are ready.
+
+        Raises AdrenalineError when the model, a flag or the address cannot be used, or an engine does not start.
+        """
         check_model(self.model)
         if self.offload_ratio is not None:
             ratio_of("--offload-ratio", self.offload_ratio)
-        try:
-            # Held from now on, so that nobody takes it while the engines start; clients are refused until then.
-            self._listener = bind(self.host, self.port)
-        except PortTaken as error:
-            raise AdrenalineError(str(error)) from None
+        # Held from now on, so that nobody takes it while the engines start; clients are refused until then.
+        self._listener = bind(self.host, self.port)
         self._runtime = runtime_folder()
         prefill, decode = self._specs(self._runtime)
         self.prefill_url, self.decode_url = prefill.url, decode.url
         self._supervisor = Supervisor([prefill, decode], logs=self._logs)
         self._supervisor.start()
-        self._door = ServerThread(self._listener, [prefill.url], [decode.url])
-        self._door.start()
+        self._proxy = ServerThread(self._listener, [prefill.url], [decode.url])
+        self._proxy.start()
         self.url = url_of(self._listener)
 
     def _specs(self, runtime: Path) -> list[engine_command.EngineCommand]:

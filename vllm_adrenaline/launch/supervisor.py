@@ -1,4 +1,4 @@
-"""Start engines, wait until they are ready, notice when one ends, stop them all. Runs in the launching process."""
+"""The supervisor of engines: it starts them, waits until they are ready, notices when one ends, and stops them all."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ STOP_S = 15.0
 PROBE_S = 0.5
 PROGRESS_S = 10.0
 STUCK_S = 20.0
-"""How long an engine, one of whose threads has ended, may say nothing before it counts as stuck."""
+"""Seconds without a new line in its log after which an engine that lost a thread counts as stuck."""
 LAST_LINE = 70
 """Characters of an engine's log that are shown while it starts."""
 LOG_FOLDERS_KEPT = 10
 
 
 def log_folder() -> Path:
-    """Return a new folder for the logs of one run; the oldest ones are removed."""
+    """Make and return a folder for the logs of one run. Only the last ten such folders are kept."""
     parent = cache_folder("logs")
     parent.mkdir(parents=True, exist_ok=True)
     old = sorted((path for path in parent.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
@@ -39,7 +39,7 @@ def log_folder() -> Path:
 
 
 def is_ready(port: int) -> bool:
-    """Say whether the engine on this loopback port answers /health with 200."""
+    """Say whether the engine on this loopback port answers /health with 200 within two seconds."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
     try:
         connection.request("GET", "/health")
@@ -51,7 +51,11 @@ def is_ready(port: int) -> bool:
 
 
 class Supervisor(Running):
-    """Engines that live and die together; a context manager that leaves no process behind."""
+    """A context manager that runs engines together and leaves no process behind.
+
+    `ready_timeout` and `silence_limit` are the seconds after which a start is given up: in all, and without a new line
+    in the log of an engine. `logs` is the folder for the engines' logs; None makes one in the user's cache.
+    """
 
     def __init__(
         self,
@@ -61,15 +65,13 @@ class Supervisor(Running):
         ready_timeout: float = 1800,
         silence_limit: float = 600,
     ) -> None:
-        """`ready_timeout`, `silence_limit`: seconds after which a start is given up, in all, and without a new line in
-        the log of an engine."""
         self.specs = list(specs)
         self.ready_timeout, self.silence_limit = ready_timeout, silence_limit
         self.logs = logs
         self.processes: dict[str, EngineProcess] = {}
 
     def start(self) -> None:
-        """Start all engines and return when each of them is healthy."""
+        """Start all engines and return when each of them is healthy. Raises AdrenalineError when one does not start."""
         self.logs = self.logs or log_folder()
         for spec in self.specs:
             log = self.logs / f"{spec.name}.log"
