@@ -1,4 +1,4 @@
-"""`adrenaline bench`: its options, and what it prints and writes."""
+"""The command `adrenaline bench`: its options, and what it prints and writes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the grid, or what is missing of it, and write the report."""
+    """Run what is missing of the grid, write the report and return 0. Raises AdrenalineError."""
     from vllm_adrenaline.bench import report, systems, workloads
     from vllm_adrenaline.bench.run import Plan, budget, ceiling_file
     from vllm_adrenaline.bench.run import run as run_plan

@@ -13,7 +13,7 @@ MAX_CORES = 4096
 
 
 def parse(text: str) -> list[list[int]]:
-    """Return the cores of each rank in "0-3,8|4-7"; [] for an empty text. Raises AdrenalineError."""
+    """Return the cores of each rank in a text like "0-3,8|4-7"; an empty one has no rank. Raises AdrenalineError."""
     ranks = []
     for part in text.split("|") if text else []:
         cores: set[int] = set()
@@ -29,7 +29,7 @@ def parse(text: str) -> list[list[int]]:
 
 
 def ranges(cores: Collection[int]) -> str:
-    """Return cores as `parse` reads them, the shortest way: 0-3,8."""
+    """Return the cores of one rank as the shortest text that `parse` reads, e.g. "0-3,8"."""
     runs: list[list[int]] = []
     for core in sorted(cores):
         if runs and core == runs[-1][-1] + 1:
@@ -40,7 +40,7 @@ def ranges(cores: Collection[int]) -> str:
 
 
 def check(text: str, ranks: int) -> None:
-    """Raise AdrenalineError unless `text` is empty, or has cores of this machine for so many ranks."""
+    """Raise AdrenalineError unless `text` is empty or has cores of this machine for so many ranks."""
     wanted = parse(text)
     if wanted and len(wanted) != ranks:
         raise AdrenalineError(f"--adrenaline-executor-cores {text} is for {len(wanted)} rank(s); there are {ranks}")

@@ -1,7 +1,6 @@
-"""Make a small Llama with random weights and its own tokenizer: nothing is downloaded, every run gives the same files.
+"""A small Llama with random weights and its own tokenizer. Nothing is downloaded, and every run makes the same files.
 
-Used by the demonstration and the tests, in the process that asks for it; needs torch, transformers and tokenizers, not
-vLLM.
+The demonstration, the benchmarks and the tests use it. It needs torch, transformers and tokenizers, but not vLLM.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Shape:
-    """Everything that decides what the files hold."""
+    """The sizes and the seed of a model: everything that decides what its files hold."""
 
     seed: int
     layers: int
@@ -43,7 +42,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Return a folder name: the main sizes to read, a digest of everything to be unique."""
+        """Return a folder name that is unique: the main sizes, for people, and a digest of everything."""
         digest = hashlib.sha256(json.dumps([RECIPE, asdict(self), TEXT]).encode()).hexdigest()[:10]
         return f"llama-{self.layers}x{self.hidden}-h{self.heads}k{self.kv_heads}-{digest}"
 
@@ -61,9 +60,10 @@ def make_model(
     vocab: int = 2048,
     max_position: int = 4096,
 ) -> Path:
-    """Return the path of the model with these sizes below `folder` (the cache if None); make it if it is not there.
+    """Return the path of the model with these sizes, and make it if it is not there.
 
-    `inner`: the width of the MLP, thrice the hidden one if None.
+    It is below `folder`, or in the user's cache for None. `inner` is the width of the MLP, by default three times
+    `hidden`. Raises ValueError for sizes that no attention kernel or tokenizer can have.
     """
     head_dim = head_dim or hidden // heads
     if head_dim not in HEAD_DIMS:
