@@ -22,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.utils.math_utils import cdiv  # noqa: E402
 
 from vllm_adrenaline.attention.kernels import CpuAttention  # noqa: E402
 from vllm_adrenaline.attention.native_decode import ISA  # noqa: E402
@@ -33,7 +34,7 @@ SHAPES = ((16, 512, 8, 8, 64), (8, 512, 8, 8, 64), (16, 2048, 8, 8, 64), (16, 51
 
 def step_of(rows: int, context: int, heads: int, kv_heads: int, head: int) -> dict[str, torch.Tensor]:
     """Return rows of one token each, whose blocks lie in no order."""
-    width = -(-context // BLOCK)
+    width = cdiv(context, BLOCK)
     blocks = list(range(rows * width))
     random.Random(0).shuffle(blocks)
     made = {name: torch.randn(rows, n, head).to(DTYPE) for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
@@ -48,7 +49,7 @@ def step_of(rows: int, context: int, heads: int, kv_heads: int, head: int) -> di
 
 def measure(rows: int, context: int, heads: int, kv_heads: int, head: int, repeats: int) -> tuple[float, float]:
     """Return seconds of a layer by vLLM's operator and by the native one."""
-    blocks = rows * -(-context // BLOCK)
+    blocks = rows * cdiv(context, BLOCK)
     caches = [torch.randn(blocks, kv_heads, 2 * BLOCK, head).to(DTYPE) for _ in range(LAYERS)]
     scales = [head**-0.5] * LAYERS
     kinds = [CpuAttention(caches, scales, heads, ISA, split_kv=True, native=native) for native in (False, True)]

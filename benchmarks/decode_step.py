@@ -42,6 +42,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch  # noqa: E402
 from torch.nn.functional import linear, silu  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.utils.math_utils import cdiv  # noqa: E402
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: E402
 
 from vllm_adrenaline.attention.kernels import CpuAttention  # noqa: E402
@@ -59,7 +60,7 @@ from vllm_adrenaline.transport.split import split_rows  # noqa: E402
 BLOCK = 128
 DTYPE = torch.bfloat16
 NAMES = [f"layer{index}" for index in range(ARGS.layers)]
-WIDTH = -(-ARGS.context // BLOCK)
+WIDTH = cdiv(ARGS.context, BLOCK)
 
 
 class KV:

@@ -11,7 +11,6 @@ takes a minute or more.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import shutil
 import sys
@@ -24,12 +23,14 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).parent))
 import report
 
-from vllm_adrenaline.launch import commands
-from vllm_adrenaline.launch.cluster import runtime_folder
+from vllm_adrenaline.compat.worker_cores import CORES_ENV
+from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy import bodies
-from vllm_adrenaline.system import machine
+from vllm_adrenaline.system.folders import runtime_folder
+from vllm_adrenaline.system.ports import reserve_ports
+from vllm_adrenaline.workload import client
 from vllm_adrenaline.workload.tiny_model import make_model
 
 RATIOS = {"local": "0", "offloaded": "0.5"}
@@ -40,17 +41,15 @@ async def prefill(session: aiohttp.ClientSession, url: str, prompt: list[int], t
     """Compute one prompt; return the body that makes a decode engine go on with it."""
     body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     async with session.post(f"{url}/v1/completions", json=bodies.for_prefill(body)) as response:
-        return bodies.for_decode(body, await response.read()) | {"stream": True, "return_token_ids": True}
+        params = bodies.params_of(await response.read())
+    return bodies.for_decode(body, params) | {"stream": True, "return_token_ids": True}
 
 
 async def decode(session: aiohttp.ClientSession, url: str, body: bodies.Body) -> list[float]:
     """Return when each token of one request came."""
     times: list[float] = []
-    async with session.post(f"{url}/v1/completions", json=body) as response:
-        async for line in response.content:
-            if line.startswith(b"data: {"):
-                new = json.loads(line[6:])["choices"][0].get("token_ids") or []
-                times += [time.monotonic()] * len(new)
+    async for new in client.stream(session, f"{url}/v1/completions", body):
+        times += [time.monotonic()] * len(new)
     if len(times) != body["max_tokens"]:
         raise SystemExit(f"{len(times)} of {body['max_tokens']} tokens came")
     return times
@@ -58,8 +57,7 @@ async def decode(session: aiohttp.ClientSession, url: str, body: bodies.Body) ->
 
 async def step_ms(prefill_url: str, decode_url: str, prompts: list[list[int]], tokens: int) -> float:
     """Compute all prompts, then decode them together; return the milliseconds of a step with all of them in it."""
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with client.open_session() as session:
         ready = [await prefill(session, prefill_url, prompt, tokens) for prompt in prompts]
         answers = await asyncio.gather(*(decode(session, decode_url, body) for body in ready))
     begin, end = max(times[0] for times in answers), min(times[-1] for times in answers)
@@ -80,14 +78,14 @@ def main() -> None:
     folder = runtime_folder()
     common = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "2048", "--served-model-name", "m"]
     common += ["--kv-cache-memory-bytes", str(2 << 30), "--no-enable-prefix-caching"]
-    ports = iter(machine.held_ports(1 + len(RATIOS)))
+    ports = iter(reserve_ports(1 + len(RATIOS)))
     specs = []
     for name, ratio in [("prefill", "0"), *RATIOS.items()]:
         role = "prefill" if name == "prefill" else "decode"
-        env = {machine.CORES_ENV: "1" if role == "prefill" else "0", "HF_HUB_OFFLINE": "1"}
-        flags = commands.adrenaline_args(folder, float(ratio))[role]
+        env = {CORES_ENV: "1" if role == "prefill" else "0", "HF_HUB_OFFLINE": "1"}
+        flags = engine_command.adrenaline_args(folder, float(ratio))[role]
         flags += ["--adrenaline-lease-seconds", "600"] if role == "prefill" else []
-        specs.append(commands.engine_spec(name, str(model), next(ports), [*flags, *common], env))
+        specs.append(engine_command.vllm_server(name, str(model), next(ports), [*flags, *common], env))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.enter_context(Supervisor(specs))

@@ -1,4 +1,4 @@
-"""A prefill engine on the second core, a decode engine on the first, a front door: what benchmarks of serving share."""
+"""A prefill engine on the second core, a decode engine on the first, a proxy: what benchmarks of serving share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adrenaline.bench import figures
-from vllm_adrenaline.launch import commands
-from vllm_adrenaline.launch.cluster import runtime_folder
+from vllm_adrenaline.compat.worker_cores import CORES_ENV
+from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.process import group_members
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
-from vllm_adrenaline.system import machine
+from vllm_adrenaline.system.folders import runtime_folder
+from vllm_adrenaline.system.ports import reserve_ports
 from vllm_adrenaline.workload import client
 from vllm_adrenaline.workload.load import Load, Request, from_trace
 from vllm_adrenaline.workload.tiny_model import make_model
@@ -56,22 +57,22 @@ class Fleet:
         here = str(Path(__file__).parent / "knob")
         env = {"HF_HUB_OFFLINE": "1", "ADRENALINE_KNOB": str(self._knob)}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        flags, specs = commands.adrenaline_args(folder, "auto"), []
+        flags, specs = engine_command.adrenaline_args(folder, "auto"), []
         flags["prefill"] += prefill_flags
-        ports = machine.held_ports(2)
+        ports = reserve_ports(2)
         for role, blocks, core, port in (
             ("prefill", prefill_blocks, "1", ports[0]),
             ("decode", decode_blocks, "0", ports[1]),
         ):
             more = [*flags[role], *common, "--kv-cache-memory-bytes", str(blocks * BLOCK_BYTES)]
-            specs.append(commands.engine_spec(role, str(model), port, more, {**env, machine.CORES_ENV: core}))
+            specs.append(engine_command.vllm_server(role, str(model), port, more, {**env, CORES_ENV: core}))
         supervisor = stack.enter_context(Supervisor(specs, logs=logs))
         self._prefill_pid = supervisor.processes["prefill"].pid
         listener = stack.enter_context(bind("127.0.0.1", 0))
         self.prefill_url, decode_url = (spec.url for spec in specs)
-        door = ServerThread(listener, [self.prefill_url], [decode_url])
-        door.start()
-        stack.callback(door.stop)
+        proxy = ServerThread(listener, [self.prefill_url], [decode_url])
+        proxy.start()
+        stack.callback(proxy.stop)
         self.url = url_of(listener)
         self.prefill, self.decode = EngineMetrics(self.prefill_url), EngineMetrics(decode_url)
         for ratio in ("0", "1"):  # what vLLM compiles at its first steps

@@ -14,6 +14,7 @@ from typing import Final
 import torch
 
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system.arithmetic import cdiv
 from vllm_adrenaline.transport.shm import Shape
 
 MAGIC: Final = 0xAD2E_0001
@@ -84,7 +85,7 @@ class Memory:
         offsets, end = {}, PAGE
         for name, (sizes, dtype) in parts(shape).items():
             offsets[name] = end
-            end += -(-math.prod(sizes) * dtype.itemsize // PAGE) * PAGE
+            end += cdiv(math.prod(sizes) * dtype.itemsize, PAGE) * PAGE
         if create:
             os.ftruncate(fd, end)
         elif os.fstat(fd).st_size != end:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_adrenaline.system.machine import machine
+from vllm_adrenaline.system import machine
 
 
 def parser(description: str, quick: str = "under a minute, with fewer repeats") -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def curve(title: str, points: dict[float, float], line: float, line_name: str) -
 
 def finish(result: dict[str, Any], file: Path | None) -> None:
     """Print the result as the last line, and write it to `file`."""
-    text = json.dumps({**result, "machine": machine()})
+    text = json.dumps({**result, "machine": machine.description()})
     if file is not None:
         file.write_text(text + "\n")
     print(text, flush=True)

@@ -26,15 +26,15 @@ The engines are ordinary vLLM engines. To start them yourself:
 `vllm serve --help=Adrenaline` lists the plugin's own flags.
 """
 UP = """\
-Start a prefill engine, a decode engine and an OpenAI-compatible front door on this machine, and stop all of them
+Start a prefill engine, a decode engine and an OpenAI-compatible proxy on this machine, and stop all of them
 together. Flags that are not listed here go to both engines, after MODEL, e.g. --max-model-len 8192 --dtype bfloat16.
 """
 UP_EPILOG = """\
 On a CPU the cores are halved between the engines, unless VLLM_CPU_OMP_THREADS_BIND is set. The logs of the engines are
-kept in ~/.cache/vllm-adrenaline/logs (or below $XDG_CACHE_HOME); the last ten runs are.
+kept in ~/.cache/vllm-adrenaline/logs (or below $XDG_CACHE_HOME) for the last ten runs.
 """
 PROXY = """\
-Run the front door alone, in front of engines that run already. With several engines of a kind they are used in turn.
+Run the proxy alone, in front of engines that run already. Several engines of a kind are used in turn.
 """
 STATUS = """\
 Show the batch of each engine, what attention costs here and in the executors, and all placement decisions so far by
@@ -47,8 +47,8 @@ offloads half of the requests. Compare tokens, latencies and KV cache use. Nothi
 
 
 def _address(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="address the front door listens on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port of the front door (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address the proxy listens on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port of the proxy (default: %(default)s)")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     up = commands.add_parser(
         "up",
-        help="start both engines and the front door on this machine",
+        help="start both engines and the proxy on this machine",
         description=UP,
         epilog=UP_EPILOG,
         formatter_class=raw,
@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
             f"--{role}-args", default="", metavar='"ARGS"', help=f"more vLLM flags, for the {role} engine only"
         )
 
-    proxy = commands.add_parser("proxy", help="run the front door alone", description=PROXY, formatter_class=raw)
+    proxy = commands.add_parser("proxy", help="run the proxy alone", description=PROXY, formatter_class=raw)
     for role in ("prefill", "decode"):
         proxy.add_argument(
             f"--{role}", required=True, metavar="URL[,URL]", help=f"{role} engines, e.g. http://127.0.0.1:8100"
@@ -121,17 +121,12 @@ def _urls(flag: str, text: str) -> list[str]:
 
 
 def _proxy(options: argparse.Namespace) -> int:
-    from vllm_adrenaline.errors import AdrenalineError
-    from vllm_adrenaline.launch.supervisor import say
-    from vllm_adrenaline.proxy.server import PortTaken, bind, make_server, url_of
+    from vllm_adrenaline.proxy.server import bind, make_server, url_of
+    from vllm_adrenaline.system.terminal import say
 
     server = make_server(_urls("--prefill", options.prefill), _urls("--decode", options.decode))
-    try:
-        listener = bind(options.host, options.port)
-    except PortTaken as error:
-        raise AdrenalineError(str(error)) from None
-    with listener:
-        say(f"front door: {url_of(listener)}")
+    with bind(options.host, options.port) as listener:
+        say(f"proxy: {url_of(listener)}")
         server.run(sockets=[listener])
     return 0
 
@@ -160,7 +155,10 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _join_values(argv: Sequence[str]) -> list[str]:
-    """Write `--prefill-args VALUE` with "=": argparse would take a value such as --enforce-eager for a flag."""
+    """Return the words with `--prefill-args VALUE` as one of them, joined by "=".
+
+    argparse would take a value such as --enforce-eager for a flag of its own.
+    """
     joined: list[str] = []
     words = iter(argv)
     for word in words:
@@ -170,7 +168,7 @@ def _join_values(argv: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
+    """Run the command and return its exit status. An AdrenalineError is printed as one message, with status 1."""
     parser = make_parser()
     options, rest = parser.parse_known_args(_join_values(sys.argv[1:] if argv is None else argv))
     if rest and options.command != "up":

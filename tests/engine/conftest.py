@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import re
 import signal
 import sys
 import threading
@@ -19,12 +18,13 @@ from typing import Any, TypeVar
 import aiohttp
 import pytest
 
-from vllm_adrenaline.launch import commands
+from vllm_adrenaline.compat.worker_cores import CORES_ENV
+from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics, Snapshot
 from vllm_adrenaline.launch.process import group_members
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
-from vllm_adrenaline.system import machine
+from vllm_adrenaline.system.ports import reserve_ports
 from vllm_adrenaline.workload.tiny_model import make_model
 
 T = TypeVar("T")
@@ -115,11 +115,7 @@ class Engine(Client):
     async def read_metrics(self) -> dict[str, float]:
         """Return every metric without labels; equal names are added up."""
         async with aiohttp.ClientSession() as session, session.get(f"{self.url}/metrics") as response:
-            text = await response.text()
-        values: dict[str, float] = {}
-        for name, value in re.findall(r"^([a-z_:]+)(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE):
-            values[name] = values.get(name, 0.0) + float(value)
-        return values
+            return Snapshot(await response.text()).values
 
     def snapshot(self) -> Snapshot:
         """Return all metrics with their labels."""
@@ -169,11 +165,11 @@ def fleet(
         "decode": ["--plugin", "adrenaline", "--adrenaline-role", "decode", "--adrenaline-peers", address],
     }
     specs = []
-    for port, (name, (role, more)) in zip(machine.held_ports(len(engines)), engines.items(), strict=True):
+    for port, (name, (role, more)) in zip(reserve_ports(len(engines)), engines.items(), strict=True):
         args = ["--served-model-name", "m", "--enforce-eager", *common, *flags[role], *more]
         threads = os.environ.get("ADRENALINE_TEST_CORES", "0" if role == "decode" else "1")
         specs.append(
-            commands.engine_spec(name, str(model), port, args, {machine.CORES_ENV: threads, "HF_HUB_OFFLINE": "1"})
+            engine_command.vllm_server(name, str(model), port, args, {CORES_ENV: threads, "HF_HUB_OFFLINE": "1"})
         )
     with ExitStack() as stack:
         supervisor = stack.enter_context(Supervisor(specs, logs=logs))
@@ -252,7 +248,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def short_tmp() -> Iterator[Path]:
     """A folder with a name short enough for Unix sockets."""
-    from vllm_adrenaline.launch.cluster import runtime_folder
+    from vllm_adrenaline.system.folders import runtime_folder
 
     folder = runtime_folder()
     yield folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import msgspec
@@ -11,8 +12,10 @@ import pytest
 from vllm_adrenaline import cli
 from vllm_adrenaline.bench import figures, report, systems
 from vllm_adrenaline.bench.run import Plan, Run
+from vllm_adrenaline.bench.sampler import Sampler
 from vllm_adrenaline.bench.workloads import LOADS, MODELS
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.launch.engine_metrics import Snapshot
 from vllm_adrenaline.workload.client import Answer
 
 ANSWERS = [
@@ -142,3 +145,35 @@ def test_what_is_known_already_is_not_run_again(tmp_path: Path, capsys: pytest.C
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last["cells"][0]["ratios"]["adrenaline_auto_over_vllm_pd"]["output_tok_s"]["ratio"] == 1.68
     assert {"report.json", "report.md", "report.html"} <= {path.name for path in tmp_path.iterdir()}
+
+
+class Engine:
+    """Metrics of an engine that answers only every second time."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.asked = text, 0
+
+    def blocks(self) -> int:
+        return 10
+
+    def read(self) -> Snapshot:
+        self.asked += 1
+        if self.asked % 2:
+            raise AdrenalineError("no engine answers")
+        return Snapshot(self.text)
+
+
+@pytest.mark.parametrize(("borrowed", "used"), [(4.0, 0.5), (0.0, 0.25)])
+def test_memory_in_use_is_sampled_whenever_engines_answer(borrowed: float, used: float) -> None:
+    blocks = f"vllm:adrenaline_borrowed_blocks {borrowed}\nvllm:adrenaline_waiting_blocks {borrowed / 4}\n"
+    decode, prefill = Engine(f"vllm:kv_cache_usage_perc 0.75\n{blocks}"), Engine("vllm:kv_cache_usage_perc 0.25\n")
+    with Sampler(decode, prefill, every_s=0.001) as sampler:  # type: ignore[arg-type]
+        deadline = time.monotonic() + 10
+        while len(sampler.usage["decode"]) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert set(sampler.usage["decode"]) == {0.75}
+    assert sampler.peak("decode") == 0.75
+    assert sampler.mean("prefill") == used
+    with Sampler(decode, every_s=1000) as sampler:  # type: ignore[arg-type]
+        pass
+    assert sampler.peak("prefill") == sampler.peak("decode") == 0

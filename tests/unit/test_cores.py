@@ -1,4 +1,4 @@
-"""Lists of cores as a user writes them."""
+"""Processor cores: lists of them as a user writes them, and halves for two engines."""
 
 import pytest
 
@@ -34,3 +34,11 @@ def test_cores_must_be_there_and_be_as_many_lists_as_ranks() -> None:
         cores.check("4000", 1)
     with pytest.raises(AdrenalineError, match=r"1 rank\(s\); there are 2"):
         cores.check("0", 2)
+
+
+@pytest.mark.parametrize(
+    ("all_cores", "halves"),
+    [([0, 1], ("0", "1")), ([0, 1, 2], ("0,1", "2")), ([5], ("5", "5")), ([0, 2, 4, 6], ("0,2", "4,6"))],
+)
+def test_cores_are_halved(all_cores: list[int], halves: tuple[str, str]) -> None:
+    assert cores.split_cores(all_cores) == halves

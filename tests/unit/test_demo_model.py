@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from vllm_adrenaline.bench import demo_load, demo_report
+from vllm_adrenaline.bench import demo, demo_report
+from vllm_adrenaline.workload.client import Answer
 from vllm_adrenaline.workload.text import words
-from vllm_adrenaline.workload.tiny_model import cache_folder, make_model
+from vllm_adrenaline.workload.tiny_model import make_model
 
 
 def tiny(folder: Path, seed: int = 0) -> Path:
@@ -71,31 +72,26 @@ def test_impossible_sizes_are_refused(tmp_path: Path, sizes: dict[str, int], why
     assert list(tmp_path.glob("*/model.safetensors")) == []
 
 
-def test_cache_folder_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "vllm-adrenaline" / "models"
-
-
 def test_config_is_what_was_asked(tmp_path: Path) -> None:
     config = json.loads((tiny(tmp_path) / "config.json").read_text())
     assert (config["num_hidden_layers"], config["head_dim"], config["vocab_size"]) == (2, 32, 512)
 
 
 def test_requests_are_mixed_and_the_same_every_time() -> None:
-    requests = demo_load.mixed_requests()
-    assert requests == demo_load.mixed_requests()
-    lengths = [len(work.prompt.split()) for work in requests]
+    requests = demo.mixed_requests()
+    assert requests == demo.mixed_requests()
+    lengths = [len(str(request.prompt).split()) for request in requests]
     assert (min(lengths), max(lengths), len(requests)) == (3, 330, 24)
-    assert {work.chat for work in requests} == {True, False}
-    assert all(10 <= work.tokens <= 150 for work in requests)
+    assert {request.chat for request in requests} == {True, False}
+    assert all(10 <= request.tokens <= 150 for request in requests)
 
 
 def test_report_counts_tokens_up_to_the_first_difference() -> None:
-    def result(name: str, offloaded: int | None, *tokens: list[int]) -> demo_report.Result:
-        answers = [demo_load.Answer(mine, 0.1, 0.01) for mine in tokens]
-        return demo_report.Result(name, offloaded, demo_load.Measured(answers, 1.0, 0.5), 10)
+    def result(name: str, offloaded: int, *tokens: list[int]) -> demo_report.Result:
+        answers = [Answer(0.0, [0.1 + 0.01 * at for at in range(len(mine))], mine) for mine in tokens]
+        return demo_report.Result(name, offloaded, answers, 0.5, 10)
 
-    plain = result("plain", None, [1, 2, 3], [4, 5])
+    plain = result("plain", 0, [1, 2, 3], [4, 5])
     good, bad = result("good", 1, [1, 2, 3], [4, 5]), result("bad", 0, [1, 9, 3], [4, 5])
     assert demo_report.problems([plain, good]) == []
     assert demo_report.problems([plain, bad]) == [
@@ -104,3 +100,5 @@ def test_report_counts_tokens_up_to_the_first_difference() -> None:
     ]
     assert "3 of 5" in demo_report.table([plain, bad])
     assert "5 of 10" in demo_report.table([plain, bad])
+    assert "0.10/0.10/0.10" in demo_report.table([plain, bad]), "time to the first token"
+    assert "10/10/10" in demo_report.table([plain, bad]), "time between tokens"

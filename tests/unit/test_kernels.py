@@ -146,6 +146,7 @@ def test_a_plan_that_points_outside_the_cache_is_refused(name: str, value: int) 
 
 TWO_AT_ONCE = """
 import sys, threading, torch
+from vllm.utils.math_utils import cdiv
 from vllm_adrenaline.attention.kernels import CpuAttention
 
 torch.set_num_threads(1)
@@ -156,7 +157,7 @@ attention = CpuAttention(caches, [SIZE**-0.5], HEADS, "vec", True, native=False)
 
 
 def step(rows, context):
-    width = -(-context // BLOCK)
+    width = cdiv(context, BLOCK)
     return {
         "query_start_loc": torch.arange(rows + 1, dtype=torch.int32),
         "seq_lens": torch.full((rows,), context, dtype=torch.int32),

@@ -15,12 +15,13 @@ import pytest
 
 from vllm_adrenaline import cli
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch import commands
+from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.cluster import Cluster
+from vllm_adrenaline.launch.engine_command import EngineCommand
 from vllm_adrenaline.launch.process import EngineProcess, group_members, meaningful_lines
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import bind
-from vllm_adrenaline.system import machine
+from vllm_adrenaline.system.ports import reserve_ports
 
 # Has a child that ignores SIGTERM, as a hanging worker would.
 STUBBORN_FAMILY = """
@@ -140,6 +141,7 @@ def test_engine_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     code = f"""
 import os, sys, time
 from pathlib import Path
+from vllm_adrenaline.launch.engine_command import EngineCommand
 from vllm_adrenaline.launch.process import EngineProcess
 command = [sys.executable, "-c", "import time; time.sleep(60)"]
 process = EngineProcess("d", command, dict(os.environ), Path({str(tmp_path / "log")!r}))
@@ -159,7 +161,7 @@ time.sleep(60)
 def test_engine_that_ends_stops_the_others_and_says_why(tmp_path: Path) -> None:
     lasting = [sys.executable, "-c", "import time; time.sleep(60)"]
     failing = [sys.executable, "-c", "import time; time.sleep(1); raise ValueError('no such model')"]
-    specs = [commands.EngineSpec("decode", 1, lasting), commands.EngineSpec("prefill", 1, failing)]
+    specs = [EngineCommand("decode", 1, lasting), EngineCommand("prefill", 1, failing)]
     supervisor = Supervisor(specs, logs=tmp_path)
     pids: list[int] = []
     original = supervisor.check
@@ -180,8 +182,8 @@ def test_engine_that_ends_stops_the_others_and_says_why(tmp_path: Path) -> None:
 
 
 def test_ready_when_healthy(tmp_path: Path) -> None:
-    (port,) = machine.held_ports(1)
-    spec = commands.EngineSpec("decode", port, [sys.executable, "-c", SERVER, str(port)])
+    (port,) = reserve_ports(1)
+    spec = EngineCommand("decode", port, [sys.executable, "-c", SERVER, str(port)])
     with Supervisor([spec], logs=tmp_path) as supervisor:
         supervisor.check()
         os.kill(supervisor.processes["decode"].pid, signal.SIGKILL)
@@ -191,10 +193,10 @@ def test_ready_when_healthy(tmp_path: Path) -> None:
 
 
 def test_cluster_leaves_no_folder_and_no_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dummy(name: str, model: str, port: int, args: object, env: dict[str, str]) -> commands.EngineSpec:
-        return commands.EngineSpec(name, port, [sys.executable, "-c", SERVER, str(port)], env)
+    def dummy(name: str, model: str, port: int, args: object, env: dict[str, str]) -> EngineCommand:
+        return EngineCommand(name, port, [sys.executable, "-c", SERVER, str(port)], env)
 
-    monkeypatch.setattr(commands, "engine_spec", dummy)
+    monkeypatch.setattr(engine_command, "vllm_server", dummy)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "logs").mkdir()
     with Cluster(tmp_path, offload_ratio=0.5, logs=tmp_path / "logs") as cluster:
@@ -222,14 +224,6 @@ def test_meaningful_lines_of_a_vllm_log() -> None:
     assert meaningful_lines("usage: x\napi_server.py: error: unrecognized arguments: --y") == [
         "api_server.py: error: unrecognized arguments: --y"
     ]
-
-
-@pytest.mark.parametrize(
-    ("cores", "halves"),
-    [([0, 1], ("0", "1")), ([0, 1, 2], ("0,1", "2")), ([5], ("5", "5")), ([0, 2, 4, 6], ("0,2", "4,6"))],
-)
-def test_cores_are_halved(cores: list[int], halves: tuple[str, str]) -> None:
-    assert machine.split_cores(cores) == halves
 
 
 def test_later_signals_do_not_interrupt_the_cleaning_up() -> None:
@@ -300,7 +294,7 @@ def test_every_part_of_a_cluster_is_stopped_whatever_another_one_does(tmp_path: 
 
         close = stop
 
-    cluster._door, cluster._listener, cluster._supervisor = parts = (Part(), Part(), Part())  # type: ignore[assignment]
+    cluster._proxy, cluster._listener, cluster._supervisor = parts = (Part(), Part(), Part())  # type: ignore[assignment]
     cluster._runtime = tmp_path / "runtime"
     cluster._runtime.mkdir()
     with pytest.raises(PermissionError):
@@ -336,7 +330,7 @@ def test_a_start_that_stands_still_is_given_up_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str, said: str
 ) -> None:
     monkeypatch.setattr("vllm_adrenaline.launch.supervisor.STUCK_S", 1.0)
-    spec = commands.EngineSpec("decode", 1, [sys.executable, "-c", code])
+    spec = EngineCommand("decode", 1, [sys.executable, "-c", code])
     started = time.monotonic()
     with pytest.raises(AdrenalineError) as error, Supervisor([spec], logs=tmp_path, silence_limit=4):
         pass
@@ -349,10 +343,10 @@ def test_what_engines_are_at_is_shown_while_they_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("vllm_adrenaline.launch.supervisor.PROGRESS_S", 0.1)
-    (port,) = machine.held_ports(1)
+    (port,) = reserve_ports(1)
     line = "(Worker pid=7) INFO 11-20 22:13:22 [x.py:9] Loading weights"
     code = f"print({line!r}, flush=True); import time; time.sleep(1)\n{SERVER}"
-    spec = commands.EngineSpec("decode", port, [sys.executable, "-c", code, str(port)])
+    spec = EngineCommand("decode", port, [sys.executable, "-c", code, str(port)])
     with Supervisor([spec], logs=tmp_path):
         pass
     assert "s, decode: Loading weights\n" in capsys.readouterr().out

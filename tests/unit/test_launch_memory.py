@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch import commands
+from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.cluster import Cluster
-from vllm_adrenaline.launch.memory import GIB, PROCESSES_BYTES, Memory, is_chosen, machine, share
+from vllm_adrenaline.launch.memory import GIB, PROCESSES_BYTES, Memory, is_chosen, read, utilization
 
 ENGINES = ["prefill", "decode"]
 
@@ -40,14 +40,14 @@ V1, V2 = "sys/fs/cgroup/memory/memory", "sys/fs/cgroup/memory"
     ],
 )
 def test_a_container_has_what_its_limit_leaves(tmp_path: Path, group: dict[str, str], expected: Memory) -> None:
-    assert machine(there(tmp_path, MEMINFO | group)) == expected
+    assert read(there(tmp_path, MEMINFO | group)) == expected
 
 
 @given(total=st.integers(2 * GIB, 4096 * GIB), used=st.floats(0, 1), engines=st.integers(1, 8))
 def test_parts_fit_together_or_are_refused(total: int, used: float, engines: int) -> None:
     memory = Memory(total, int(total * (1 - used)))
     try:
-        part = share(memory, engines)
+        part = utilization(memory, engines)
     except AdrenalineError:
         assert memory.available < engines * (PROCESSES_BYTES + 1.1 * GIB) + 0.1 * total
         return
@@ -71,13 +71,13 @@ def test_vllms_own_flags_are_in_charge(args: list[str], env: dict[str, str], cho
 
 def commands_of(monkeypatch: pytest.MonkeyPatch, model: Path, **options: list[str]) -> dict[str, list[str]]:
     """Return how a cluster's engines would be started on a machine with 24 GiB, all free."""
-    monkeypatch.setattr("vllm_adrenaline.launch.memory.machine", lambda: Memory(24 * GIB, 23 * GIB))
+    monkeypatch.setattr("vllm_adrenaline.launch.memory.read", lambda: Memory(24 * GIB, 23 * GIB))
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     made: dict[str, list[str]] = {}
 
     class Nothing:
-        def __init__(self, specs: list[commands.EngineSpec], **_: object) -> None:
-            made.update({spec.name: spec.command for spec in specs})
+        def __init__(self, specs: list[engine_command.EngineCommand], **_: object) -> None:
+            made.update({spec.name: spec.argv for spec in specs})
 
         def start(self) -> None:
             raise AdrenalineError("far enough")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from vllm.utils.math_utils import cdiv
 
 from vllm_adrenaline.attention import native_decode
 from vllm_adrenaline.attention.kernels import CpuAttention
@@ -38,11 +39,11 @@ def step(on: CpuAttention, lengths: list[int], seed: int) -> dict[str, torch.Ten
     """Rows of one token at the end of `lengths`; blocks belong to one row each."""
     torch.manual_seed(seed)
     rows, size = len(lengths), on.block_size
-    width = -(-max(lengths) // size)
-    used = torch.randperm(64)[: sum(-(-n // size) for n in lengths)].tolist()
+    width = cdiv(max(lengths), size)
+    used = torch.randperm(64)[: sum(cdiv(n, size) for n in lengths)].tolist()
     table = torch.zeros(rows, width, dtype=torch.int32)
     for row, length in enumerate(lengths):
-        for i in range(-(-length // size)):
+        for i in range(cdiv(length, size)):
             table[row, i] = used.pop()
     slots = [int(table[r, (n - 1) // size]) * size + (n - 1) % size if n else -1 for r, n in enumerate(lengths)]
     heads = {"q": on.num_heads, "k": on.num_kv_heads, "v": on.num_kv_heads, "out": on.num_heads}

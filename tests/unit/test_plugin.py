@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -13,17 +16,45 @@ from vllm_adrenaline.compat import versions
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.errors import AdrenalineError
 
+VALUES: dict[str, tuple[str, str, Any]] = {
+    "role": ("decode", "decode", "decode"),
+    "listen": ("prefill", "ipc:///x", "ipc:///x"),
+    "peers": ("decode", "ipc:///x,ipc:///y", "ipc:///x,ipc:///y"),
+    "offload_ratio": ("decode", "0.25", "0.25"),
+    "offload_rule": ("decode", "and", "and"),
+    "tpot_slo_ms": ("decode", "20", 20.0),
+    "profile": ("decode", "file.json", "file.json"),
+    "lease_seconds": ("prefill", "7", 7.0),
+    "claim_seconds": ("prefill", "3", 3.0),
+    "prefill_reserve": ("prefill", "0.5", 0.5),
+    "growth_reserve": ("prefill", "0.3", 0.3),
+    "executor_cores": ("prefill", "0-1|2", "0-1|2"),
+    "executor_threads": ("prefill", "2", 2),
+    "executor_share": ("prefill", "0.4", 0.4),
+    "ttft_slo_ms": ("prefill", "300", 300.0),
+    "executor_timeout": ("decode", "9", 9.0),
+    "connect_timeout": ("decode", "8", 8.0),
+}
+"""What a user may write for an option, in which role, and what the option is then."""
 
-def python(code: str, *arguments: str) -> str:
-    """Run code in a fresh interpreter, where no plugin is loaded yet; return its last line, of stderr if it failed."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=180)
-    return (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
+
+def test_every_option_is_tried() -> None:
+    assert set(VALUES) == set(Options.__struct_fields__)
 
 
-def test_every_option_is_a_flag_with_help() -> None:
-    flags = config.flags()
-    assert {name for name, _, _ in flags} == set(Options.__struct_fields__)
-    assert all(arguments["help"] for _, _, arguments in flags)
+@pytest.mark.parametrize("name", Options.__struct_fields__)
+def test_every_option_is_a_flag_with_help(name: str) -> None:
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    for field, flag, arguments in config.flags():
+        parser.add_argument(flag, dest=field, **arguments)
+    role, text, value = VALUES[name]
+    flag = f"--adrenaline-{name.replace('_', '-')}"
+    given = vars(parser.parse_args(["--adrenaline-role", role, flag, text]))
+    assert getattr(Options.parse(given), name) == value
+    (action,) = (action for action in parser._actions if flag in action.option_strings)
+    shown = "".join(parser.format_help().split())  # lines end anywhere, at hyphens too
+    assert "".join(str(action.help).split()) in shown
+    assert re.fullmatch(r"[A-Z].{30,}[.]", str(action.help)), "at least one sentence"
 
 
 @pytest.mark.parametrize(
@@ -58,52 +89,66 @@ def test_a_checked_vllm_is_taken_with_any_local_part() -> None:
     assert versions.check_vllm("0.32.0+cpu") == "0.32.0"
 
 
-PARSE = """
-import sys
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-args = AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", "x", *sys.argv[1:]]))
-print(args.additional_config, args.scheduler_cls, args.worker_cls, args.kv_transfer_config)
-"""
-
-
-def parse(*flags: str) -> str:
-    return python(PARSE, *flags)
-
-
-def test_without_the_plugin_flag_nothing_is_different() -> None:
-    assert parse() == "{} None auto None"
-
-
-def test_the_flags_reach_every_process_through_additional_config() -> None:
-    line = parse("--plugin", "adrenaline", "--adrenaline-role", "decode", "--adrenaline-offload-ratio", "0.25")
-    assert line == "{'adrenaline': {'role': 'decode', 'offload_ratio': '0.25'}} None auto None"
-
-
-def test_a_flag_without_the_plugin_says_what_is_missing() -> None:
-    assert parse("--adrenaline-role", "decode") == "adrenaline: --adrenaline-role needs --plugin adrenaline"
-
-
-def test_an_unknown_plugin_is_refused() -> None:
-    assert "invalid choice: 'steroids'" in parse("--plugin", "steroids")
-
-
-IDLE = """
+FIRST_IN_A_FRESH_PROCESS = """
+import contextlib, io, json, sys
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed import utils
 before = AttentionBackendEnum.CPU_ATTN.get_path(), shm_broadcast.SpinCondition.wait
 load_general_plugins()
-import sys
 assert "vllm_adrenaline.plugin" in sys.modules
-assert (AttentionBackendEnum.CPU_ATTN.get_path(), shm_broadcast.SpinCondition.wait) == before
-assert not any(name.startswith("vllm_adrenaline.decode") for name in sys.modules)
-from vllm.engine.arg_utils import EngineArgs
-print("same", EngineArgs().scheduler_cls, EngineArgs().worker_cls)
+same = (AttentionBackendEnum.CPU_ATTN.get_path(), shm_broadcast.SpinCondition.wait) == before
+loaded = any(name.startswith("vllm_adrenaline.decode") for name in sys.modules)
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+classes = EngineArgs().scheduler_cls, EngineArgs().worker_cls
+print(json.dumps({"same": same, "loaded": loaded, "classes": classes}))
 """
+PARSE = """
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+def parse(flags):
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            args = AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", "x", *flags]))
+    except SystemExit as error:
+        return (errors.getvalue().strip() or str(error)).splitlines()[-1]
+    return f"{args.additional_config} {args.scheduler_cls} {args.worker_cls} {args.kv_transfer_config}"
+for flags in json.loads(sys.argv[1]):
+    print(json.dumps(parse(flags)))
+"""
+LINES = {
+    (): "{} None auto None",
+    ("--plugin", "adrenaline", "--adrenaline-role", "decode", "--adrenaline-offload-ratio", "0.25"): (
+        "{'adrenaline': {'role': 'decode', 'offload_ratio': '0.25'}} None auto None"
+    ),
+    ("--adrenaline-role", "decode"): "adrenaline: --adrenaline-role needs --plugin adrenaline",
+}
+UNKNOWN = ("--plugin", "steroids")
 
 
-def test_an_installed_package_changes_no_class_of_vllm() -> None:
-    assert python(IDLE) == "same None auto"
+@pytest.fixture(scope="module")
+def vllm() -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """What a fresh process with vLLM says: first of its classes, then of each of these command lines."""
+    lines = [*LINES, UNKNOWN]
+    command = [sys.executable, "-c", FIRST_IN_A_FRESH_PROCESS + PARSE, json.dumps(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    first, *said = [json.loads(line) for line in done.stdout.splitlines()[-len(lines) - 1 :]]
+    return first, dict(zip(lines, said, strict=True))
+
+
+def test_an_installed_package_changes_no_class_of_vllm(vllm: tuple[dict[str, Any], dict[tuple[str, ...], str]]) -> None:
+    assert vllm[0] == {"same": True, "loaded": False, "classes": [None, "auto"]}
+
+
+@pytest.mark.parametrize("flags", LINES)
+def test_flags_reach_every_process_through_additional_config_and_need_the_plugin(
+    flags: tuple[str, ...], vllm: tuple[dict[str, Any], dict[tuple[str, ...], str]]
+) -> None:
+    assert vllm[1][flags] == LINES[flags]
+
+
+def test_an_unknown_plugin_is_refused(vllm: tuple[dict[str, Any], dict[tuple[str, ...], str]]) -> None:
+    assert "invalid choice: 'steroids'" in vllm[1][UNKNOWN]

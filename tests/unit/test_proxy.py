@@ -1,4 +1,4 @@
-"""The front door in front of fake engines: what is sent where, and what happens when somebody fails or leaves."""
+"""The proxy in front of fake engines: what is sent where, and what happens when somebody fails or leaves."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.proxy.app import create_app
 from vllm_adrenaline.proxy.errors import Refused
-from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
-from vllm_adrenaline.system.machine import held_ports
+from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
+from vllm_adrenaline.system.ports import reserve_ports
 
 PARAMS = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_block_ids": [[1, 2]]}
 BODY = {"model": "m", "prompt": "hello", "max_tokens": 7}
@@ -79,20 +80,20 @@ class FakeEngine:
 Test = Callable[[aiohttp.ClientSession, FakeEngine, FakeEngine], Awaitable[None]]
 
 
-def with_door(prefill: Callable[[], FakeEngine], decode: Callable[[], FakeEngine], test: Test) -> None:
-    """Run the test with a client of a front door before the two engines."""
+def with_proxy(prefill: Callable[[], FakeEngine], decode: Callable[[], FakeEngine], test: Test) -> None:
+    """Run the test with a client of a proxy before the two engines."""
 
     async def run() -> None:
         p, d = prefill(), decode()
         async with p.serve(), d.serve():
             listener = bind("127.0.0.1", 0)
-            door = ServerThread(listener, [p.url], [d.url])
-            door.start()
+            proxy = ServerThread(listener, [p.url], [d.url])
+            proxy.start()
             try:
                 async with aiohttp.ClientSession(url_of(listener)) as client:
                     await asyncio.wait_for(test(client, p, d), 20)
             finally:
-                await asyncio.to_thread(door.stop)
+                await asyncio.to_thread(proxy.stop)
                 listener.close()
 
     asyncio.run(run())
@@ -127,7 +128,7 @@ def test_prefill_first_then_decode_with_its_params() -> None:
             assert headers_seen["x-request-id"] == "r1"
             assert headers_seen["authorization"] == "Bearer k"
 
-    with_door(good_prefill, good_decode, test)
+    with_proxy(good_prefill, good_decode, test)
 
 
 def test_request_id_is_made_and_the_same_for_both() -> None:
@@ -138,7 +139,7 @@ def test_request_id_is_made_and_the_same_for_both() -> None:
         assert p.seen[0][1]["max_completion_tokens"] == p.seen[0][1]["max_tokens"] == 1
         assert d.seen[0][1]["max_completion_tokens"] == 9
 
-    with_door(good_prefill, good_decode, test)
+    with_proxy(good_prefill, good_decode, test)
 
 
 def test_stream_goes_through_untouched() -> None:
@@ -148,7 +149,7 @@ def test_stream_goes_through_untouched() -> None:
             assert answer.headers["X-Engine"] == "d"
             assert await answer.read() == b'data: {"a":  1}\n\ndata: [DONE]\n\n'
 
-    with_door(good_prefill, good_decode, test)
+    with_proxy(good_prefill, good_decode, test)
 
 
 def test_first_bytes_arrive_before_the_rest_exists() -> None:
@@ -157,7 +158,7 @@ def test_first_bytes_arrive_before_the_rest_exists() -> None:
             assert await answer.content.readline() == b'data: {"a":  1}\n'
         await asyncio.wait_for(d.cancelled.wait(), 5)
 
-    with_door(good_prefill, lambda: FakeEngine(wait=True), test)
+    with_proxy(good_prefill, lambda: FakeEngine(wait=True), test)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -172,9 +173,9 @@ def test_client_that_leaves_cancels_the_engine(phase: str) -> None:
 
     waiting = FakeEngine
     if phase == "prefill":
-        with_door(lambda: waiting(wait=True), good_decode, test)
+        with_proxy(lambda: waiting(wait=True), good_decode, test)
     else:
-        with_door(good_prefill, lambda: waiting(wait=True), test)
+        with_proxy(good_prefill, lambda: waiting(wait=True), test)
 
 
 def test_refusal_of_the_prefill_engine_is_passed_on() -> None:
@@ -185,7 +186,7 @@ def test_refusal_of_the_prefill_engine_is_passed_on() -> None:
             assert (answer.status, await answer.json()) == (400, error)
         assert not d.seen
 
-    with_door(lambda: FakeEngine(error, status=400), good_decode, test)
+    with_proxy(lambda: FakeEngine(error, status=400), good_decode, test)
 
 
 @pytest.mark.parametrize("missing", ["prefill", "decode"])
@@ -193,11 +194,11 @@ def test_engine_that_is_down_is_503(missing: str) -> None:
     async def run() -> None:
         engine = good_prefill() if missing == "decode" else good_decode()
         async with engine.serve():
-            down = f"http://127.0.0.1:{held_ports(1)[0]}"
+            down = f"http://127.0.0.1:{reserve_ports(1)[0]}"
             urls = (down, engine.url) if missing == "prefill" else (engine.url, down)
             listener = bind("127.0.0.1", 0)
-            door = ServerThread(listener, [urls[0]], [urls[1]])
-            door.start()
+            proxy = ServerThread(listener, [urls[0]], [urls[1]])
+            proxy.start()
             try:
                 async with aiohttp.ClientSession(url_of(listener)) as client:
                     async with client.post("/v1/completions", json=BODY) as answer:
@@ -210,7 +211,7 @@ def test_engine_that_is_down_is_503(missing: str) -> None:
                         assert answer.status == 503
                         assert f"{missing} engine" in (await answer.json())["error"]["message"]
             finally:
-                await asyncio.to_thread(door.stop)
+                await asyncio.to_thread(proxy.stop)
                 listener.close()
 
     asyncio.run(run())
@@ -222,7 +223,7 @@ def test_engine_that_dies_mid_answer_is_no_whole_answer() -> None:
             with pytest.raises(aiohttp.ClientError):
                 await answer.read()
 
-    with_door(good_prefill, lambda: FakeEngine(cut=True), test)
+    with_proxy(good_prefill, lambda: FakeEngine(cut=True), test)
 
 
 def test_health_models_and_unknown_paths() -> None:
@@ -236,7 +237,7 @@ def test_health_models_and_unknown_paths() -> None:
         async with client.get("/v1/completions") as answer:
             assert (answer.status, (await answer.json())["error"]["code"]) == (405, 405)
 
-    with_door(good_prefill, good_decode, test)
+    with_proxy(good_prefill, good_decode, test)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_kv_transfer_params_of_clients_are_refused(extra: dict[str, Any]) -> Non
         assert not p.seen
         assert not d.seen
 
-    with_door(good_prefill, good_decode, test)
+    with_proxy(good_prefill, good_decode, test)
 
 
 @pytest.mark.parametrize("raw", [b"{", b"[]", b"\xff", b"[" * 200_000])
@@ -299,7 +300,7 @@ def test_requests_of_several_sequences_go_to_decode_alone(extra: dict[str, Any])
         assert not p.seen
         assert d.seen[0][1] == BODY | extra
 
-    with_door(good_prefill, good_decode, test)
+    with_proxy(good_prefill, good_decode, test)
 
 
 @pytest.mark.parametrize("extra", [{"n": 1}, {"n": None}, {"prompt": [1, 2, 3]}, {"prompt": ["a"]}, {"echo": False}])
@@ -317,7 +318,7 @@ def test_taken_port_is_one_sentence() -> None:
     with bind("127.0.0.1", 0) as first:
         first.listen()
         port = first.getsockname()[1]
-        with pytest.raises(PortTaken, match=f"port {port} on 127.0.0.1 is in use"):
+        with pytest.raises(AdrenalineError, match=f"port {port} on 127.0.0.1 is in use"):
             bind("127.0.0.1", port)
 
 
@@ -346,7 +347,7 @@ def test_a_prompt_that_decode_refuses_is_given_up_once(status: int) -> None:
         assert d.seen[-1][2]["authorization"] == "Bearer k"
         assert d.seen[-1][2].get("x-request-id") != "r1"
 
-    with_door(good_prefill, lambda: FakeEngine({"error": {}}, status=status), test)
+    with_proxy(good_prefill, lambda: FakeEngine({"error": {}}, status=status), test)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -357,7 +358,7 @@ def test_a_prompt_that_decode_took_is_not_given_up(stream: bool) -> None:
             await answer.read()
         assert await released(d, 0) == []
 
-    with_door(good_prefill, good_decode, test)
+    with_proxy(good_prefill, good_decode, test)
 
 
 def test_a_prompt_whose_client_leaves_before_decode_answers_is_given_up() -> None:
@@ -369,7 +370,7 @@ def test_a_prompt_whose_client_leaves_before_decode_answers_is_given_up() -> Non
         await d.cancelled.wait()
         assert await released(d) == [RELEASE]
 
-    with_door(good_prefill, lambda: FakeEngine({}, wait=True), test)
+    with_proxy(good_prefill, lambda: FakeEngine({}, wait=True), test)
 
 
 def test_a_prompt_is_given_up_through_another_decode_engine_when_its_own_is_down() -> None:
@@ -377,15 +378,15 @@ def test_a_prompt_is_given_up_through_another_decode_engine_when_its_own_is_down
         p, d = good_prefill(), good_decode()
         async with p.serve(), d.serve():
             listener = bind("127.0.0.1", 0)
-            door = ServerThread(listener, [p.url], [f"http://127.0.0.1:{held_ports(1)[0]}", d.url])
-            door.start()
+            proxy = ServerThread(listener, [p.url], [f"http://127.0.0.1:{reserve_ports(1)[0]}", d.url])
+            proxy.start()
             try:
                 async with aiohttp.ClientSession(url_of(listener)) as client:
                     async with client.post("/v1/completions", json=BODY) as answer:
                         assert answer.status == 503
                     assert await released(d) == [RELEASE]
             finally:
-                await asyncio.to_thread(door.stop)
+                await asyncio.to_thread(proxy.stop)
                 listener.close()
 
     asyncio.run(run())
@@ -397,7 +398,7 @@ def test_a_prompt_that_prefill_did_not_keep_is_not_given_up() -> None:
             assert answer.status == 400
         assert await released(d, 0) == []
 
-    with_door(lambda: FakeEngine({"kv_transfer_params": None}), lambda: FakeEngine({}, status=400), test)
+    with_proxy(lambda: FakeEngine({"kv_transfer_params": None}), lambda: FakeEngine({}, status=400), test)
 
 
 @pytest.mark.parametrize("given", ["x" * 257, "x" * 4000, "", None])
@@ -410,7 +411,7 @@ def test_a_request_id_that_is_too_long_for_engines_is_replaced(given: str | None
         assert len(ids) == 1
         assert len(ids.pop()) == 32
 
-    with_door(good_prefill, good_decode, test)
+    with_proxy(good_prefill, good_decode, test)
 
 
 @pytest.mark.parametrize("answer", [{"kv_transfer_params": [1]}, {"kv_transfer_params": "x"}])
@@ -420,4 +421,4 @@ def test_prefill_params_that_are_no_object_are_502(answer: dict[str, Any]) -> No
             assert got.status == 502
         assert not d.seen
 
-    with_door(lambda: FakeEngine(answer), good_decode, test)
+    with_proxy(lambda: FakeEngine(answer), good_decode, test)

@@ -13,7 +13,7 @@ import zmq
 
 from vllm_adrenaline.compat.side_channel import PORT, SideChannel
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.system import machine
+from vllm_adrenaline.system.ports import reserve_ports
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_what_cannot_be_answered_is_counted_and_ends_nothing(channel: SideChanne
 
 
 def test_a_port_that_an_operator_chose_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    (port,) = machine.held_ports(1)
+    (port,) = reserve_ports(1)
     monkeypatch.setenv(PORT, str(port))
     chosen = SideChannel("localhost")
     assert chosen.port == port
@@ -78,7 +78,7 @@ def test_a_port_that_an_operator_chose_is_taken_or_refused(monkeypatch: pytest.M
 
 
 def test_a_held_port_is_nobody_elses_until_an_engine_of_ours_listens_there() -> None:
-    ports = machine.held_ports(50)
+    ports = reserve_ports(50)
     code = "import socket, sys; s = socket.socket(); s.bind(('127.0.0.1', int(sys.argv[1]))); s.listen()"
     stolen = subprocess.run([sys.executable, "-c", code, str(ports[0])], capture_output=True, text=True)
     assert "Address already in use" in stolen.stderr

@@ -38,7 +38,7 @@ def engine() -> Iterator[str]:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metrics)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
@@ -70,3 +70,21 @@ def test_an_engine_without_the_plugin_has_no_placements() -> None:
 def test_no_engine_there_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", "http://127.0.0.1:1"]) == 1
     assert capsys.readouterr().err.startswith("adrenaline: no engine answers at http://127.0.0.1:1/metrics")
+
+
+def test_labels_are_read_as_prometheus_writes_them() -> None:
+    text = 'vllm:a_total{model="with \\"quotes\\", a comma and a }",rank="0"} 2.0\n'
+    text += 'vllm:a_total{model="b",rank="1"} 3e2\n'
+    assert Snapshot(text).labelled("vllm:a_total") == [
+        ({"model": 'with "quotes", a comma and a }', "rank": "0"}, 2.0),
+        ({"model": "b", "rank": "1"}, 300.0),
+    ]
+    assert Snapshot(text).value("vllm:a_total") == 302
+
+
+def test_a_server_that_is_no_engine_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(f"{__name__}.TEXT", "<html>\n<body>hello</body>\n</html>\n")
+    assert cli.main(["status", engine]) == 1
+    assert capsys.readouterr().err.startswith(f"adrenaline: no engine answers at {engine}/metrics")

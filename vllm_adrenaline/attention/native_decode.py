@@ -10,6 +10,7 @@ import functools
 import logging
 
 import torch
+from vllm.utils.math_utils import cdiv
 
 from vllm_adrenaline.attention import operators
 from vllm_adrenaline.native.library import library
@@ -58,7 +59,7 @@ def _tried(group: int, head_size: int, block_size: int, dtype: torch.dtype) -> i
 
 def _gives_equal_bits(group: int, head_size: int, block_size: int, dtype: torch.dtype, lengths: list[int]) -> bool:
     random = torch.Generator().manual_seed(len(lengths))
-    width = -(-max(lengths) // block_size)
+    width = cdiv(max(lengths), block_size)
 
     def some(*sizes: int) -> torch.Tensor:
         return torch.randn(*sizes, generator=random).to(dtype)

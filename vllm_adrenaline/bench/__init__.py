@@ -1,1 +1,1 @@
-"""`adrenaline bench`: this plugin against vLLM's own disaggregation, on the same machine in the same run."""
+"""`adrenaline bench` and `adrenaline demo`: this plugin beside vLLM alone, on the same machine in the same run."""

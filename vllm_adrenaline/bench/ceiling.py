@@ -1,11 +1,12 @@
-"""What offloading could gain here with no engine in the way: bare operators, a flag in shared memory, two cores.
+"""The ceiling of what offloading could gain on this machine: bare operators on two cores, with no engine in the way.
 
     python -m vllm_adrenaline.bench.ceiling MODEL ROWS CONTEXT     (MODEL: mha or gqa; prints one JSON object)
 
-The decode side runs the four GEMMs of every layer, cold, and vLLM's attention operators on its KV;
-the other side the same operators on its own KV when a flag is raised. In turns: ROWS rows, all attended here; and twice
-as many, half of them attended there, with vLLM's attention operator and with this plugin's native one. The ratio of
-rows per second is what engines with free scheduling, transport and Python could reach when their KV memory doubles.
+The decode side runs the four GEMMs of every layer, cold, and vLLM's attention operators on its KV. The other side runs
+the same operators on its own KV when a flag in shared memory is raised. Two kinds of steps take turns: ROWS rows, all
+attended here, and twice as many, half of them attended there. The latter are measured with vLLM's attention operator
+and with this plugin's native one. The ratio of rows per second is what engines could reach whose KV memory doubles, if
+scheduling, transport and Python took no time.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 from vllm_adrenaline.bench.workloads import BLOCK, MODELS
-from vllm_adrenaline.system.machine import physical_cores
+from vllm_adrenaline.system.cores import physical_cores
 
 SENT, DONE, STOP, NATIVE = 0, 1, 2, 3
 REPEATS = 15
 
 
 def _attention(shape: dict[str, int], rows: int, context: int, core: int) -> tuple[Any, Any]:
-    """Return torch on one core, and a function that attends a layer of a KV cache of its own, natively or not."""
+    """Return torch, kept on one core, and attend(layer, native): attention of all rows over a KV cache of its own."""
     os.sched_setaffinity(0, {core})
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
@@ -74,7 +75,7 @@ def _executor(page: mmap.mmap, shape: dict[str, int], rows: int, context: int, c
 
 
 def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
-    """Return milliseconds of the steps, of the first one's attention, and the ratios of rows per second."""
+    """Return milliseconds of a step of each kind, and of attention in the first, and the ratios of rows per second."""
     cores = physical_cores()
     page = mmap.mmap(-1, mmap.PAGESIZE)
     flags = memoryview(page).cast("q")

@@ -1,4 +1,4 @@
-"""`adrenaline bench`: its options, and what it prints and writes."""
+"""The command `adrenaline bench`: its options, and what it prints and writes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the grid, or what is missing of it, and write the report."""
+    """Run what is missing of the grid, write the report and return 0. Raises AdrenalineError."""
     from vllm_adrenaline.bench import report, systems, workloads
     from vllm_adrenaline.bench.run import Plan, budget, ceiling_file
     from vllm_adrenaline.bench.run import run as run_plan
-    from vllm_adrenaline.launch.supervisor import say
-    from vllm_adrenaline.system.machine import machine
+    from vllm_adrenaline.system import machine
+    from vllm_adrenaline.system.terminal import say
 
     quick = options.quick
     plan = Plan(
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         say(f"model {name}: {about}; {', '.join(shares)}; aggregated engines have the sum of both")
     results = run_plan(plan, options.out, say)
     ceilings = {name: json.loads(ceiling_file(options.out, name).read_text()) for name in plan.models}
-    found = report.summary(results, machine(), ceilings)
+    found = report.summary(results, machine.description(), ceilings)
     markdown = report.markdown(found)
     for name, text in {
         "report.json": json.dumps(found, indent=1) + "\n",

@@ -1,12 +1,12 @@
-"""The demonstration's table and verdict."""
+"""The table and the verdict of `adrenaline demo`."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_adrenaline.bench.demo_load import Measured
+from vllm_adrenaline.bench import figures
+from vllm_adrenaline.workload.client import Answer
 
 HEADER = (
     "system",
@@ -19,57 +19,55 @@ HEADER = (
     "TPOT ms mean/p50/p90",
     "peak KV blocks (decode)",
 )
+PLAIN = 0
+"""The position of plain vLLM among the results: the other systems are compared with it."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One system's figures."""
+    """The figures of one system: requests that it offloaded, their answers, and the KV cache of whoever decodes.
+
+    `peak_usage` is the share, 0 to 1, of its `blocks` KV blocks that were in use at most.
+    """
 
     system: str
-    offloaded: int | None
-    measured: Measured
+    offloaded: int
+    answers: list[Answer]
+    peak_usage: float
     blocks: int
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Return the token ids of each answer."""
+        return [answer.tokens for answer in self.answers]
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Return mean, median and 90th percentile."""
-    ordered = sorted(values)
-    p90 = ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
-    return "/".join(f"{value:.{digits}f}" for value in (statistics.mean(ordered), statistics.median(ordered), p90))
-
-
-def same_tokens(result: Result, reference: Result) -> int:
-    """Count the tokens up to the first one, in each answer, that differs from the reference's."""
-    same = 0
-    for mine, its in zip(result.measured.answers, reference.measured.answers, strict=True):
-        for one, other in zip(mine.tokens, its.tokens, strict=False):
-            if one != other:
-                break
-            same += 1
-    return same
+    @property
+    def token_count(self) -> int:
+        """Return the number of tokens of all answers."""
+        return sum(map(len, self.tokens))
 
 
-def token_count(result: Result) -> int:
-    """Count all tokens of a system's answers."""
-    return sum(len(answer.tokens) for answer in result.measured.answers)
+def _spread(found: dict[str, float], name: str, scale: float, digits: int) -> str:
+    return "/".join(f"{scale * found[f'{name}_{kind}']:.{digits}f}" for kind in ("mean", "p50", "p90"))
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return all systems as aligned columns; the first one is the reference."""
+    """Return all systems as aligned columns, plain vLLM first."""
+    plain = results[PLAIN]
     rows = [HEADER]
-    for result in results:
-        answers = result.measured.answers
+    for position, result in enumerate(results):
+        found = figures.of(result.answers)
         rows.append(
             (
                 result.system,
-                str(len(answers)),
-                "-" if result.offloaded is None else str(result.offloaded),
-                str(token_count(result)),
-                f"{same_tokens(result, results[0])} of {token_count(results[0])}",
-                f"{result.measured.seconds:.1f}",
-                spread([answer.ttft for answer in answers], 2),
-                spread([1000 * answer.tpot for answer in answers], 0),
-                f"{round(result.measured.peak_usage * result.blocks)} of {result.blocks}",
+                str(len(result.answers)),
+                "-" if position == PLAIN else str(result.offloaded),
+                str(result.token_count),
+                f"{figures.same_token_count(result.tokens, plain.tokens)} of {plain.token_count}",
+                f"{found['seconds']:.1f}",
+                _spread(found, "ttft_ms", 0.001, 2),
+                _spread(found, "tpot_ms", 1, 0),
+                f"{round(result.peak_usage * result.blocks)} of {result.blocks}",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
@@ -80,9 +78,9 @@ def table(results: Sequence[Result]) -> str:
 
 def problems(results: Sequence[Result]) -> list[str]:
     """Return what went wrong, one sentence each; an empty list is success."""
-    found = []
-    for result in results[1:]:
-        differing = token_count(results[0]) - same_tokens(result, results[0])
+    plain, found = results[PLAIN], []
+    for result in results[PLAIN + 1 :]:
+        differing = plain.token_count - figures.same_token_count(result.tokens, plain.tokens)
         if differing:
             found.append(f"{result.system}: {differing} tokens differ from plain vLLM's")
     if not results[-1].offloaded:

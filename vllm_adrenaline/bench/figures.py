@@ -1,4 +1,4 @@
-"""What is read from answers: throughput, latencies, goodput. Milliseconds, tokens a second."""
+"""The figures of a run: throughput in tokens a second, latencies in milliseconds, goodput, equal tokens."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ PERCENTILES = (50, 90, 99)
 
 
 def ttft_ms(answer: Answer) -> float:
-    """Return the time to the first token."""
+    """Return the milliseconds from sending a request to its first token."""
     return 1000 * (answer.times[0] - answer.sent)
 
 
 def tpot_ms(answer: Answer) -> float:
-    """Return the mean time between tokens; 0 for an answer of one token."""
+    """Return the mean milliseconds between two tokens, 0 for an answer of one token."""
     steps = len(answer.times) - 1
     return 1000 * (answer.times[-1] - answer.times[0]) / steps if steps else 0.0
 
 
 def of(answers: Sequence[Answer], prompt_tokens: int = 0) -> dict[str, float]:
-    """Return throughput (output, and with the prompts' tokens), and mean and percentiles of TTFT, TPOT, ITL, E2E."""
+    """Return the run's seconds, its throughput, and the mean and percentiles of TTFT, TPOT, ITL and E2E latency.
+
+    `output_tok_s` counts the answers' tokens, `total_tok_s` the prompts' too.
+    """
     took = max(a.times[-1] for a in answers) - min(a.sent for a in answers)
     made = sum(len(a.times) for a in answers)
     result = {"output_tok_s": made / took, "total_tok_s": (made + prompt_tokens) / took, "seconds": took}
@@ -41,7 +44,10 @@ def of(answers: Sequence[Answer], prompt_tokens: int = 0) -> dict[str, float]:
 
 
 def attended_tokens(answers: Sequence[Answer], prompts: Sequence[int]) -> int:
-    """Return how many tokens of context all decode steps read together; what was computed twice counts once."""
+    """Return how many tokens of context all decode steps read together, for answers to prompts of these lengths.
+
+    What was computed twice counts once.
+    """
     return sum(
         len(answer.tokens[1:]) * prompt + len(answer.tokens) * (len(answer.tokens) - 1) // 2
         for answer, prompt in zip(answers, prompts, strict=True)
@@ -49,21 +55,29 @@ def attended_tokens(answers: Sequence[Answer], prompts: Sequence[int]) -> int:
 
 
 def goodput_share(answers: Sequence[Answer], ttft_slo_ms: float, tpot_slo_ms: float) -> float:
-    """Return the share of requests that met both objectives."""
+    """Return the share of requests, 0 to 1, that met both objectives."""
     return statistics.mean(ttft_ms(a) <= ttft_slo_ms and tpot_ms(a) <= tpot_slo_ms for a in answers)
 
 
-def same_tokens(answers: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> float:
-    """Return the share of tokens up to the first, in each answer, that differs from the reference's."""
+def same_token_count(answers: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens come before the first, in each answer, that differs from the reference's."""
     same = 0
     for mine, its in zip(answers, reference, strict=True):
         pairs = enumerate(zip(mine, its, strict=True))
         same += next((i for i, (a, b) in pairs if a != b), len(its))
-    return same / max(sum(map(len, reference)), 1)
+    return same
+
+
+def same_tokens(answers: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> float:
+    """Return the same as a share of the reference's tokens, 0 to 1."""
+    return same_token_count(answers, reference) / max(sum(map(len, reference)), 1)
 
 
 def seconds_by_rows(answers: Sequence[Answer], at_least: int = 30) -> dict[int, float]:
-    """Return the median time between two tokens by how many requests were decoding, where it was seen often enough."""
+    """Return the median seconds between two tokens by the number of requests that were decoding.
+
+    Numbers with fewer than `at_least` samples are left out.
+    """
     spans = sorted((a.times[0], a.times[-1]) for a in answers)
     found: dict[int, list[float]] = {}
     for answer in answers:

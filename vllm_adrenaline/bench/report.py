@@ -1,4 +1,4 @@
-"""From runs to a report: medians, ratios to vLLM's own disaggregation with their spread, tables and plots."""
+"""The report of `adrenaline bench`: medians, ratios to vLLM's own disaggregation with their spread, tables, plots."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ which is proportional to output tokens per second: the same ratio as throughput 
 def summary(
     results: Sequence[Run], machine: dict[str, Any], ceilings: dict[str, dict[str, float]] | None = None
 ) -> dict[str, Any]:
-    """Return the report as plain data: per model and workload, `systems` and `ratios`; `ceilings` by model.
+    """Return the report as plain data. It has one cell, with `systems` and `ratios`, per model and workload.
 
-    A ratio is the median over repeats of the ratio within a repeat; `spread` is half the range of those, None for one.
-    Where the spread is larger than the effect, `ratio` is None: the runs do not tell.
+    A ratio is the median over repeats of the ratio within a repeat. Its `spread` is half the range of those, or None
+    for a single one. Where the spread is larger than the effect, `ratio` is None: the runs do not tell. `ceilings` has
+    what bench/ceiling.py measured, by model.
     """
     by_place: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
     for run in results:
@@ -89,7 +90,7 @@ def _models(results: Sequence[Run]) -> list[str]:
 
 
 def _ceiling(ceilings: dict[str, dict[str, float]] | None, model: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the ceiling of a model, the part of attention in its step, and how near each system comes to it."""
+    """Return the ceiling of a model, the share of attention in its step, and how near each system comes to it."""
     if not ceilings or model not in ceilings:
         return {}
     found, reached = ceilings[model], {}
@@ -106,7 +107,7 @@ def _ceiling(ceilings: dict[str, dict[str, float]] | None, model: str, cells: li
 
 
 def _goodput(results: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """Return the highest rate of the ramp with its goodput, by model and system; 0 if there is none."""
+    """Return the highest rate of the ramp that has its goodput, by model and system, 0 if there is none."""
     found: dict[str, dict[str, float]] = {}
     for run in results:
         if (rate := rate_of(run.load)) is not None:
@@ -222,7 +223,7 @@ def _bars(title: str, values: dict[str, float]) -> str:
 
 
 def _lines(title: str, usage: dict[str, dict[str, list[float]]], side: str) -> str:
-    """Return a plot of the KV blocks' use of one side over the seconds of a run, all systems."""
+    """Return a plot of one side's KV blocks in use over the seconds of a run, a line for each system."""
     series = {name: values[side] for name, values in usage.items() if values.get(side)}
     if not series:
         return ""

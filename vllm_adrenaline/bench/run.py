@@ -1,4 +1,7 @@
-"""The grid: every workload on every system of a model, in turns, repeat by repeat; each result is kept at once."""
+"""The grid of `adrenaline bench`: every workload on every system of a model, in turns, repeat by repeat.
+
+Each result is written to a file at once, so that a run that was stopped goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from vllm_adrenaline.bench.workloads import (
 )
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.engine_metrics import Snapshot
-from vllm_adrenaline.system.machine import physical_cores, split_cores
+from vllm_adrenaline.system.cores import physical_cores, split_cores
 from vllm_adrenaline.workload import client
 from vllm_adrenaline.workload.load import Load
 
@@ -47,8 +50,10 @@ COUNTED = {
 
 
 class Run(msgspec.Struct, frozen=True):
-    """One workload once on one system. `figures`: by name; `tokens`: what came, for comparing systems; `usage`: used
-    share of the KV blocks of both sides, one value a second; `placements`: what the plugin decided, and why, how often.
+    """The result of one workload, run once on one system.
+
+    `figures` are by name. `tokens` are those of each answer, for comparing systems. `usage` is the share of KV blocks
+    in use on both sides, one value a second. `placements` says how often the plugin decided what, and why.
     """
 
     model: str
@@ -63,13 +68,16 @@ class Run(msgspec.Struct, frozen=True):
 
     @property
     def has_goodput(self) -> bool:
-        """Whether enough requests met their objectives."""
+        """Say whether enough requests met their objectives."""
         return self.figures["goodput_share"] >= GOODPUT
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What is to be run. `loads`: empty for each model's own. `counts`: requests by workload, where fewer than all are
-    wanted."""
+    """What is to be run.
+
+    Without `loads`, each model has its own. `counts` has the number of requests of a workload where fewer than all are
+    wanted.
+    """
 
     models: list[str]
     loads: list[str]
@@ -86,7 +94,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def runs(self) -> int:
-        """How many runs there are, of a ramp at most."""
+        """Return the number of runs. A ramp counts with the most that its search may take."""
         searched = sum(RAMP in self.loads_of(model) for model in self.models) * len(RATES).bit_length()
         return sum(len(list(self.wanted(model))) for model in self.models) + searched * len(self.systems)
 
@@ -103,7 +111,10 @@ def budget(model: str) -> Budget:
 
 
 def run(plan: Plan, folder: Path, say: Callable[[str], None], logs: Path | None = None) -> list[Run]:
-    """Run what `folder` does not hold yet; return all results of the plan. Engines start when something is missing."""
+    """Run what `folder` does not hold yet, and return all results of the plan.
+
+    Engines start only when something is missing. Raises AdrenalineError when they do not start or answer badly.
+    """
     progress = Progress(plan.runs, say)
     results: list[Run] = []
     for model in plan.models:
@@ -117,23 +128,23 @@ def run(plan: Plan, folder: Path, say: Callable[[str], None], logs: Path | None 
 
 
 class Progress:
-    """Says what was measured, and how long the rest will take."""
+    """The progress of a grid: it says what was measured, and how many seconds the rest will take."""
 
     def __init__(self, runs: int, say: Callable[[str], None]) -> None:
         self._left, self._say = runs, say
         self._began, self._done = time.monotonic(), 0
 
-    def engines_run(self) -> None:
-        """Engines are there: what they took to start says nothing of how long runs take."""
+    def leave_out_start(self) -> None:
+        """Leave out the time that the first engines took to start: it says nothing of how long runs take."""
         if not self._done:
             self._began = time.monotonic()
 
-    def known(self) -> None:
-        """A run is known from before."""
+    def skip(self) -> None:
+        """Count a run whose result is known from before."""
         self._left -= 1
 
-    def measured(self, run: Run) -> None:
-        """A run is done."""
+    def add(self, run: Run) -> None:
+        """Count a run that is done, and say what was measured."""
         self._done, self._left = self._done + 1, self._left - 1
         seconds = (time.monotonic() - self._began) / self._done * max(self._left, 0)
         shown = f"{run.figures['output_tok_s']:.0f} tok/s, TPOT p50 {run.figures['tpot_ms_p50']:.1f} ms"
@@ -151,7 +162,10 @@ class _Bench:
         self._systems: Systems | None = None
 
     def ceiling(self) -> None:
-        """Measure the ceiling of bare operators in this model's shape, in its own process, before engines run."""
+        """Measure the ceiling of bare operators in this model's shape, in its own process, before engines run.
+
+        Raises AdrenalineError when that process fails.
+        """
         file = ceiling_file(self._folder, self._model)
         if file.exists():
             return
@@ -164,22 +178,22 @@ class _Bench:
         file.write_text(done.stdout.strip().splitlines()[-1])
 
     def once(self, repeat: int, load: Load, name: str) -> Run:
-        """Return a run, from before if it is known."""
+        """Return the result of a run: from its file if there is one, else measured now."""
         file = _file(self._folder, self._model, repeat, load, name)
         if file.exists():
-            self._progress.known()
+            self._progress.skip()
             return msgspec.json.decode(file.read_bytes(), type=Run)
         if self._systems is None:
             self._systems = self._start()
-            self._progress.engines_run()
+            self._progress.leave_out_start()
         count = self._plan.counts.get(load.name, load.count)
         result = _once(self._systems.running[name], self._model, load, repeat, count)
         file.write_bytes(msgspec.json.encode(result))
-        self._progress.measured(result)
+        self._progress.add(result)
         return result
 
     def ramp(self, name: str) -> Iterator[Run]:
-        """Search the highest rate at which enough requests meet their objectives; yield the runs that it took."""
+        """Search the highest rate at which enough requests meet their objectives, and yield the runs that it takes."""
         low, high = 0, len(RATES)
         while low < high:
             middle = (low + high) // 2
@@ -219,7 +233,7 @@ def _once(system: System, model: str, load: Load, repeat: int, count: int) -> Ru
     first, last = next(iter(system.engines)), list(system.engines)[-1]
     before = {name: system.metrics(name).read() for name in system.engines}
     cpu = {name: cpu_seconds(pid) for name, pid in system.pids.items()}
-    with Sampler(system.metrics(first), system.metrics(last)) as sampler:
+    with Sampler(system.metrics(last), system.metrics(first)) as sampler:
         answers = client.send(system.url, MODEL_NAME, requests)
     found = figures.of(answers, sum(prompts))
     found["goodput_share"] = figures.goodput_share(answers, TTFT_SLO_MS, TPOT_SLO_MS)
@@ -247,7 +261,7 @@ def _once(system: System, model: str, load: Load, repeat: int, count: int) -> Ru
 
 
 def _grown(before: Snapshot, after: Snapshot) -> dict[str, float]:
-    """Return how often was decided what in between, as "placement: reason"."""
+    """Return how often each decision was made between two snapshots, by "placement: reason"."""
     known = before.placements()
     grown = {each: count - known.get(each, 0.0) for each, count in after.placements().items()}
     return {f"{placement}: {reason}": count for (placement, reason), count in grown.items() if count}

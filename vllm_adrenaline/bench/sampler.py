@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.engine_metrics import KV_USED, EngineMetrics
 from vllm_adrenaline.launch.process import group_members
 
@@ -14,7 +16,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of an engine's processes so far; those that ended are not counted."""
+    """Return the CPU time in seconds that an engine's processes have taken. Those that ended are not counted."""
     total = 0
     for member in group_members(pid):
         try:
@@ -26,23 +28,32 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Sampler:
-    """A context manager around a run; `usage` is the used share of the KV blocks of the prefill and of the decode side,
-    one value a second."""
+    """A context manager around a run that samples how much of the KV cache is in use, every `every_s` seconds.
 
-    def __init__(self, prefill: EngineMetrics, decode: EngineMetrics) -> None:
+    `usage` has the samples of the decode side, and of the prefill side if there is one: the share of its KV blocks in
+    use, 0 to 1. A moment at which an engine does not answer has no sample.
+    """
+
+    def __init__(self, decode: EngineMetrics, prefill: EngineMetrics | None = None, every_s: float = EVERY_S) -> None:
         self.usage: dict[str, list[float]] = {"prefill": [], "decode": []}
-        self._prefill, self._decode = prefill, decode
-        self._blocks = prefill.blocks()
+        self._decode, self._prefill, self._every_s = decode, prefill, every_s
+        self._blocks = prefill.blocks() if prefill else 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every_s):
+            with suppress(AdrenalineError):
+                self._sample()
 
     def _sample(self) -> None:
-        while not self._stop.wait(EVERY_S):
-            decode = self._decode.read()
+        decode = self._decode.read()
+        if self._prefill:
             # A prefill engine's own gauge stands still while it has no step: the decode engine knows what is in use.
             elsewhere = sum(decode.value(f"vllm:adrenaline_{what}_blocks") for what in ("borrowed", "waiting"))
-            self.usage["prefill"].append(elsewhere / self._blocks if elsewhere else self._prefill.usage())
-            self.usage["decode"].append(decode.value(KV_USED))
+            used = elsewhere / self._blocks if elsewhere else self._prefill.read().value(KV_USED)
+            self.usage["prefill"].append(used)
+        self.usage["decode"].append(decode.value(KV_USED))
 
     def __enter__(self) -> Sampler:
         self._thread.start()
@@ -53,7 +64,11 @@ class Sampler:
         self._thread.join()
 
     def mean(self, side: str) -> float:
-        """Return the mean use of a side in the middle half of the run: after filling, before draining."""
+        """Return the mean use of a side in the middle half of the run: after it filled and before it drained."""
         values = self.usage[side]
         middle = values[len(values) // 4 : -(len(values) // 4) or None]
         return sum(middle) / len(middle) if middle else 0.0
+
+    def peak(self, side: str) -> float:
+        """Return the largest use of a side."""
+        return max(self.usage[side], default=0.0)

@@ -1,4 +1,4 @@
-"""The systems that are compared: which engines each has, on which cores, with how much KV memory."""
+"""The systems that `adrenaline bench` compares: their engines, on which cores, with how much KV memory."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_adrenaline.compat.worker_cores import CORES_ENV
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch import commands
-from vllm_adrenaline.launch.cluster import runtime_folder
-from vllm_adrenaline.launch.commands import EngineSpec
+from vllm_adrenaline.launch import engine_command
+from vllm_adrenaline.launch.engine_command import EngineCommand
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
-from vllm_adrenaline.system import machine
+from vllm_adrenaline.system.folders import runtime_folder
+from vllm_adrenaline.system.ports import reserve_ports
 
 BASELINE = "vllm_pd"
 BASELINE_PLUGIN = Path(__file__).parent / "baseline"
-"""Gives vLLM's own systems what this plugin needs to share cores at all: without it they are several times slower on a
-machine with two cores, and a comparison would say nothing of offloading (docs/vllm-notes.md)."""
+"""A vLLM plugin that gives vLLM's own systems what this plugin needs to share cores at all. Without it they are several
+times slower on a machine with two cores, and a comparison would say nothing of offloading (docs/vllm-notes.md)."""
 ABOUT = {
     BASELINE: "vLLM disaggregated over its own NixlConnector, without this plugin",
     "vllm_one": "vLLM aggregated, one engine on all cores",
@@ -32,7 +33,7 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What every system has: KV bytes of the decode and of the prefill side, and the cores of each."""
+    """What every system gets: the bytes of KV memory and the cores of its decode and of its prefill side."""
 
     decode_bytes: int
     prefill_bytes: int
@@ -42,7 +43,7 @@ class Budget:
 
 @dataclass
 class System:
-    """One that runs: its front door, its engines by name (the prefill side first), their processes."""
+    """A system that runs: its proxy's URL, and the URLs and process ids of its engines by name, prefill side first."""
 
     name: str
     url: str
@@ -55,7 +56,7 @@ class System:
 
 
 def about(name: str) -> str:
-    """Say what a system is; raises AdrenalineError for a name that is none."""
+    """Return in words what a system is. Raises AdrenalineError for a name that is none."""
     if name in ABOUT:
         return ABOUT[name]
     ratio = name.removeprefix("adrenaline_")
@@ -65,7 +66,10 @@ def about(name: str) -> str:
 
 
 class Systems:
-    """Starts all engines of all systems at once, and stops them with `stack`."""
+    """All systems of a run, `running` by name. Their engines start at once, and stop with `stack`.
+
+    `args` are flags of vLLM for all engines; `logs` is the folder for their logs, None for one in the user's cache.
+    """
 
     def __init__(
         self,
@@ -78,7 +82,7 @@ class Systems:
     ) -> None:
         self._model, self._budget, self._args, self._runtime = str(model), budget, args, runtime_folder()
         stack.callback(shutil.rmtree, self._runtime, ignore_errors=True)
-        self._specs: dict[str, EngineSpec] = {}
+        self._specs: dict[str, EngineCommand] = {}
         wanted = {name: self._engines(name) for name in names}
         supervisor = stack.enter_context(Supervisor(list(self._specs.values()), logs=logs))
         self.running: dict[str, System] = {}
@@ -87,14 +91,14 @@ class Systems:
             disaggregated = not name.startswith("vllm_one") and name != "vllm_two"
             prefill = [engines[0].url] if disaggregated else []
             decode = [engine.url for engine in (engines[1:] if disaggregated else engines)]
-            door = ServerThread(listener, prefill, decode)
-            door.start()
-            stack.callback(door.stop)
+            proxy = ServerThread(listener, prefill, decode)
+            proxy.start()
+            stack.callback(proxy.stop)
             pids = {engine.name: supervisor.processes[engine.name].pid for engine in engines}
             urls = {engine.name: engine.url for engine in engines}
             self.running[name] = System(name, url_of(listener), urls, pids)
 
-    def _engines(self, name: str) -> list[EngineSpec]:
+    def _engines(self, name: str) -> list[EngineCommand]:
         about(name)
         b = self._budget
         if name == "vllm_one":
@@ -106,14 +110,14 @@ class Systems:
             cores_of = (b.decode_cores, b.prefill_cores)
             return [self._spec(f"vllm_two_{i}", half, cores, []) for i, cores in enumerate(cores_of)]
         if name == BASELINE:
-            env = commands.nixl_env(machine.held_ports(2))
-            flags = commands.plain_args()
+            env = engine_command.nixl_env(reserve_ports(2))
+            flags = engine_command.nixl_args()
             return [
                 self._spec("pd_prefill", b.prefill_bytes, b.prefill_cores, flags["prefill"], env["prefill"]),
                 self._spec("pd_decode", b.decode_bytes, b.decode_cores, flags["decode"], env["decode"]),
             ]
         # One prefill engine serves the decode engines of all ratios: only one of them works at a time.
-        flags = commands.adrenaline_args(self._runtime, name.removeprefix("adrenaline_"))
+        flags = engine_command.adrenaline_args(self._runtime, name.removeprefix("adrenaline_"))
         return [
             self._spec("adrenaline_prefill", b.prefill_bytes, b.prefill_cores, flags["prefill"]),
             self._spec(f"{name}_decode", b.decode_bytes, b.decode_cores, flags["decode"]),
@@ -121,12 +125,12 @@ class Systems:
 
     def _spec(
         self, name: str, kv_bytes: int, cores: str, flags: Sequence[str], env: dict[str, str] | None = None
-    ) -> EngineSpec:
+    ) -> EngineCommand:
         if name not in self._specs:
-            (port,) = machine.held_ports(1)
+            (port,) = reserve_ports(1)
             args = [*flags, *self._args, "--kv-cache-memory-bytes", str(kv_bytes)]
-            env = {**(env or {}), machine.CORES_ENV: cores, "HF_HUB_OFFLINE": "1"}
+            env = {**(env or {}), CORES_ENV: cores, "HF_HUB_OFFLINE": "1"}
             if not name.startswith("adrenaline"):
                 env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(BASELINE_PLUGIN), os.environ.get("PYTHONPATH"))))
-            self._specs[name] = commands.engine_spec(name, self._model, port, args, env)
+            self._specs[name] = engine_command.vllm_server(name, self._model, port, args, env)
         return self._specs[name]

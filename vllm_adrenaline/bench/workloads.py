@@ -46,9 +46,9 @@ LOADS = {
     )
 }
 TTFT_SLO_MS, TPOT_SLO_MS, GOODPUT = 2000.0, 40.0, 0.9
-"""Objectives for goodput, and the share of requests that must meet both."""
+"""Objectives in milliseconds, and the share of requests that must meet both for goodput."""
 RAMP, RATES = "ramp", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-"""The ramp: requests of the trace at these rates a second, until the highest is found that still has its goodput."""
+"""The ramp: the trace at these rates in requests a second, among which the highest that has its goodput is searched."""
 ABOUT_RAMP = (
     f"Highest rate of the ramp ({', '.join(f'{rate:g}' for rate in RATES)} requests a second) at which "
     f"{100 * GOODPUT:.0f} % have their first token in {TTFT_SLO_MS:.0f} ms and a TPOT of at most {TPOT_SLO_MS:.0f} ms"
@@ -56,20 +56,23 @@ ABOUT_RAMP = (
 
 
 def at_rate(rate: float) -> Load:
-    """Return one step of the ramp."""
+    """Return the workload that is one step of the ramp, at `rate` requests a second."""
     arrivals = from_trace(rate, 0.3, (32, 512), 1.0, (32, 384), first=200)
     return Load(f"{RAMP}@{rate:g}", f"the trace at {rate:g} requests a second", count=24, arrivals=arrivals)
 
 
 def rate_of(name: str) -> float | None:
-    """Return the rate of a step of the ramp, None for a workload that is none."""
+    """Return the rate in requests a second of a step of the ramp, None for any other workload."""
     return float(name.removeprefix(f"{RAMP}@")) if name.startswith(f"{RAMP}@") else None
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A small Llama with random weights, the KV blocks of the decode and of the prefill side, and the workloads that it
-    is for unless others are asked for."""
+    """A small Llama with random weights, and how it is measured.
+
+    `shape` goes to make_model. The decode and the prefill side have so many KV blocks of BLOCK tokens. `loads` are its
+    workloads unless others are asked for.
+    """
 
     about: str
     shape: dict[str, int]
@@ -79,12 +82,12 @@ class ModelSize:
 
     @property
     def block_bytes(self) -> int:
-        """KV bytes of a block: keys and values of all layers, bfloat16."""
+        """Return the bytes of a KV block: keys and values of all layers in bfloat16."""
         s = self.shape
         return 2 * s["layers"] * s["kv_heads"] * s["head_dim"] * BLOCK * 2
 
     def saturated(self) -> tuple[int, int]:
-        """Return how many rows of the decode-heavy workload fill the decode side, and their mean context."""
+        """Return how many rows of the decode-heavy workload fill the decode side, and their mean context in tokens."""
         requests = LOADS["reasoning"].requests(VOCABULARY, 0)
         context = sum(len(request.prompt) + request.tokens // 2 for request in requests) // len(requests)
         return max(1, round(self.decode_blocks / (context / BLOCK + 0.5))), context
@@ -109,7 +112,7 @@ MODELS = {
 
 
 def folder_of(size: ModelSize) -> Path:
-    """Make the model if it is not there; return its folder."""
+    """Return the folder of the model, which is made if it is not there."""
     from vllm_adrenaline.workload.tiny_model import make_model
 
     return make_model(None, **size.shape, vocab=VOCABULARY, max_position=MAX_LENGTH)

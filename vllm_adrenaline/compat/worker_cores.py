@@ -10,6 +10,8 @@ import re
 from vllm_adrenaline.compat.message_queue import wait_without_spinning
 from vllm_adrenaline.system import priority
 
+CORES_ENV = "VLLM_CPU_OMP_THREADS_BIND"
+"""vLLM's variable for the cores of an engine's workers."""
 AFFINITY_VARIABLES = ("KMP_AFFINITY", "GOMP_CPU_AFFINITY", "OMP_PLACES")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.decode.request import RemoteRequest, State
 from vllm_adrenaline.placement.starvation import reserve_growth
+from vllm_adrenaline.system.arithmetic import cdiv
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -28,7 +29,7 @@ def reserve(
     """
     mine = [known[request.request_id] for request in running if request.request_id in known]
     growing = [
-        (each, id(each.pool), -(-each.request.num_tokens_with_spec // block_size) - each.held)
+        (each, id(each.pool), cdiv(each.request.num_tokens_with_spec, block_size) - each.held)
         for each in mine
         if each.state is State.OFFLOADED
     ]
@@ -67,7 +68,7 @@ def growth(num_tokens: int, final_tokens: int, held: int, block_size: int, ahead
     Never more than it can ever fill: it ends at `final_tokens` (prompt and most output).
     """
     target = min(num_tokens + ahead, max(num_tokens, final_tokens))
-    return max(0, -(-target // block_size) - held)
+    return max(0, cdiv(target, block_size) - held)
 
 
 def lease_change(free: int, asked: int, near: Iterable[int], far: Iterable[int]) -> int:

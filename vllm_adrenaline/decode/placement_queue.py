@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vllm_adrenaline.placement.policy import Placement
+from vllm_adrenaline.system.arithmetic import cdiv
 
 if TYPE_CHECKING:
     from vllm_adrenaline.decode.placer import Placer
@@ -40,7 +41,7 @@ class PlacementQueue:
         """
         self._pending[pending.name] = pending
         if self._admission.ratio is None:
-            blocks = self._told[pending.name] = -(-pending.request.num_tokens // self._block_size)
+            blocks = self._told[pending.name] = cdiv(pending.request.num_tokens, self._block_size)
             pending.pool.client.waiting += blocks
 
     def drop(self, request_id: str) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.placement.batch import Progress
+from vllm_adrenaline.system.arithmetic import cdiv
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -137,7 +138,7 @@ class RemoteRequest:
 
         Fields: vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py of 0.32 (run) and 0.33 (read).
         """
-        used = -(-num_tokens // block_size)
+        used = cdiv(num_tokens, block_size)
         self.request.kv_transfer_params = {
             "do_remote_prefill": True,
             "do_remote_decode": False,

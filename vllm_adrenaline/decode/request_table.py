@@ -28,6 +28,7 @@ from vllm_adrenaline.decode.request import RemoteRequest, State, progress_of
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
 from vllm_adrenaline.placement.batch import Batch
 from vllm_adrenaline.placement.pools import Pools
+from vllm_adrenaline.system.arithmetic import cdiv
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -404,4 +405,4 @@ class RequestTable:
         self._claims = {k: e for k, e in self._claims.items() if e.pool is not pool or e.name in self.requests}
 
     def _blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+        return cdiv(num_tokens, self._block_size)

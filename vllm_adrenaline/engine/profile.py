@@ -17,6 +17,7 @@ import msgspec
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.placement.costs import Costs, Seconds
+from vllm_adrenaline.system.folders import cache_folder
 
 Key = dict[str, str]
 
@@ -32,8 +33,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def folder() -> Path:
     """Return where profiles are kept."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vllm-adrenaline" / "profiles"
+    return cache_folder("profiles")
 
 
 def path_of(key: Key) -> Path:

@@ -21,11 +21,12 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.utils.math_utils import cdiv
 
 from vllm_adrenaline.attention.kernels import CpuAttention
+from vllm_adrenaline.compat.worker_cores import CORES_ENV
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.engine import profile
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.placement.costs import Costs
-from vllm_adrenaline.system.machine import CORES_ENV, cpu_model
+from vllm_adrenaline.system.machine import cpu_model
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -1,1 +1,1 @@
-"""Starting and supervising a prefill engine, a decode engine and the front door on one machine."""
+"""Starting and supervising a prefill engine, a decode engine and the proxy on one machine. Imports no vLLM."""

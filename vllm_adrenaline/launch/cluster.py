@@ -1,39 +1,36 @@
-"""A prefill engine, a decode engine and the front door on this machine, as one object for commands and tests."""
+"""A cluster on this machine, as one object for commands and tests: a prefill engine, a decode engine, the proxy."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from vllm_adrenaline.compat import versions
+from vllm_adrenaline.compat.worker_cores import CORES_ENV
 from vllm_adrenaline.config import ratio_of
 from vllm_adrenaline.engine.setup import PEERS_START_TOO, check_model
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch import commands, memory
+from vllm_adrenaline.launch import engine_command, memory
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.running import Running
-from vllm_adrenaline.launch.supervisor import Supervisor, say
-from vllm_adrenaline.proxy.server import PortTaken, ServerThread, bind, url_of
-from vllm_adrenaline.system import machine
-
-# The kernel's limit for the path of a Unix socket is 107 bytes; ours end in a short name.
-LONGEST_RUNTIME = 80
-
-
-def runtime_folder() -> Path:
-    """Return a new private folder, short enough for the addresses of Unix sockets."""
-    folder = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="adrenaline-", dir=folder if len(folder) < LONGEST_RUNTIME else "/tmp"))
+from vllm_adrenaline.launch.supervisor import Supervisor
+from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
+from vllm_adrenaline.system import cores
+from vllm_adrenaline.system.folders import runtime_folder
+from vllm_adrenaline.system.ports import reserve_ports
+from vllm_adrenaline.system.terminal import say
 
 
 class Cluster(Running):
-    """A context manager: engines and front door are up inside of it, and gone after it.
+    """A context manager that runs a prefill engine, a decode engine and the proxy in front of them.
 
-    `offload_ratio=None` leaves the plugin out: the same cluster with vLLM's own disaggregation over NIXL.
+    They serve requests inside of the context, and nothing of them is left after it. Extra flags of vLLM are in `args`
+    for both engines, and in `prefill_args` and `decode_args` for one. `offload_ratio=None` leaves the plugin out: the
+    same cluster with vLLM's own disaggregation over NIXL. `port=0` chooses a free port. `url` is the proxy's address.
     """
 
     def __init__(
@@ -58,20 +55,20 @@ class Cluster(Running):
         self._runtime: Path | None = None
         self._listener: socket.socket | None = None
         self._supervisor: Supervisor | None = None
-        self._door: ServerThread | None = None
+        self._proxy: ServerThread | None = None
         self.url = self.prefill_url = self.decode_url = ""
 
     @property
     def processes(self) -> dict[str, EngineProcess]:
-        """Return the running engines by role: "prefill" and "decode"."""
+        """Return the processes of the running engines by role: "prefill" and "decode"."""
         return self._supervisor.processes if self._supervisor else {}
 
     def check(self) -> None:
-        """Raise AdrenalineError if an engine or the front door has ended."""
+        """Raise AdrenalineError if an engine or the proxy has ended."""
         if self._supervisor:
             self._supervisor.check()
-        if self._door and not self._door.alive:
-            raise AdrenalineError("the front door has stopped")
+        if self._proxy and not self._proxy.available:
+            raise AdrenalineError("the proxy has stopped")
 
     def stop(self) -> None:
         """Stop everything; may be called again."""
@@ -82,45 +79,45 @@ class Cluster(Running):
                 stack.callback(self._supervisor.stop)
             if self._listener:
                 stack.callback(self._listener.close)
-            if self._door:
-                stack.callback(self._door.stop)
-            self._door = self._listener = self._supervisor = self._runtime = None
+            if self._proxy:
+                stack.callback(self._proxy.stop)
+            self._proxy = self._listener = self._supervisor = self._runtime = None
 
     def start(self) -> None:
-        """Start engines and front door; return when they are ready."""
+        """Start engines and proxy; return when they are ready.
+
+        Raises AdrenalineError when the model, a flag or the address cannot be used, or an engine does not start.
+        """
         check_model(self.model)
         if self.offload_ratio is not None:
             ratio_of("--offload-ratio", self.offload_ratio)
-        try:
-            # Held from now on, so that nobody takes it while the engines start; clients are refused until then.
-            self._listener = bind(self.host, self.port)
-        except PortTaken as error:
-            raise AdrenalineError(str(error)) from None
+        # Held from now on, so that nobody takes it while the engines start; clients are refused until then.
+        self._listener = bind(self.host, self.port)
         self._runtime = runtime_folder()
         prefill, decode = self._specs(self._runtime)
         self.prefill_url, self.decode_url = prefill.url, decode.url
         self._supervisor = Supervisor([prefill, decode], logs=self._logs)
         self._supervisor.start()
-        self._door = ServerThread(self._listener, [prefill.url], [decode.url])
-        self._door.start()
+        self._proxy = ServerThread(self._listener, [prefill.url], [decode.url])
+        self._proxy.start()
         self.url = url_of(self._listener)
 
-    def _specs(self, runtime: Path) -> list[commands.EngineSpec]:
-        ports = machine.held_ports(4)
+    def _specs(self, runtime: Path) -> list[engine_command.EngineCommand]:
+        ports = reserve_ports(4)
         env: dict[str, dict[str, str]] = {"prefill": {}, "decode": {}}
         if self.offload_ratio is None:
-            flags = commands.plain_args()
-            env = commands.nixl_env(ports[2:])
+            flags = engine_command.nixl_args()
+            env = engine_command.nixl_env(ports[2:])
         else:
-            flags = commands.adrenaline_args(runtime, self.offload_ratio)
+            flags = engine_command.adrenaline_args(runtime, self.offload_ratio)
             env["decode"][PEERS_START_TOO] = "1"
-        if machine.is_cpu_build() and machine.CORES_ENV not in {**os.environ, **self._env}:
-            decode, prefill = machine.split_cores(machine.physical_cores())
-            env["decode"][machine.CORES_ENV], env["prefill"][machine.CORES_ENV] = decode, prefill
+        if versions.is_cpu_build() and CORES_ENV not in {**os.environ, **self._env}:
+            decode, prefill = cores.split_cores(cores.physical_cores())
+            env["decode"][CORES_ENV], env["prefill"][CORES_ENV] = decode, prefill
         for role, args in self._shared_memory({role: {**os.environ, **env[role], **self._env} for role in env}).items():
             flags[role] = [*flags[role], *args]
         return [
-            commands.engine_spec(
+            engine_command.vllm_server(
                 role, self.model, port, [*flags[role], *self._args[role]], env={**env[role], **self._env}
             )
             for role, port in zip(("prefill", "decode"), ports, strict=False)
@@ -129,10 +126,10 @@ class Cluster(Running):
     def _shared_memory(self, env: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
         """Return the flags by which engines share this machine's memory, for those whose user chose nothing."""
         free = [role for role in env if not memory.is_chosen(self._args[role], env[role])]
-        if not free or not machine.is_cpu_build():
+        if not free or not versions.is_cpu_build():
             return {}
-        found = memory.machine()
-        share = memory.share(found, len(env))
+        found = memory.read()
+        share = memory.utilization(found, len(env))
         say(
             f"memory: {found.available / memory.GIB:.1f} of {found.total / memory.GIB:.1f} GiB are available; the "
             f"{' and the '.join(free)} engine may take {share * found.total / memory.GIB:.1f} GiB each for weights and "

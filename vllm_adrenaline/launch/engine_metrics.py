@@ -1,32 +1,29 @@
-"""Reading an engine's /metrics from outside."""
+"""The metrics of an engine, read from outside over HTTP."""
 
 from __future__ import annotations
 
-import re
 import urllib.request
-from functools import cached_property
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_adrenaline.errors import AdrenalineError
 
-SAMPLE = re.compile(r"^([a-zA-Z_:]+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 KV_USED = "vllm:kv_cache_usage_perc"
 PLACEMENTS = "vllm:adrenaline_placements_total"
-LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 class Snapshot:
-    """An engine's metrics at one moment."""
+    """The metrics of an engine at one moment.
+
+    `text` is the body of /metrics; ValueError is raised when it is something else. `values` has every metric by name,
+    added up over its labels.
+    """
 
     def __init__(self, text: str) -> None:
-        self._text = text
-
-    @cached_property
-    def values(self) -> dict[str, float]:
-        """Every metric by name, added up over its labels."""
-        values: dict[str, float] = {}
-        for name, _, value in SAMPLE.findall(self._text):
-            values[name] = values.get(name, 0.0) + float(value)
-        return values
+        self._samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        self.values: dict[str, float] = {}
+        for sample in self._samples:
+            self.values[sample.name] = self.values.get(sample.name, 0.0) + float(sample.value)
 
     def value(self, name: str) -> float:
         """Return a metric; 0 if the engine does not have it."""
@@ -34,8 +31,7 @@ class Snapshot:
 
     def labelled(self, metric: str) -> list[tuple[dict[str, str], float]]:
         """Return every sample of a metric with its labels."""
-        found = SAMPLE.findall(self._text)
-        return [(dict(LABEL.findall(labels)), float(value)) for name, labels, value in found if name == metric]
+        return [(dict(sample.labels), float(sample.value)) for sample in self._samples if sample.name == metric]
 
     def placements(self) -> dict[tuple[str, str], float]:
         """Return how often the plugin decided what, by placement and reason."""
@@ -49,7 +45,7 @@ class EngineMetrics:
         self.url = url.rstrip("/")
 
     def read(self) -> Snapshot:
-        """Return all of them; raises AdrenalineError when the engine does not answer."""
+        """Return all metrics. Raises AdrenalineError when no engine answers within ten seconds."""
         try:
             with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
                 return Snapshot(answer.read().decode())
@@ -74,10 +70,6 @@ class EngineMetrics:
         """Return how many KV blocks the engine has."""
         infos = [labels for labels, _ in self._now().labelled("vllm:cache_config_info")]
         return int(infos[0]["num_gpu_blocks"]) if infos else 0
-
-    def usage(self) -> float:
-        """Return the share of KV blocks in use, 0 to 1."""
-        return self.value(KV_USED)
 
     def offloaded(self) -> int:
         """Return how many requests had their attention run elsewhere so far."""

@@ -21,17 +21,17 @@ UNLIMITED = 1 << 62
 
 @dataclass(frozen=True)
 class Memory:
-    """What there is, in bytes: in all, as vLLM sees it, and free or easily freed."""
+    """The memory of a machine in bytes: `total` is all of it, as vLLM sees it; `available` is free or easily freed."""
 
     total: int
     available: int
 
 
-def machine(root: Path = Path("/")) -> Memory:
+def read(root: Path = Path("/")) -> Memory:
     """Return this machine's memory, or that of the container that this process runs in, if it has less.
 
-    As vLLM reads it (vllm/utils/cpu_resource_utils.py, get_memory_node_info; 0.32): cgroup v2, then v1. `root`: where
-    /proc and /sys are.
+    It is read as vLLM reads it (vllm/utils/cpu_resource_utils.py, get_memory_node_info; 0.32): from cgroup v2, then v1.
+    /proc and /sys are looked for below `root`.
     """
     lines = (root / "proc/meminfo").read_text().splitlines()
     found = {line.partition(":")[0]: 1024 * int(line.split()[1]) for line in lines}
@@ -56,14 +56,14 @@ def _number(path: Path) -> int | None:
 
 
 def is_chosen(args: Sequence[str], env: Mapping[str, str]) -> bool:
-    """Say whether the user says how much memory an engine takes: then vLLM's own options are in charge."""
+    """Say whether the user chose how much memory an engine takes, by vLLM's own flags or variables."""
     return CHOSEN_BY_VARIABLE in env or any(
         arg.replace("_", "-").startswith(flag) for arg in args for flag in CHOSEN_BY_FLAG if arg.startswith("--")
     )
 
 
-def share(memory: Memory, engines: int) -> float:
-    """Return which part of the memory each of so many engines can have, as --gpu-memory-utilization wants it.
+def utilization(memory: Memory, engines: int) -> float:
+    """Return --gpu-memory-utilization for each of so many engines: the part of the memory that it can have, 0 to 1.
 
     Raises AdrenalineError when that is too little for any engine.
     """

@@ -1,4 +1,4 @@
-"""One engine as a supervised child process: its own process group, its own log file, gone when its parent is."""
+"""One engine as a child process with a process group and a log file of its own. It ends when its parent does."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from vllm_adrenaline.system.child import dying_with_parent
 
 SHM = "/dev/shm/"
 MADE_BY_ENGINES = ("psm_", "sem.mp-", "ucx_", "torch_")
-"""How the names begin of what Python's multiprocessing, UCX and torch make there. An engine maps files of others, too:
-a user's weights, say."""
+"""How the names of files begin that Python's multiprocessing, UCX and torch make in /dev/shm. An engine maps files of
+others, too: a user's weights, say."""
+TRACKER_COMMAND = b"multiprocessing.resource_tracker"
 LOG_TAIL = 200_000
+"""Bytes at the end of a log that are read."""
 TRACKER_S = 3.0
-"""How long a resource tracker may take to end once all others of its group are gone."""
+"""Seconds that a resource tracker may take to end once all others of its group are gone."""
 # vLLM puts "(EngineCore pid=7)" and "ERROR 11-20 22:13:22 [core.py:99]" before each line.
 LOG_PREFIX = re.compile(r"^(\([^)]* pid=\d+\)\s*)?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] ?)?)?")
 FAILURE = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b:? |^[\w./-]+: error: |^adrenaline: ")
@@ -29,7 +31,7 @@ CONSEQUENCE = "Engine core initialization failed"
 
 
 def group_members(group: int) -> list[int]:
-    """Return the processes of a process group that are not zombies."""
+    """Return the ids of a process group's processes, without zombies."""
     members = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -43,9 +45,9 @@ def group_members(group: int) -> list[int]:
 
 
 def is_tracker(pid: int) -> bool:
-    """Return whether the process is a resource tracker of Python's multiprocessing."""
+    """Say whether a process is a resource tracker of Python's multiprocessing."""
     with contextlib.suppress(OSError):
-        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return TRACKER_COMMAND in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 
@@ -58,7 +60,7 @@ def meaningful_lines(text: str, count: int = 3) -> list[str]:
 
 
 class EngineProcess:
-    """An engine, or any other command, in its own process group."""
+    """An engine, or any other command, that runs in a process group of its own and writes to the file `log`."""
 
     def __init__(self, name: str, command: Sequence[str], env: dict[str, str], log: Path) -> None:
         self.name, self.log = name, log
@@ -95,7 +97,7 @@ class EngineProcess:
         return self.explained(f"the {self.name} engine {how}")
 
     def explained(self, what: str) -> str:
-        """Return one message for the user: what happened, and what the log says of it."""
+        """Return one message for the user: `what` happened, and what the log says of it."""
         return "\n".join([f"{what}; its log: {self.log}", *(f"  | {line}" for line in meaningful_lines(self._said()))])
 
     @property
@@ -106,12 +108,12 @@ class EngineProcess:
 
     @property
     def thread_died(self) -> bool:
-        """Return whether the log tells of a thread that ended by an exception: nobody may wait for what it did."""
+        """Say whether the log tells of a thread that ended by an exception. Others may wait for it for ever."""
         return THREAD_DIED in self._said()
 
     @property
     def silent_s(self) -> float:
-        """Return since how many seconds the log has not grown."""
+        """Return the seconds since the log last grew."""
         try:
             return max(0.0, time.time() - self.log.stat().st_mtime)
         except OSError:  # removed: later runs keep only so many
@@ -126,7 +128,7 @@ class EngineProcess:
             return ""
 
     def remember_shared_memory(self) -> None:
-        """Note the files in /dev/shm that the group made and has mapped, for a killed process leaves them behind."""
+        """Remember the files in /dev/shm that the group made and has mapped: a killed process leaves them behind."""
         for pid in group_members(self.pid):
             with contextlib.suppress(OSError):
                 for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
@@ -141,7 +143,10 @@ class EngineProcess:
             self._popen.terminate()
 
     def finish(self, deadline: float) -> None:
-        """Wait for the whole group to end until the deadline (time.monotonic), then kill what is left of it."""
+        """Wait until the whole group has ended, or until `deadline` (time.monotonic); then kill what is left of it.
+
+        Shared memory that it left behind is removed.
+        """
         while time.monotonic() < deadline and (self.exit_status is None or group_members(self.pid)):
             time.sleep(0.05)
         # The id stays the group's own as long as there is a member, so this cannot hit another group.

@@ -1,10 +1,10 @@
-"""What is started and stopped as one."""
+"""The base of what is started and stopped as one: a cluster, or the engines of a supervisor."""
 
 from typing import Self
 
 
 class Running:
-    """A context manager: started on entry, stopped at the end, and also when the start itself fails."""
+    """A context manager that starts something on entry and stops it at the end, also when the start itself fails."""
 
     def start(self) -> None:
         """Start everything, or raise."""

@@ -1,4 +1,4 @@
-"""Turning the signals that end a command into an exception, so that `with` blocks clean up behind it."""
+"""Signals that end a command, as an exception, so that `with` blocks clean up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """The user, or the system, asked this command to end."""
+    """The user or the system asked this command to end; `exit_status` is what a shell expects then."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -20,7 +20,10 @@ class Stopped(BaseException):
 
 @contextmanager
 def ending_signals_raise() -> Iterator[None]:
-    """Raise Stopped in the main thread on the first ending signal; later ones do not interrupt the cleaning up."""
+    """Raise Stopped in the main thread on the first signal that ends a command.
+
+    Later ones do not interrupt the cleaning up.
+    """
 
     stopping = False
 

@@ -1,4 +1,4 @@
-"""`adrenaline status`: what engines do at present, and every placement decision so far by kind and reason."""
+"""`adrenaline status`: what engines do now, and all placement decisions so far by kind and reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def of_engine(url: str, metrics: Snapshot) -> dict[str, Any]:
 
 
 def table(status: dict[str, Any]) -> str:
-    """Return one engine's status for people."""
+    """Return the status of one engine as text for people."""
     lines = [
         f"{status['url']}: {status['running']:.0f} running, {status['waiting']:.0f} waiting, "
         f"{100 * status['kv_used']:.0f} % of its KV blocks used"
@@ -61,7 +61,7 @@ def table(status: dict[str, Any]) -> str:
 
 
 def run(urls: Sequence[str], as_json: bool) -> int:
-    """Print the status of the engines at `urls`; raises AdrenalineError for one that does not answer."""
+    """Print the status of the engines at `urls` and return 0. Raises AdrenalineError for one that does not answer."""
     found = [of_engine(url, EngineMetrics(url).read()) for url in urls]
     print(json.dumps(found) if as_json else "\n".join(table(status) for status in found))
     return 0

@@ -1,41 +1,36 @@
-"""Start engines, wait until they are ready, notice when one ends, stop them all. Runs in the launching process."""
+"""The supervisor of engines: it starts them, waits until they are ready, notices when one ends, and stops them all."""
 
 from __future__ import annotations
 
 import http.client
 import os
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch.commands import EngineSpec
+from vllm_adrenaline.launch.engine_command import EngineCommand
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.running import Running
+from vllm_adrenaline.system.folders import cache_folder
+from vllm_adrenaline.system.terminal import StatusLine, say
 
 STOP_S = 15.0
 PROBE_S = 0.5
 PROGRESS_S = 10.0
 STUCK_S = 20.0
-"""How long an engine, one of whose threads has ended, may say nothing before it counts as stuck."""
+"""Seconds without a new line in its log after which an engine that lost a thread counts as stuck."""
 LAST_LINE = 70
 """Characters of an engine's log that are shown while it starts."""
 LOG_FOLDERS_KEPT = 10
 
 
-def say(text: str) -> None:
-    """Show one line of progress."""
-    print(f"[adrenaline] {text}", flush=True)
-
-
 def log_folder() -> Path:
-    """Return a new folder for the logs of one run; the oldest ones are removed."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    parent = (Path(base) if base else Path.home() / ".cache") / "vllm-adrenaline" / "logs"
+    """Make and return a folder for the logs of one run. Only the last ten such folders are kept."""
+    parent = cache_folder("logs")
     parent.mkdir(parents=True, exist_ok=True)
     old = sorted((path for path in parent.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     for path in old[: -LOG_FOLDERS_KEPT + 1]:
@@ -44,7 +39,7 @@ def log_folder() -> Path:
 
 
 def is_ready(port: int) -> bool:
-    """Say whether the engine on this loopback port answers /health with 200."""
+    """Say whether the engine on this loopback port answers /health with 200 within two seconds."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
     try:
         connection.request("GET", "/health")
@@ -55,59 +50,32 @@ def is_ready(port: int) -> bool:
         connection.close()
 
 
-class Progress:
-    """What starting engines are at: one line that changes on a terminal, else a line in PROGRESS_S."""
-
-    def __init__(self) -> None:
-        self._live = sys.stdout.isatty()
-        self._shown = 0.0
-
-    def show(self, doing: Mapping[str, str], seconds: float) -> None:
-        """Show what each engine said last, `seconds` after the start."""
-        if not doing:
-            return
-        if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\033[K{self._line(doing, seconds)[:width]}", end="", flush=True)
-        elif seconds - self._shown >= PROGRESS_S:
-            self._shown = seconds
-            print(self._line(doing, seconds), flush=True)
-
-    def done(self, text: str) -> None:
-        """Show a line that stays."""
-        print("\r\033[K" if self._live else "", end="")
-        say(text)
-
-    @staticmethod
-    def _line(doing: Mapping[str, str], seconds: float) -> str:
-        engines = "; ".join(f"{name}: {last[:LAST_LINE] or 'starting'}" for name, last in doing.items())
-        return f"[adrenaline] {seconds:.0f} s, {engines}"
-
-
 class Supervisor(Running):
-    """Engines that live and die together; a context manager that leaves no process behind."""
+    """A context manager that runs engines together and leaves no process behind.
+
+    `ready_timeout` and `silence_limit` are the seconds after which a start is given up: in all, and without a new line
+    in the log of an engine. `logs` is the folder for the engines' logs; None makes one in the user's cache.
+    """
 
     def __init__(
         self,
-        specs: Sequence[EngineSpec],
+        specs: Sequence[EngineCommand],
         *,
         logs: Path | None = None,
         ready_timeout: float = 1800,
         silence_limit: float = 600,
     ) -> None:
-        """`ready_timeout`, `silence_limit`: seconds after which a start is given up, in all, and without a new line in
-        the log of an engine."""
         self.specs = list(specs)
         self.ready_timeout, self.silence_limit = ready_timeout, silence_limit
         self.logs = logs
         self.processes: dict[str, EngineProcess] = {}
 
     def start(self) -> None:
-        """Start all engines and return when each of them is healthy."""
+        """Start all engines and return when each of them is healthy. Raises AdrenalineError when one does not start."""
         self.logs = self.logs or log_folder()
         for spec in self.specs:
             log = self.logs / f"{spec.name}.log"
-            self.processes[spec.name] = EngineProcess(spec.name, spec.command, {**os.environ, **spec.env}, log)
+            self.processes[spec.name] = EngineProcess(spec.name, spec.argv, {**os.environ, **spec.env}, log)
             say(f"{spec.name} engine: started as process {self.processes[spec.name].pid}, log: {log}")
         self._wait_until_ready()
 
@@ -130,7 +98,7 @@ class Supervisor(Running):
     def _wait_until_ready(self) -> None:
         started = time.monotonic()
         waiting = {spec.name: spec for spec in self.specs}
-        progress = Progress()
+        line = StatusLine(PROGRESS_S)
         while waiting:
             time.sleep(PROBE_S)
             self.check()
@@ -138,8 +106,10 @@ class Supervisor(Running):
             for name in [name for name, spec in waiting.items() if is_ready(spec.port)]:
                 del waiting[name]
                 self.processes[name].remember_shared_memory()
-                progress.done(f"{name} engine: ready after {seconds:.0f} s")
-            progress.show({name: self.processes[name].last_line for name in waiting}, seconds)
+                line.keep(f"{name} engine: ready after {seconds:.0f} s")
+            if waiting:
+                said = {name: self.processes[name].last_line[:LAST_LINE] or "starting" for name in waiting}
+                line.show(f"{seconds:.0f} s, {'; '.join(f'{name}: {last}' for name, last in said.items())}")
             for process in (self.processes[name] for name in waiting):
                 if process.thread_died and process.silent_s > STUCK_S:
                     raise AdrenalineError(

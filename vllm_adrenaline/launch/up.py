@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.cluster import Cluster
-from vllm_adrenaline.launch.supervisor import say
+from vllm_adrenaline.system.terminal import say
 
 CHECK_S = 0.5
 
 
 def split_flags(flag: str, text: str) -> list[str]:
-    """Split the value of --prefill-args or --decode-args as a shell would."""
+    """Return the words of --prefill-args or --decode-args, split as a shell would. Raises AdrenalineError."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -23,7 +23,7 @@ def split_flags(flag: str, text: str) -> list[str]:
 
 
 def run(options: Namespace, engine_args: Sequence[str]) -> int:
-    """Start the cluster, say where it is, and watch it; ends by an exception only."""
+    """Start the cluster, say where it is, and watch it. Returns never, but raises AdrenalineError or Stopped."""
     cluster = Cluster(
         options.model,
         offload_ratio=options.offload_ratio,

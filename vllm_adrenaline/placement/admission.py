@@ -25,6 +25,7 @@ from vllm_adrenaline.placement.memory import Memory
 from vllm_adrenaline.placement.output_length import OutputLengths
 from vllm_adrenaline.placement.policy import Candidate, Decision, EngineState, Observed, Placement, Reason
 from vllm_adrenaline.placement.pools import Pools
+from vllm_adrenaline.system.arithmetic import cdiv
 
 MAX_PENDING_PER_STEP = 64
 """How many pending requests are looked at in a step."""
@@ -288,7 +289,7 @@ class Admission:
         return self.lengths.expected_growth(progress.output, progress.max_output)
 
     def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self._settings.block_size)
+        return cdiv(tokens, self._settings.block_size)
 
     def _count_placed(self, decision: Decision) -> None:
         self._count(decision.placement.value, decision.reason)

@@ -17,6 +17,7 @@ import msgspec
 from vllm_adrenaline.placement import bounds
 from vllm_adrenaline.placement.costs import Costs
 from vllm_adrenaline.placement.memory import Memory
+from vllm_adrenaline.system.arithmetic import cdiv
 
 GAIN = 0.1
 """By how much of a step offloading must shorten it before a request that fits locally is offloaded: less is noise."""
@@ -156,7 +157,7 @@ def place(o: Observed, request: Candidate) -> Decision:
     if o.ratio is not None:
         quota = o.ratio * (o.decided + 1)
         return Decision(Placement.OFFLOADED if o.offloaded + 1 <= quota + 1e-9 else Placement.LOCAL, Reason.RATIO)
-    own = -(-request.tokens // executor.memory.block_size)
+    own = cdiv(request.tokens, executor.memory.block_size)
     has_room = executor.memory.fits(request.tokens, request.growth, own)
     # An empty decode engine takes any request: vLLM has checked that it fits, and waiting would be for ever.
     if o.decode.rows == 0 or o.decode.memory.fits(request.tokens, request.growth):

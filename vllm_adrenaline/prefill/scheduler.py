@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
@@ -94,7 +95,7 @@ class PrefillScheduler(Scheduler):
 
     def _needed_by_next(self) -> int:
         """Return how many blocks the next waiting prompt needs, 0 when none waits."""
-        return -(-self.waiting.peek_request().num_tokens // self.block_size) if self.waiting else 0
+        return cdiv(self.waiting.peek_request().num_tokens, self.block_size) if self.waiting else 0
 
     def _pause_for_growth(self, asked: PauseState) -> PauseState:
         """Let new prompts wait if they are to (prefill/ahead.py): vLLM's own pause, for one step."""

@@ -1,1 +1,1 @@
-"""The front door: one OpenAI-compatible address in front of the prefill and the decode engines."""
+"""The proxy: one OpenAI-compatible address in front of the prefill and the decode engines. Imports no vLLM."""

@@ -1,6 +1,6 @@
-"""The front door: an OpenAI-compatible ASGI application that runs each request on a prefill, then a decode engine.
+"""The proxy: an OpenAI-compatible ASGI application that runs each request on a prefill, then a decode engine.
 
-One process, no state but the HTTP session. Bodies of answers go through untouched, as they come.
+It is one process and has no state but its HTTP session. Bodies of answers go through untouched, as they come.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class ClientGone(Exception):
     """The client closed its connection before the request was complete."""
 
 
-class FrontDoor:
-    """The routes of the front door; `session` lives as long as the application."""
+class Proxy:
+    """What all endpoints share: the engines, and one HTTP session that lives as long as the application."""
 
     session: aiohttp.ClientSession
 
@@ -75,13 +75,13 @@ class FrontDoor:
 
 
 class Generate:
-    """One generating endpoint, e.g. /v1/completions: prefill first, then the decode engine's answer, streamed."""
+    """An endpoint that generates, e.g. /v1/completions: first prefill, then the decode engine's answer, streamed."""
 
-    def __init__(self, door: FrontDoor) -> None:
-        self.door = door
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy = proxy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request; stop all work for it as soon as the client is gone."""
+        """Handle one request. All work for it stops as soon as the client is gone."""
         try:
             raw = await self._read(Request(scope), receive)
             work = asyncio.create_task(self._answer(scope, raw, receive, send))
@@ -104,7 +104,7 @@ class Generate:
             await error_response(503, str(error))(scope, receive, send)
 
     async def _read(self, request: Request, receive: Receive) -> bytes:
-        limit = self.door.max_body_bytes
+        limit = self.proxy.max_body_bytes
         too_large = Refused(413, f"the request body is larger than {limit} bytes")
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limit:
@@ -127,7 +127,7 @@ class Generate:
         headers.append(("Content-Type", "application/json"))
         headers = with_request_id(headers)
         path: str = scope["path"]
-        if not (self.door.prefill.urls and bodies.can_disaggregate(body)):
+        if not (self.proxy.prefill.urls and bodies.can_disaggregate(body)):
             return await self._decode(path, raw, headers, send, asyncio.Event())
         answer = await self._prefill(path, body, headers)
         if isinstance(answer, Response):
@@ -139,16 +139,16 @@ class Generate:
         finally:  # also when the client is gone
             if params is not None and not taken.is_set():
                 give_up = release.body_of(body.get("model"), params)
-                self.door.releases.start(self.door.session, give_up, headers)
+                self.proxy.releases.start(self.proxy.session, give_up, headers)
 
     async def _prefill(self, path: str, body: dict[str, Any], headers: Headers) -> bytes | Response:
-        """Return the prefill engine's answer, or, if it refused the request, the response for the client."""
-        url = self.door.prefill.next()
+        """Return the prefill engine's answer. If it refused the request, return the response for the client."""
+        url = self.proxy.prefill.next()
         # Read here, so it has to come uncompressed.
         plain = [(name, value) for name, value in headers if name.lower() != "accept-encoding"]
         data = json.dumps(bodies.for_prefill(body)).encode()
         try:
-            async with self.door.session.post(url + path, data=data, headers=plain, allow_redirects=False) as answer:
+            async with self.proxy.session.post(url + path, data=data, headers=plain, allow_redirects=False) as answer:
                 content = await answer.read()
         except UNREACHABLE as error:
             raise EngineUnreachable(f"the prefill engine at {url} does not answer ({_short(error)})") from error
@@ -159,11 +159,11 @@ class Generate:
         return response
 
     async def _decode(self, path: str, data: bytes, headers: Headers, send: Send, taken: asyncio.Event) -> None:
-        """Send the decode engine's answer on; `taken` is set as soon as it has accepted the request."""
-        url = self.door.decode.next()
+        """Send the decode engine's answer on. `taken` is set as soon as that engine has accepted the request."""
+        url = self.proxy.decode.next()
         started = False
         try:
-            async with self.door.session.post(url + path, data=data, headers=headers, allow_redirects=False) as answer:
+            async with self.proxy.session.post(url + path, data=data, headers=headers, allow_redirects=False) as answer:
                 if answer.status < 400:
                     taken.set()
                 response_headers = client_headers(answer.headers.items())
@@ -199,22 +199,25 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def create_app(prefill: Sequence[str], decode: Sequence[str], max_body_bytes: int = MAX_BODY_BYTES) -> Starlette:
-    """Return the application for these engine URLs (http://host:port); with no prefill engine, requests go to the
-    decode engines in turn, as they are."""
+    """Return the application in front of engines at these URLs (http://host:port).
+
+    Without a prefill engine, requests go to the decode engines in turn, as they are. Raises ValueError if there is no
+    decode engine.
+    """
     if not decode:
         raise ValueError("at least one decode engine is needed")
-    door = FrontDoor(Engines("prefill", prefill), Engines("decode", decode), max_body_bytes)
+    proxy = Proxy(Engines("prefill", prefill), Engines("decode", decode), max_body_bytes)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with open_session() as door.session:
+        async with open_session() as proxy.session:
             yield
 
-    generate = Generate(door)
+    generate = Generate(proxy)
     return Starlette(
         routes=[
-            Route("/health", door.health),
-            Route("/v1/models", door.models),
+            Route("/health", proxy.health),
+            Route("/v1/models", proxy.models),
             Route("/v1/completions", generate, methods=["POST"]),
             Route("/v1/chat/completions", generate, methods=["POST"]),
         ],

@@ -1,4 +1,4 @@
-"""What is sent to which engine: pure functions from the client's JSON body to the bodies for prefill and decode."""
+"""Request bodies: pure functions from the client's JSON body to those for the prefill and the decode engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ NOT_FOR_PREFILL = (
 
 
 def parse(raw: bytes) -> Body:
-    """Return the body as a dictionary; refuse what is no JSON object or carries the engines' internal parameters."""
+    """Return the body as a dictionary.
+
+    Raises Refused for what is no JSON object, and for a body that carries the engines' internal parameters.
+    """
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):
@@ -46,7 +49,7 @@ def parse(raw: bytes) -> Body:
 
 
 def can_disaggregate(body: Body) -> bool:
-    """Say whether one KV cache, made on the prefill engine, serves the whole request."""
+    """Say whether one KV cache, made on the prefill engine, is enough for the whole request."""
     if any(body.get(name) not in (None, 1) for name in ("n", "best_of")):
         return False
     if any(body.get(name) for name in ("echo", "use_beam_search", "prompt_embeds")):
@@ -71,7 +74,11 @@ def for_prefill(body: Body) -> Body:
 
 
 def params_of(prefill_answer: bytes) -> Body | None:
-    """Return where the prefill engine keeps the KV cache; None when it kept nothing, and decode computes all itself."""
+    """Return the kv_transfer_params of a prefill engine's answer: where it keeps the KV cache.
+
+    None says that it kept nothing, and the decode engine computes the prompt itself. Raises Refused for an answer that
+    is none.
+    """
     try:
         params = json.loads(prefill_answer)["kv_transfer_params"]
     except (ValueError, KeyError, TypeError):
@@ -82,5 +89,5 @@ def params_of(prefill_answer: bytes) -> Body | None:
 
 
 def for_decode(body: Body, params: Body | None) -> Body:
-    """Return the client's body together with where the prefill engine keeps the KV cache."""
+    """Return the body that makes the decode engine go on with the KV cache that `params` describe."""
     return body if params is None else body | {"kv_transfer_params": params}

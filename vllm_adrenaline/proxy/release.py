@@ -1,8 +1,8 @@
-"""Prompts that no decode engine took: the prefill engine is told at once, or they would keep its memory for a while.
+"""Releases of prompts that no decode engine took. Without them a prompt would keep the prefill engine's memory a while.
 
-Over HTTP alone, as vLLM does it itself for requests that it refuses: a decode engine that gets the parameters of one
-prompt with another prompt tells the prefill engine that nobody wants that one. If it was taken after all, nothing
-happens.
+A release goes over HTTP alone, as vLLM itself does it for requests that it refuses. A decode engine that gets the
+parameters of one prompt together with another prompt tells the prefill engine that nobody wants the first one. If that
+one was taken after all, nothing happens.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ logger = logging.getLogger(__name__)
 PATH = "/v1/completions"
 TIMEOUT_S = 10.0
 AT_ONCE = 64
-"""Releases under way; beyond that the prefill engine lets prompts go by itself, some seconds later."""
+"""Releases under way at most. The prefill engine lets other prompts go by itself, some seconds later."""
 
 
 def body_of(model: Any, params: dict[str, Any]) -> bytes:
-    """Return the request that gives up the prompt of `params`: one token, that fits no prompt of more than that."""
+    """Return the body of the request that releases the prompt of `params`: its own prompt of one token does not fit."""
     body = {"prompt": [0], "max_tokens": 1, "kv_transfer_params": params}
     return json.dumps(body if model is None else body | {"model": model}).encode()
 
 
 class Releases:
-    """Those under way, in the background."""
+    """The releases under way, as tasks in the background."""
 
     def __init__(self, decode: Engines) -> None:
         self._decode = decode
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, session: aiohttp.ClientSession, data: bytes, headers: Headers) -> None:
-        """Give up a prompt; `data`: of `body_of`, `headers`: those of its request."""
+        """Start to release a prompt. `data` is made by `body_of`; `headers` are those of the prompt's request."""
         if len(self._tasks) >= AT_ONCE:
             logger.warning("%d prompts are being given up already", AT_ONCE)
             return

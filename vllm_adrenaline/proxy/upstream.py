@@ -1,4 +1,4 @@
-"""The engines behind the front door, and the one HTTP session that all requests to them share."""
+"""The engines behind the proxy, and the one HTTP session that all requests to them share."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ NOT_FOR_CLIENTS = HOP_BY_HOP | {"date", "server"}
 
 Headers = list[tuple[str, str]]
 UNREACHABLE = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
-"""What the session raises about an engine that does not answer."""
+"""Exceptions of the session for an engine that does not answer."""
 LONGEST_ID = 256
-"""Characters of an X-Request-Id that engines are given: theirs is longer, and names a prompt in control messages."""
+"""Characters of a client's X-Request-Id at most. Engines make it longer and send it in control messages."""
 
 
 class EngineUnreachable(Exception):
@@ -56,7 +56,7 @@ class Engines:
 
 
 def open_session() -> aiohttp.ClientSession:
-    """Return the session for all requests: no limit on connections or duration, but a bound on connecting."""
+    """Return the session for all requests. Nothing is limited but the time that connecting takes."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=None),
@@ -69,12 +69,12 @@ def open_session() -> aiohttp.ClientSession:
 
 
 def engine_headers(headers: Iterable[tuple[str, str]]) -> Headers:
-    """Return the client's headers without those that belong to its connection to the front door."""
+    """Return the client's headers without those that belong to its connection to the proxy."""
     return [(name, value) for name, value in headers if name.lower() not in NOT_FOR_ENGINES]
 
 
 def with_request_id(headers: Headers) -> Headers:
-    """Return the headers with one X-Request-Id that engines can use: the client's, or if it is too long, a new one."""
+    """Return the headers with one X-Request-Id that engines can use: the client's, or a new one if that is unfit."""
     given = [value for name, value in headers if name.lower() == "x-request-id"]
     if len(given) == 1 and 0 < len(given[0]) <= LONGEST_ID and given[0].isascii() and given[0].isprintable():
         return headers
@@ -92,7 +92,7 @@ def client_headers(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, byte
 
 
 async def is_healthy(session: aiohttp.ClientSession, url: str) -> bool:
-    """Say whether the engine's /health answers 200 in time."""
+    """Say whether the engine answers /health with 200 within five seconds."""
     timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
     try:
         async with session.get(f"{url}/health", timeout=timeout) as answer:

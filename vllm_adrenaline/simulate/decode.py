@@ -17,6 +17,7 @@ from vllm_adrenaline.placement.pools import ExecutorPool, LocalPool, Pools
 from vllm_adrenaline.placement.starvation import reserve_growth
 from vllm_adrenaline.simulate.engines import Prefill, Row
 from vllm_adrenaline.simulate.setup import Setup
+from vllm_adrenaline.system.arithmetic import cdiv
 
 IDLE_S = 0.001
 """How long an engine with nothing to run waits before it looks again."""
@@ -175,7 +176,7 @@ class Decode:
     # Memory, as vLLM's scheduler and decode/leases.py give it
 
     def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.setup.block_size)
+        return cdiv(tokens, self.setup.block_size)
 
     def _missing(self, row: Row) -> int:
         return self._blocks(row.tokens) - row.blocks

@@ -13,6 +13,7 @@ from vllm_adrenaline.placement.batch import Progress
 from vllm_adrenaline.placement.costs import Costs, Seconds
 from vllm_adrenaline.placement.policy import Decision
 from vllm_adrenaline.placement.prefill_admission import Blocks, should_defer_prefill
+from vllm_adrenaline.system.arithmetic import cdiv
 
 
 @dataclass(eq=False)
@@ -133,7 +134,7 @@ class Prefill:
         tokens, seconds = 0, 0.0
         while self.queue:
             row = self.queue[0]
-            needed = -(-row.prompt // self.block_size)
+            needed = cdiv(row.prompt, self.block_size)
             reserve = int(self.total * self.growth_reserve)
             lent, offers = self.held > self.waiting, self.held > 0
             blocks = Blocks(self.total, self.free, reserve, self.waiting, lent, offers)
@@ -185,4 +186,4 @@ class Prefill:
     @property
     def recalls(self) -> bool:
         """Whether a prompt waits for memory."""
-        return bool(self.queue) and -(-self.queue[0].prompt // self.block_size) > self.free
+        return bool(self.queue) and cdiv(self.queue[0].prompt, self.block_size) > self.free

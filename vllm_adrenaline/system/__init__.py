@@ -1,1 +1,1 @@
-"""The machine: cores, priorities, memory files, child processes, folders, statistics. Knows nothing of vLLM."""
+"""The machine: cores, priorities, ports, memory files, child processes, folders, the terminal. Imports no vLLM."""

@@ -16,5 +16,5 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 def dying_with_parent(command: Sequence[str]) -> list[str]:
-    """Return a command line that runs `command` and ends it when the calling thread ends."""
+    """Return a command line that runs `command`, and ends it by SIGTERM when the calling thread ends."""
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]

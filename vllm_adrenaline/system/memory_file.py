@@ -1,7 +1,7 @@
 """Anonymous memory files (memfds) that engines share.
 
-They have no name, so that nothing is left behind, and a size that is fixed for ever: whoever shrinks a file ends every
-process that has it mapped (SIGBUS).
+They have no name, so that nothing is left behind. Their size is fixed for ever: whoever could shrink a file could end
+every process that has it mapped (SIGBUS).
 """
 
 import fcntl
@@ -13,7 +13,7 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def create(name: str, size: int) -> int:
-    """Return a new memory file of `size` bytes, all zero; the caller closes it."""
+    """Return the descriptor of a new memory file of `size` bytes, all zero. The caller closes it."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
@@ -27,7 +27,7 @@ def create(name: str, size: int) -> int:
 def check(fd: int, size: int, what: str) -> None:
     """Raise AdrenalineError unless a peer's file has `size` bytes and can never have fewer.
 
-    `what` names it in the message.
+    The message calls the file `what`.
     """
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)

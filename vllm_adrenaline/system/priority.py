@@ -1,4 +1,4 @@
-"""A share of CPU cores, while running: how many cores and threads, and what priority on cores that are shared."""
+"""A share of CPU cores for a process that runs: how many cores, and what priority on cores that others use too."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ NICE_FACTOR = 1.25
 
 
 def threads_of(share: float, cores: int) -> int:
-    """Return how many of `cores` a share is, at least one."""
+    """Return how many of `cores` a share from 0 to 1 is, at least one."""
     return max(1, round(share * cores))
 
 
 def niceness_of(share: float) -> int | None:
-    """Return the niceness that gets `share` of a core against a competitor of niceness 0; None for a share of 1, which
-    is real-time priority: before all others."""
+    """Return the niceness that gets `share` of a core, 0 to 1, against a competitor of niceness 0.
+
+    None stands for real-time priority, before all others, and is the answer for a share of 1.
+    """
     if share >= 1:
         return None
     share = max(share, 0.01)
@@ -28,12 +30,12 @@ def niceness_of(share: float) -> int | None:
 
 
 def take_share(pid: int, share: float) -> str:
-    """Give all threads of a process the priority of a share of its cores; return in words what it has now.
+    """Give all threads of a process the priority of a share of its cores, and return in words what it has now.
 
-    The executor sleeps when it has nothing to do, so a real-time class takes nothing from others but the time of its
-    work; the kernel keeps 5 % of every second for them (kernel.sched_rt_runtime_us). Where that is not permitted (it
-    needs CAP_SYS_NICE, or RLIMIT_RTPRIO), a niceness of -10 is the next best; then nothing changes. Threads that start
-    later inherit from the one that starts them.
+    Real-time priority takes nothing from others but the time of the executor's work: it sleeps when it has nothing to
+    do, and the kernel keeps 5 % of every second for others (kernel.sched_rt_runtime_us). It needs CAP_SYS_NICE or
+    RLIMIT_RTPRIO. Where it is not permitted, a niceness of -10 is tried; where that is not permitted either, nothing
+    changes. Threads that start later inherit from the one that starts them.
     """
     niceness = niceness_of(share)
     attempts = [niceness] if niceness is not None else [None, PROMPT_NICENESS]
@@ -45,17 +47,17 @@ def take_share(pid: int, share: float) -> str:
 
 
 def set_niceness(pid: int, niceness: int | None) -> None:
-    """Give all threads of a process a niceness, None: real-time priority. Raises PermissionError."""
+    """Give all threads of a process a niceness, or real-time priority for None. Raises PermissionError."""
     for thread in _threads(pid):
         with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
             _take(thread, niceness)
 
 
 def come_first() -> None:
-    """Give all threads of this process a niceness of -10, where that is permitted (CAP_SYS_NICE); else nothing changes.
+    """Give all threads of this process a niceness of -10. Where that is not permitted (CAP_SYS_NICE), nothing changes.
 
-    For those a decode step waits for, the engine core and its workers: what they share cores with (API servers, front
-    doors) delays one client by a moment, but through them every request of the batch.
+    For the engine core and its workers, which every request of a decode step waits for. API servers and the proxy share
+    cores with them, and a moment's delay of those touches one client only.
     """
     with contextlib.suppress(PermissionError):
         set_niceness(os.getpid(), PROMPT_NICENESS)
@@ -71,7 +73,7 @@ def _take(thread: int, niceness: int | None) -> None:
 
 
 def keep_to(pid: int, cores: Collection[int]) -> None:
-    """Keep all threads of a process on `cores`."""
+    """Keep all threads of a process on `cores`, numbers of processors."""
     for thread in _threads(pid):
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(thread, cores)

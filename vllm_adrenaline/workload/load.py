@@ -1,4 +1,4 @@
-"""Workloads: which requests are sent when. Prompts are random tokens; outputs have exactly the length asked for."""
+"""Workloads: which requests are sent when. Their prompts are random tokens, their answers have exact lengths."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ from vllm_adrenaline.workload.trace import Arrival, Scale
 
 TRACE = Path(__file__).parent / "data" / "azure_conv_400.csv"
 FIRST_TOKEN = 5
-"""Token ids below are special in the models of the benchmarks (demo/model.py)."""
+"""Smaller token ids are special in the models of the benchmarks (tiny_model.py)."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Due `at` seconds after the start."""
+    """One request, due `at` seconds after the start of the run. The answer has exactly `tokens` tokens.
+
+    The prompt is text, or token ids. `chat` sends text as the message of a chat.
+    """
 
     at: float
-    prompt: list[int]
+    prompt: list[int] | str
     tokens: int
+    chat: bool = False
 
 
 @dataclass(frozen=True)
 class Load:
-    """One workload; `about` says in words what it stands for. `arrivals(count, seed)` makes its lengths and times;
-    `shared`: tokens that all prompts of a session begin with."""
+    """One workload of `count` requests.
+
+    `about` says in words what it stands for. `arrivals(count, seed)` makes its times and lengths. All prompts begin
+    with the same `shared` tokens.
+    """
 
     name: str
     about: str
@@ -36,7 +43,7 @@ class Load:
     shared: int = 0
 
     def requests(self, vocabulary: int, seed: int, count: int = 0) -> list[Request]:
-        """Return its requests, `count` of them (0: all)."""
+        """Return the first `count` requests, or all for 0, with token ids below `vocabulary`."""
         rng = random.Random(seed)
         prefix = _tokens(rng, vocabulary, self.shared)
         return [
@@ -52,7 +59,11 @@ def _tokens(rng: random.Random, vocabulary: int, count: int) -> list[int]:
 def from_trace(
     rate: float, prompt: float, prompts: tuple[int, int], output: float, outputs: tuple[int, int], first: int = 0
 ) -> Callable[[int, int], list[Arrival]]:
-    """Return a slice of the real trace: lengths multiplied, then kept within limits, at `rate` requests a second."""
+    """Return arrivals(count, seed) that are a slice of the real trace, from its request number `first` on.
+
+    They come at `rate` requests a second. Lengths are multiplied by `prompt` and `output`, then kept within the limits
+    `prompts` and `outputs`, in tokens.
+    """
 
     def arrivals(count: int, seed: int) -> list[Arrival]:
         scale = Scale(prompt, output, prompts[1], outputs[1], rate)
@@ -65,7 +76,10 @@ def from_trace(
 
 
 def evenly(rate: float, prompts: tuple[int, int], outputs: tuple[int, int]) -> Callable[[int, int], list[Arrival]]:
-    """Return requests at equal distances, with lengths drawn evenly from ranges."""
+    """Return arrivals(count, seed) that come at equal distances, `rate` a second.
+
+    Their lengths in tokens are drawn evenly from the ranges `prompts` and `outputs`.
+    """
 
     def arrivals(count: int, seed: int) -> list[Arrival]:
         rng = random.Random(seed)

@@ -34,5 +34,5 @@ one is always mine.
 
 
 def words() -> list[str]:
-    """Return the text as a list of words, for cutting prompts of a wanted length."""
+    """Return the words of the text, from which prompts of a wanted length are cut."""
     return TEXT.split()

@@ -1,7 +1,6 @@
-"""Make a small Llama with random weights and its own tokenizer: nothing is downloaded, every run gives the same files.
+"""A small Llama with random weights and its own tokenizer. Nothing is downloaded, and every run makes the same files.
 
-Used by the demonstration and the tests, in the process that asks for it; needs torch, transformers and tokenizers, not
-vLLM.
+The demonstration, the benchmarks and the tests use it. It needs torch, transformers and tokenizers, but not vLLM.
 """
 
 from __future__ import annotations
@@ -9,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_adrenaline.system.folders import cache_folder
 from vllm_adrenaline.workload.text import TEXT
 
 # Part of the cache key: raise it when the files made from the same parameters change.
@@ -29,7 +28,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Shape:
-    """Everything that decides what the files hold."""
+    """The sizes and the seed of a model: everything that decides what its files hold."""
 
     seed: int
     layers: int
@@ -43,15 +42,9 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Return a folder name: the main sizes to read, a digest of everything to be unique."""
+        """Return a folder name that is unique: the main sizes, for people, and a digest of everything."""
         digest = hashlib.sha256(json.dumps([RECIPE, asdict(self), TEXT]).encode()).hexdigest()[:10]
         return f"llama-{self.layers}x{self.hidden}-h{self.heads}k{self.kv_heads}-{digest}"
-
-
-def cache_folder() -> Path:
-    """Return where models are kept: below $XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vllm-adrenaline" / "models"
 
 
 def make_model(
@@ -67,9 +60,10 @@ def make_model(
     vocab: int = 2048,
     max_position: int = 4096,
 ) -> Path:
-    """Return the path of the model with these sizes below `folder` (the cache if None); make it if it is not there.
+    """Return the path of the model with these sizes, and make it if it is not there.
 
-    `inner`: the width of the MLP, thrice the hidden one if None.
+    It is below `folder`, or in the user's cache for None. `inner` is the width of the MLP, by default three times
+    `hidden`. Raises ValueError for sizes that no attention kernel or tokenizer can have.
     """
     head_dim = head_dim or hidden // heads
     if head_dim not in HEAD_DIMS:
@@ -77,7 +71,7 @@ def make_model(
     if heads % kv_heads:
         raise ValueError(f"{heads} heads cannot share {kv_heads} KV heads evenly")
     shape = Shape(seed, layers, hidden, heads, kv_heads, head_dim, inner or 3 * hidden, vocab, max_position)
-    parent = folder or cache_folder()
+    parent = folder or cache_folder("models")
     target = parent / shape.name
     if target.is_dir():
         return target

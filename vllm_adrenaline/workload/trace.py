@@ -1,4 +1,4 @@
-"""Requests to simulate: from a trace of lengths and arrivals, or random ones."""
+"""Arrivals of requests: from a trace of times and lengths, or random ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request: seconds since the first, and tokens."""
+    """One request: its time in seconds since the first one, and the tokens of its prompt and of its output."""
 
     at: float
     prompt: int
@@ -24,8 +24,11 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Scale:
-    """How a trace is fitted to a model: lengths are multiplied, then kept within limits; `rate`: requests a second on
-    average, 0 for the trace's own."""
+    """How a trace is fitted to a model.
+
+    Lengths are multiplied by `prompt` and `output`, then kept at or below `max_prompt` and `max_output` tokens. Times
+    are stretched to a mean of `rate` requests a second, or kept for 0.
+    """
 
     prompt: float = 1.0
     output: float = 1.0
@@ -34,7 +37,7 @@ class Scale:
     rate: float = 0.0
 
     def lengths(self, prompt: float, output: float) -> tuple[int, int]:
-        """Return scaled lengths, each at least 1."""
+        """Return a prompt's and an output's scaled length in tokens, each at least 1."""
         return (
             int(min(max(prompt * self.prompt, 1), self.max_prompt)),
             int(min(max(output * self.output, 1), self.max_output)),
@@ -42,7 +45,11 @@ class Scale:
 
 
 def read(path: Path, count: int, scale: Scale, first: int = 0) -> list[Arrival]:
-    """Return requests of a trace in the format of the Azure LLM inference dataset; raises AdrenalineError."""
+    """Return `count` requests of a trace, from its request number `first` on.
+
+    The file has the format of the Azure LLM inference dataset. Raises AdrenalineError when it cannot be read or has no
+    such requests.
+    """
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))[first : first + count]
@@ -64,7 +71,10 @@ def read(path: Path, count: int, scale: Scale, first: int = 0) -> list[Arrival]:
 
 
 def poisson(count: int, scale: Scale, seed: int, mean_prompt: int = 1000, mean_output: int = 200) -> list[Arrival]:
-    """Return random requests: Poisson arrivals at `scale.rate` (1 a second if 0), exponential lengths."""
+    """Return random requests: Poisson arrivals at `scale.rate` a second (1 if that is 0), and exponential lengths.
+
+    The means are those of lengths in tokens before they are scaled.
+    """
     rng, at, made = random.Random(seed), 0.0, []
     for _ in range(count):
         lengths = scale.lengths(rng.expovariate(1 / mean_prompt), rng.expovariate(1 / mean_output))

