@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.schedulers.conftest import BLOCK, ENGINE, Decode, Prefill, eventually
+from tests.unit.test_control import NESTED
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.decode.remote import Report
 from vllm_adrenaline.digest import token_digest
@@ -350,7 +351,7 @@ def test_a_pull_that_ends_after_the_lease_did_is_not_believed(decode: Any, prefi
 
 def test_any_bytes_from_a_prefill_engine_are_survived(decode: Any, prefill: Prefill) -> None:
     engine = decode(ratio="1")
-    for frame in (b"", b"\xff", b"\x91" * 5000, messages.encode(messages.Lease(3)), b"\xc1" * 100):
+    for frame in (b"", b"\xff", NESTED, messages.encode(messages.Lease(3)), b"\xc1" * 100):
         prefill.say_bytes(frame)
     request = offloaded(engine, prefill)
     finish(engine, request)
