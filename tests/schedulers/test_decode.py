@@ -362,7 +362,7 @@ def test_thousands_of_prompts_that_are_lost_at_once_do_not_end_the_engine(decode
     prompts = [[1, 2, i % 256, i // 256] for i in range(3000)]
     requests = [engine.arrive(prompt, params(prompt, f"p{i}")) for i, prompt in enumerate(prompts)]
     prefill.say(*(granted(prompt, f"p{i}", [i % 1000]) for i, prompt in enumerate(prompts)))
-    engine.step()
+    eventually(lambda: engine.step() and prefill.beat.waiting > 2900, seconds=30)
     prefill.refusal = "unknown decode engine"
     time.sleep(0.6)  # a beat is refused, and the line to the prefill engine rests for a second
     for _ in range(3):
