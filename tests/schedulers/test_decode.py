@@ -158,8 +158,17 @@ def test_a_claim_that_turns_out_to_be_of_another_prompt_is_given_back(decode: An
     engine.step()
     prefill.expect(messages.Claim)
     prefill.say(messages.Claimed("prompt", BLOCKS, len(PROMPT), b"another"))
-    eventually(lambda: engine.step().num_scheduled_tokens)
-    eventually(lambda: released(prefill) == ["prompt"])
+    reads: dict[str, list[int]] = {}
+
+    def step() -> bool:
+        scheduled = engine.schedule()
+        reads.update(engine.pulls(scheduled))
+        engine.update(scheduled)
+        return bool(reads or scheduled.num_scheduled_tokens)
+
+    eventually(step)
+    assert reads == {}, "KV of another prompt is read"
+    eventually(lambda: engine.step() and released(prefill) == ["prompt"])
     finish(engine, request)
 
 
