@@ -10,6 +10,7 @@ import pytest
 from tests.schedulers.conftest import BLOCK, ENGINE, Decode, Prefill, eventually
 from tests.unit.test_control import NESTED
 from vllm_adrenaline.control import messages
+from vllm_adrenaline.decode import leases
 from vllm_adrenaline.decode.remote import Report
 from vllm_adrenaline.digest import token_digest
 from vllm_adrenaline.stamp import stamped
@@ -338,6 +339,44 @@ def test_what_a_prefill_engine_took_back_is_not_used(decode: Any, prefill: Prefi
         finish(engine, blocker)
     assert engine.free_blocks == engine.free
     assert released(prefill)[before:] == []
+
+
+def test_what_was_to_be_pulled_when_there_is_room_is_not_pulled_after_it_was_taken_back(
+    decode: Any, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that moves to the decode engine waits there for local blocks when its prefill engine takes all back."""
+    monkeypatch.setattr(leases, "STARVE_S", 1000.0)
+    engine = decode(ratio="1", blocks=9)
+    request = offloaded(engine, prefill, max_tokens=40)
+    prefill.expect(messages.Lease)  # which is not answered: with the fifth block it starves
+    blocker = engine.arrive(list(range(500, 500 + 2 * BLOCK + 1)), max_tokens=60)
+    eventually(lambda: request.request_id not in engine.step().num_scheduled_tokens)
+    for _ in range(BLOCK):
+        if blocker.num_tokens % BLOCK == 1:  # its next token needs one of the five blocks that are left
+            break
+        engine.step()
+    assert engine.free_blocks == 5
+    monkeypatch.setattr(leases, "STARVE_S", 0.0)
+    reads: dict[str, list[int]] = {}
+
+    def step() -> int:
+        scheduled = engine.schedule()
+        reads.update(engine.pulls(scheduled))
+        engine.update(scheduled)
+        return int(scheduled.num_scheduled_tokens.get(request.request_id, 0))
+
+    step()
+    assert engine.count("moved_requests") == 1
+    assert (reads, engine.free_blocks) == ({}, 4), "it waits for room"
+    prefill.forget()
+    computed = 0
+    for _ in range(200):
+        computed = max(computed, step())
+    assert reads == {}, "what was taken back is read"
+    assert computed >= len(PROMPT), "it is computed here"
+    assert request.is_finished()
+    assert blocker.is_finished()
+    assert engine.free_blocks == engine.free
 
 
 def test_a_pull_that_ends_after_the_lease_did_is_not_believed(decode: Any, prefill: Prefill) -> None:
