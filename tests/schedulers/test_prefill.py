@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,14 @@ def test_a_prompt_whose_name_is_too_long_to_be_claimed_is_not_kept(prefill: Any)
     engine = prefill()
     assert engine.finish("x" * 600) is None
     assert engine.free_blocks == engine.free
+
+
+def test_a_prompt_that_nobody_claims_is_kept_for_a_short_time_of_its_own(prefill: Any) -> None:
+    engine = prefill(claim_seconds=7, lease_seconds=600)
+    name = engine.finish()["remote_request_id"]
+    before = time.perf_counter()
+    until = engine.schedule().kv_connector_metadata.reqs_to_send[name]
+    assert before + 5 < until <= before + 7
 
 
 @pytest.mark.parametrize("asked", ["UNPAUSED", "PAUSED_NEW", "PAUSED_ALL"])
