@@ -12,6 +12,7 @@ from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import roles
 from vllm_adrenaline.launch.cluster import Cluster
 from vllm_adrenaline.launch.memory import GIB, PROCESSES_BYTES, Memory, is_chosen, machine, share
+from vllm_adrenaline.roles import PEERS_START_TOO
 
 ENGINES = ["prefill", "decode"]
 
@@ -74,10 +75,12 @@ def commands(monkeypatch: pytest.MonkeyPatch, model: Path, **options: list[str])
     monkeypatch.setattr("vllm_adrenaline.launch.memory.machine", lambda: Memory(24 * GIB, 23 * GIB))
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     made: dict[str, list[str]] = {}
+    together: dict[str, bool] = {}
 
     class Nothing:
         def __init__(self, specs: list[roles.EngineSpec], **_: object) -> None:
             made.update({spec.name: spec.command for spec in specs})
+            together.update({spec.name: PEERS_START_TOO in spec.env for spec in specs})
 
         def start(self) -> None:
             raise AdrenalineError("far enough")
@@ -87,6 +90,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, model: Path, **options: list[str])
     monkeypatch.setattr("vllm_adrenaline.launch.cluster.Supervisor", Nothing)
     with pytest.raises(AdrenalineError, match="far enough"), Cluster(model, **options):  # type: ignore[arg-type]
         pass
+    assert together == {"prefill": False, "decode": True}, "none waits for the other before it loads its model"
     return made
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vllm_adrenaline import config, versions
+from tests.unit.test_control import IDENTITY
+from vllm_adrenaline import config, identity, roles, versions
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.errors import AdrenalineError
 
@@ -55,6 +58,20 @@ def test_an_unknown_vllm_is_refused_with_both_versions(version: str) -> None:
 
 def test_a_checked_vllm_is_taken_with_any_local_part() -> None:
     assert versions.check_vllm("0.32.0+cpu") == "0.32.0"
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_decode_engine_does_not_wait_for_a_prefill_engine_that_starts_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, together: bool
+) -> None:
+    """They load and compile at the same time; its workers wait for the other's executors."""
+    monkeypatch.setattr(identity, "of", lambda _: IDENTITY)
+    monkeypatch.delenv(roles.PEERS_START_TOO, raising=False)
+    if together:
+        monkeypatch.setenv(roles.PEERS_START_TOO, "1")
+    options = Options.parse({"role": "decode", "peers": f"ipc://{tmp_path}/nobody", "connect_timeout": 0})
+    with contextlib.nullcontext() if together else pytest.raises(AdrenalineError, match="no prefill engine answers"):
+        roles.check_peers(options, None, print)  # type: ignore[arg-type]
 
 
 PARSE = """
