@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,20 @@ def test_a_decode_engine_does_not_wait_for_a_prefill_engine_that_starts_with_it(
     options = Options.parse({"role": "decode", "peers": f"ipc://{tmp_path}/nobody", "connect_timeout": 0})
     with contextlib.nullcontext() if together else pytest.raises(AdrenalineError, match="no prefill engine answers"):
         roles.check_peers(options, None, print)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("chosen", [None, "eth7"])
+def test_nixl_stays_on_loopback_unless_an_operator_names_an_interface(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, role: str, chosen: str | None
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(
+        os, "environ", {"HOME": str(tmp_path)} | ({} if chosen is None else {"UCX_NET_DEVICES": chosen})
+    )
+    roles.apply(EngineArgs(model=str(tmp_path)), Options.parse({"role": role}))
+    assert os.environ["UCX_NET_DEVICES"] == (chosen or "lo")
 
 
 PARSE = """
