@@ -175,7 +175,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "are recomputed locally. One that has ended is noticed at once.",
             "SECONDS",
             ge=0.01,
-            le=300,
+            le=200,  # with a second for each further executor, below the 300 s after which vLLM ends a step itself
         ),
     ] = 60.0
     connect_timeout: Annotated[

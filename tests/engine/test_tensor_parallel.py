@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import Fleet, executors_of, fleet, kill_when, kv_bytes, workload
+from tests.engine.conftest import Fleet, executors_of, fleet, kill_when, kv_bytes, listening_beyond_loopback, workload
+from vllm_adrenaline.launch.process import group_members
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +48,8 @@ def test_an_executor_of_one_rank_that_dies_leaves_all_ranks_with_the_same_random
         assert [answer.tokens for answer in engines.door("remote").complete(work, **sampling)] == wanted
     assert killed
     assert decode.counter("executor_failures") > 0
+
+
+def test_nothing_that_ranks_open_can_be_reached_from_other_machines(engines: Fleet) -> None:
+    ours = [pid for name in ("prefill", "remote") for pid in group_members(engines[name].pid)]
+    assert listening_beyond_loopback(ours) == []

@@ -38,6 +38,7 @@ class Prefill:
         self.inbox: queue.Queue[messages.AnyMessage] = queue.Queue()
         self.heard: list[messages.AnyMessage] = []
         self.decode = b""
+        self.beat = messages.Heartbeat()
         self.greetings = 0
         self._outbox: queue.Queue[list[bytes]] = queue.Queue()
         self._stopping = threading.Event()
@@ -59,6 +60,7 @@ class Prefill:
                     self.greetings += 1
                 self._socket.send_multipart([name, messages.encode(self._welcome())])
             elif isinstance(message, messages.Heartbeat):
+                self.beat = message
                 if self.refusal is not None:
                     self._socket.send_multipart([name, messages.encode(messages.Refused(self.refusal))])
                 elif self.answers_beats:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from tests.schedulers.conftest import BLOCK, ENGINE, Decode, Prefill, eventually
-from vllm_adrenaline.control import messages
+from tests.unit.test_control import NESTED
+from vllm_adrenaline.control import client, messages
 from vllm_adrenaline.decode.remote_attention import Report
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
 from vllm_adrenaline.kv.stamp import stamped
+from vllm_adrenaline.placement import starvation
 
 PROMPT = list(range(10, 10 + 3 * BLOCK + 5))
 BLOCKS = [11, 12, 13, 14]
@@ -124,6 +126,29 @@ def test_a_decode_engine_that_ends_says_so(decode: Any, prefill: Prefill) -> Non
     prefill.expect(messages.Leave)
 
 
+def test_nothing_is_offloaded_while_the_prefill_engine_may_have_taken_it_back(
+    decode: Any, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decode engine that slept for a lease does not know yet that its blocks are somebody else's."""
+    engine = decode(ratio="1")
+    request = engine.arrive(PROMPT, params(PROMPT))
+    engine.step()
+    prefill.expect(messages.Claim)
+    monkeypatch.setattr(client, "MARGIN", 0.0)
+    prefill.say(granted(PROMPT))
+    reads: dict[str, list[int]] = {}
+
+    def told() -> bool:
+        scheduled = engine.schedule()
+        reads.update(engine.pulls(scheduled))
+        engine.update(scheduled)
+        return bool(reads) or request.num_output_tokens > 0
+
+    eventually(told)
+    assert reads == {request.request_id: BLOCKS}
+    assert engine.count("offloaded_requests") == 0
+
+
 # Prompts that do not fit
 
 
@@ -157,8 +182,17 @@ def test_a_claim_that_turns_out_to_be_of_another_prompt_is_given_back(decode: An
     engine.step()
     prefill.expect(messages.Claim)
     prefill.say(messages.Claimed("prompt", BLOCKS, len(PROMPT), b"another"))
-    eventually(lambda: engine.step().num_scheduled_tokens)
-    eventually(lambda: released(prefill) == ["prompt"])
+    reads: dict[str, list[int]] = {}
+
+    def step() -> bool:
+        scheduled = engine.schedule()
+        reads.update(engine.pulls(scheduled))
+        engine.update(scheduled)
+        return bool(reads or scheduled.num_scheduled_tokens)
+
+    eventually(step)
+    assert reads == {}, "KV of another prompt is read"
+    eventually(lambda: engine.step() and released(prefill) == ["prompt"])
     finish(engine, request)
 
 
@@ -330,6 +364,44 @@ def test_what_a_prefill_engine_took_back_is_not_used(decode: Any, prefill: Prefi
     assert released(prefill)[before:] == []
 
 
+def test_what_was_to_be_pulled_when_there_is_room_is_not_pulled_after_it_was_taken_back(
+    decode: Any, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that moves to the decode engine waits there for local blocks when its prefill engine takes all back."""
+    monkeypatch.setattr(starvation, "STARVE_S", 1000.0)
+    engine = decode(ratio="1", blocks=9)
+    request = offloaded(engine, prefill, max_tokens=40)
+    prefill.expect(messages.Lease)  # which is not answered: with the fifth block it starves
+    blocker = engine.arrive(list(range(500, 500 + 2 * BLOCK + 1)), max_tokens=60)
+    eventually(lambda: request.request_id not in engine.step().num_scheduled_tokens)
+    for _ in range(BLOCK):
+        if blocker.num_tokens % BLOCK == 1:  # its next token needs one of the five blocks that are left
+            break
+        engine.step()
+    assert engine.free_blocks == 5
+    monkeypatch.setattr(starvation, "STARVE_S", 0.0)
+    reads: dict[str, list[int]] = {}
+
+    def step() -> int:
+        scheduled = engine.schedule()
+        reads.update(engine.pulls(scheduled))
+        engine.update(scheduled)
+        return int(scheduled.num_scheduled_tokens.get(request.request_id, 0))
+
+    step()
+    assert engine.count("moved_requests") == 1
+    assert (reads, engine.free_blocks) == ({}, 4), "it waits for room"
+    prefill.forget()
+    computed = 0
+    for _ in range(200):
+        computed = max(computed, step())
+    assert reads == {}, "what was taken back is read"
+    assert computed >= len(PROMPT), "it is computed here"
+    assert request.is_finished()
+    assert blocker.is_finished()
+    assert engine.free_blocks == engine.free
+
+
 def test_a_pull_that_ends_after_the_lease_did_is_not_believed(decode: Any, prefill: Prefill) -> None:
     """The engine slept over its lease and finds its pull done before it hears that all was taken back."""
     prefill.lease_seconds = 0.5
@@ -350,7 +422,7 @@ def test_a_pull_that_ends_after_the_lease_did_is_not_believed(decode: Any, prefi
 
 def test_any_bytes_from_a_prefill_engine_are_survived(decode: Any, prefill: Prefill) -> None:
     engine = decode(ratio="1")
-    for frame in (b"", b"\xff", b"\x91" * 5000, messages.encode(messages.Lease(3)), b"\xc1" * 100):
+    for frame in (b"", b"\xff", NESTED, messages.encode(messages.Lease(3)), b"\xc1" * 100):
         prefill.say_bytes(frame)
     request = offloaded(engine, prefill)
     finish(engine, request)
@@ -361,7 +433,7 @@ def test_thousands_of_prompts_that_are_lost_at_once_do_not_end_the_engine(decode
     prompts = [[1, 2, i % 256, i // 256] for i in range(3000)]
     requests = [engine.arrive(prompt, params(prompt, f"p{i}")) for i, prompt in enumerate(prompts)]
     prefill.say(*(granted(prompt, f"p{i}", [i % 1000]) for i, prompt in enumerate(prompts)))
-    engine.step()
+    eventually(lambda: engine.step() and prefill.beat.waiting > 2900, seconds=30)
     prefill.refusal = "unknown decode engine"
     time.sleep(0.6)  # a beat is refused, and the line to the prefill engine rests for a second
     for _ in range(3):

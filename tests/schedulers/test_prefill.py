@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
 from tests.schedulers.conftest import BLOCK, Engine, eventually
+from vllm_adrenaline.compat.side_channel import PORT
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
 from vllm_adrenaline.prefill import executor_pool
@@ -29,7 +35,9 @@ class Prefill(Engine):
         super().__init__(PrefillScheduler, config, kv_cache_config)
         self.line: zmq.Socket[bytes] = sockets.connect(address)
         identity = self.scheduler.control.identity
-        assert isinstance(self.ask(messages.Hello(identity, True, "decode")), messages.Welcome)
+        welcome = self.ask(messages.Hello(identity, True, "decode"))
+        assert isinstance(welcome, messages.Welcome)
+        self.welcome = welcome
 
     def ask(self, message: messages.Message) -> messages.AnyMessage | None:
         """Ask as the decode engine."""
@@ -105,6 +113,38 @@ def test_a_prompt_whose_name_is_too_long_to_be_claimed_is_not_kept(prefill: Any)
     engine = prefill()
     assert engine.finish("x" * 600) is None
     assert engine.free_blocks == engine.free
+
+
+def test_a_prompt_that_nobody_claims_is_kept_for_a_short_time_of_its_own(prefill: Any) -> None:
+    engine = prefill(claim_seconds=7, lease_seconds=600)
+    name = engine.finish()["remote_request_id"]
+    before = time.perf_counter()
+    until = engine.schedule().kv_connector_metadata.reqs_to_send[name]
+    assert before + 5 < until <= before + 7
+
+
+def test_nixl_is_answered_at_the_port_that_decode_engines_are_told_whoever_has_another(
+    prefill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlHandshakePayload
+
+    monkeypatch.delenv(PORT, raising=False)
+    with ExitStack() as stack:
+        with suppress(OSError):  # if it fails somebody else has NIXL's own choice
+            stack.enter_context(socket.create_server(("127.0.0.1", 5600)))
+        engine = prefill()
+        metadata = {(0, 0): NixlHandshakePayload(compatibility_hash="h", agent_metadata_bytes=b"m")}
+        serve = engine.scheduler.connector.set_xfer_handshake_metadata_pp_aware
+        thread = threading.Thread(target=serve, args=(metadata,), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive(), "the engine core waits for a thread that has ended"
+        asking = stack.enter_context(zmq.Context.instance().socket(zmq.REQ))
+        asking.setsockopt(zmq.LINGER, 0)
+        asking.connect(f"tcp://{engine.welcome.nixl_host}:{engine.welcome.nixl_port}")
+        asking.send(msgspec.msgpack.encode((b"get_meta_msg", 0, 0)))
+        assert asking.poll(5000)
+        assert asking.recv_multipart()[0] == msgspec.msgpack.encode(metadata[0, 0])
 
 
 @pytest.mark.parametrize("asked", ["UNPAUSED", "PAUSED_NEW", "PAUSED_ALL"])

@@ -271,6 +271,21 @@ def test_executors_that_hang_together_cost_a_step_one_timeout() -> None:
     assert timeout <= time.monotonic() - started < 2 * timeout
 
 
+def test_executors_that_hang_one_after_another_do_not_cost_a_step_a_timeout_each() -> None:
+    timeout = 2.0
+    steps, first, _ = channels(timeout)
+    _, second, served = channels(timeout)
+    ones = torch.ones(8, 2, 4)
+    thread = serve(served, layers=1)
+    steps.begin(batch({0: [0], 1: [1]}).handle, {0: first, 1: second})
+    started = time.monotonic()
+    for layer, failed in ((0, 0b01), (1, 0b10), (2, 0)):
+        steps.send(layer, ones, ones[:, :1], ones[:, :1])
+        assert steps.receive(layer, ones) == failed
+    thread.join()
+    assert timeout <= time.monotonic() - started < 1.75 * timeout, "what is left of the first, or a second"
+
+
 def test_a_channel_that_its_executor_closed_is_given_up_at_once() -> None:
     steps, decode, executor = channels(timeout_s=60)
     ones = torch.ones(8, 2, 4)

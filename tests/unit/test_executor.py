@@ -16,7 +16,7 @@ import pytest
 import torch
 import zmq
 
-from tests.unit.test_control import IDENTITY
+from tests.unit.test_control import IDENTITY, NESTED
 from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.server import Server
 from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport, LayerSpec
@@ -197,7 +197,7 @@ def test_an_attachment_that_fails_in_an_unforeseen_way_is_refused_and_others_are
 
 def test_an_executor_survives_whatever_it_is_sent(address: str) -> None:
     socket = sockets.connect(address)
-    for frames in ([b"\x91" * 5000], [b""], [b"a", b"b"], [messages.encode(messages.Leave())]):
+    for frames in ([NESTED], [b""], [b"a", b"b"], [messages.encode(messages.Leave())]):
         socket.send_multipart(frames)
     assert sockets.ask(socket, messages.Revoke("nobody"), 5) == messages.Revoked("nobody")
     assert Decode(address, "a").step()

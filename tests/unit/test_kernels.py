@@ -14,6 +14,7 @@ from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.server import check_plan
 from vllm_adrenaline.attention.spec import KVExport, LayerSpec
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.kv.sharing import SharedKVCache
 from vllm_adrenaline.system import memory_file
 
 BLOCKS, KV_HEADS, HEADS, BLOCK, HEAD = 6, 2, 4, 32, 32
@@ -142,6 +143,22 @@ def test_a_plan_that_points_outside_the_cache_is_refused(name: str, value: int) 
     plan[name].view(-1)[0] = value
     with pytest.raises(AdrenalineError, match="outside the KV cache"):
         check_plan(plan, BLOCKS, BLOCK)
+
+
+def test_a_kv_cache_that_could_shrink_is_not_mapped_and_ours_cannot() -> None:
+    """Whoever shrinks it would end the executor that has it mapped."""
+    with SharedKVCache() as shared:
+        cache = torch.zeros(1 << 16, dtype=torch.int8)
+    assert shared.offset(cache) == 0
+    with pytest.raises(PermissionError):
+        os.ftruncate(shared.fd, 4096)
+    fd, size = os.memfd_create("kv"), 4 * BLOCKS * STRIDES[0]
+    os.ftruncate(fd, size)
+    kv = KVExport(os.getpid(), fd, size, SHAPE, STRIDES, "float32", "vec", HEADS, [LayerSpec("a", 0, SCALE)], [0], 1)
+    with pytest.raises(AdrenalineError, match="F_SEAL_SHRINK"):
+        CpuAttention.mapped(kv, fd, split_kv=True)
+    for each in (fd, shared.fd):
+        os.close(each)
 
 
 TWO_AT_ONCE = """

@@ -266,13 +266,12 @@ def test_shared_memory_that_was_there_before_or_is_anothers_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, before, others = (Path(f"/dev/shm/{n}{os.getpid()}") for n in ("weights-", "psm_before", "psm_others"))
-    for path in (before, weights):
-        path.write_bytes(bytes(4096))
+    before.write_bytes(bytes(4096))
     env = dict(os.environ)
     command = [sys.executable, "-c", f"import time; time.sleep(2)\n{MAPS}", *map(str, (weights, before, others))]
     process = EngineProcess("d", command, env, tmp_path / "log")
-    others.write_bytes(bytes(4096))
-    weights.touch()
+    for path in (others, weights):  # made while the engine runs
+        path.write_bytes(bytes(4096))
     wait_until(lambda: process.log.read_text() == "mapped\n")
     process.remember_shared_memory()
     os.chown(others, 1, 1) if os.getuid() == 0 else monkeypatch.setattr(os, "getuid", lambda: -1)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_adrenaline.engine.setup import PEERS_START_TOO
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.cluster import Cluster
@@ -74,10 +75,12 @@ def commands_of(monkeypatch: pytest.MonkeyPatch, model: Path, **options: list[st
     monkeypatch.setattr("vllm_adrenaline.launch.memory.read", lambda: Memory(24 * GIB, 23 * GIB))
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     made: dict[str, list[str]] = {}
+    together: dict[str, bool] = {}
 
     class Nothing:
         def __init__(self, specs: list[engine_command.EngineCommand], **_: object) -> None:
             made.update({spec.name: spec.argv for spec in specs})
+            together.update({spec.name: PEERS_START_TOO in spec.env for spec in specs})
 
         def start(self) -> None:
             raise AdrenalineError("far enough")
@@ -87,6 +90,7 @@ def commands_of(monkeypatch: pytest.MonkeyPatch, model: Path, **options: list[st
     monkeypatch.setattr("vllm_adrenaline.launch.cluster.Supervisor", Nothing)
     with pytest.raises(AdrenalineError, match="far enough"), Cluster(model, **options):  # type: ignore[arg-type]
         pass
+    assert together == {"prefill": False, "decode": True}, "none waits for the other before it loads its model"
     return made
 
 

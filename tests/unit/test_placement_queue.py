@@ -41,7 +41,11 @@ class Engine:
     def __init__(self, ratio: float | None, free: int, remote_free: int = 1000) -> None:
         options: Any = SimpleNamespace(ratio=ratio, offload_rule="or", tpot_slo_ms=0.0)
         client: Any = SimpleNamespace(
-            load=Load(total=2000, free=remote_free), welcome=object(), waiting=0, beat=lambda: None
+            holds=lambda life, now: True,
+            load=Load(total=2000, free=remote_free),
+            welcome=object(),
+            waiting=0,
+            beat=lambda: None,
         )
         self.placer = Placer(options, COSTS, 100, BLOCK, max_rows=8)
         self.waiting = PlacementQueue(self.placer, BLOCK)

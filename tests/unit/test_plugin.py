@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.unit.test_control import IDENTITY
 from vllm_adrenaline import config
 from vllm_adrenaline.compat import versions
 from vllm_adrenaline.config import Options
+from vllm_adrenaline.engine import setup
 from vllm_adrenaline.errors import AdrenalineError
 
 VALUES: dict[str, tuple[str, str, Any]] = {
@@ -87,6 +92,34 @@ def test_an_unknown_vllm_is_refused_with_both_versions(version: str) -> None:
 
 def test_a_checked_vllm_is_taken_with_any_local_part() -> None:
     assert versions.check_vllm("0.32.0+cpu") == "0.32.0"
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_decode_engine_does_not_wait_for_a_prefill_engine_that_starts_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, together: bool
+) -> None:
+    """They load and compile at the same time; its workers wait for the other's executors."""
+    monkeypatch.setattr(setup, "identity_of", lambda _: IDENTITY)
+    monkeypatch.delenv(setup.PEERS_START_TOO, raising=False)
+    if together:
+        monkeypatch.setenv(setup.PEERS_START_TOO, "1")
+    options = Options.parse({"role": "decode", "peers": f"ipc://{tmp_path}/nobody", "connect_timeout": 0})
+    with contextlib.nullcontext() if together else pytest.raises(AdrenalineError, match="no prefill engine answers"):
+        setup.check_peers(options, None, print)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("chosen", [None, "eth7"])
+def test_nixl_stays_on_loopback_unless_an_operator_names_an_interface(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, role: str, chosen: str | None
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(
+        os, "environ", {"HOME": str(tmp_path)} | ({} if chosen is None else {"UCX_NET_DEVICES": chosen})
+    )
+    setup.apply(EngineArgs(model=str(tmp_path)), Options.parse({"role": role}))
+    assert os.environ["UCX_NET_DEVICES"] == (chosen or "lo")
 
 
 FIRST_IN_A_FRESH_PROCESS = """

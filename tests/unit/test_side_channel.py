@@ -58,12 +58,13 @@ def test_vllms_question_is_answered_with_the_ranks_metadata_and_our_clock(channe
 
 def test_what_cannot_be_answered_is_counted_and_ends_nothing(channel: SideChannel) -> None:
     channel.serve({(0, 0): b"first"})
-    wrong = [b"", b"\xff", b"\x91" * 5000, msgspec.msgpack.encode((b"x", 0, 7)), msgspec.msgpack.encode({"a": 1})]
+    nested = b"\x94\xc4\x01x\x00\x00" + b"\x91" * 5000 + b"\xc0"  # one field more than there are, deep
+    wrong = [b"", b"\xff", nested, msgspec.msgpack.encode((b"x", 0, 7)), msgspec.msgpack.encode({"a": 1})]
     for frame in wrong:
         assert ask(channel.port, frame) is None
     assert ask(channel.port, b"one", b"two", b"three", b"four") is None
-    assert channel.bad_frames == len(wrong) + 1
     assert ask(channel.port, msgspec.msgpack.encode((b"get_meta_msg", 0, 0))) is not None
+    assert channel.bad_frames == len(wrong) + 1
 
 
 def test_a_port_that_an_operator_chose_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:

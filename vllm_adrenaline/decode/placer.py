@@ -5,6 +5,7 @@ What is decided, and when, is pure (placement/admission.py). The scheduler is th
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -45,21 +46,24 @@ class Placer:
         """How long answers get."""
         return self.admission.lengths
 
-    def pools(self, free: int, remote: Sequence[RemotePool], down: Collection[int]) -> Pools:
+    def pools(self, free: int, remote: Sequence[RemotePool], unavailable: Collection[int]) -> Pools:
         """Return the memory of all engines as it is now.
+
+        An executor is available if it answers, and if its prefill engine cannot have taken back what we have there.
 
         Args:
             free: Free local blocks.
             remote: What we have of each prefill engine. The place in the list is the executor's number.
-            down: Executors that did not answer.
+            unavailable: Executors that did not answer.
         """
+        now = time.monotonic()
         executors = [
             ExecutorPool(
                 total=pool.client.load.total,
                 free=pool.client.load.free,
                 reserve=pool.client.load.reserve,
                 leased=len(pool.free),
-                available=pool.executor not in down and pool.client.welcome is not None,
+                available=pool.executor not in unavailable and pool.holds(now),
                 busy=pool.client.load.busy,
                 recalls=pool.client.load.recalls,
             )
