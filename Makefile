@@ -23,7 +23,7 @@ test-all: setup lint  ## The same, with what takes longer
 	@$(BIN)/pytest
 
 test-fast: setup  ## Only what starts no engine
-	@$(BIN)/pytest tests/unit tests/schedulers
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile tests/unit tests/schedulers
 
 lint: setup  ## Check style, formatting and types
 	@$(BIN)/ruff check $(SOURCES)
