@@ -3,6 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SOURCES := vllm_adrenaline tests tools benchmarks
+# Tests that start no engine run side by side. Those that do would only take the cores from each other.
+FAST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile tests/unit tests/schedulers
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-fast lint format clean
@@ -17,13 +19,15 @@ demo: setup  ## Compare plain vLLM, disaggregation and offloading on a small mod
 	@$(BIN)/adrenaline demo
 
 test: setup lint  ## Check style and types, then run the tests, on real engines
-	@$(BIN)/pytest -m "not extended"
+	@$(FAST) -m "not extended"
+	@$(BIN)/pytest -m "not extended" tests/engine
 
 test-all: setup lint  ## The same, with what takes longer
-	@$(BIN)/pytest
+	@$(FAST)
+	@$(BIN)/pytest tests/engine tests/gpu
 
 test-fast: setup  ## Only what starts no engine
-	@$(BIN)/pytest tests/unit tests/schedulers
+	@$(FAST)
 
 lint: setup  ## Check style, formatting, types and the layers of the package
 	@$(BIN)/ruff check $(SOURCES)

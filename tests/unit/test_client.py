@@ -34,6 +34,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.times: list[float] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of clients that left."""
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     server: Server

@@ -161,7 +161,7 @@ def test_a_kv_cache_that_could_shrink_is_not_mapped_and_ours_cannot() -> None:
         os.close(each)
 
 
-TWO_AT_ONCE = """
+TWO_ENGINES = """
 import sys, threading, torch
 from vllm.utils.math_utils import cdiv
 from vllm_adrenaline.attention.kernels import CpuAttention
@@ -199,37 +199,42 @@ def run(step, wanted, wrong):
 steps = [step(4, 700), step(3, 1900)]
 wanted = [attend(each).clone() for each in steps]
 wrong = [[0], [0]]
-threads = [threading.Thread(target=run, args=each) for each in zip(steps, wanted, wrong)]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-print(f"{wrong[0][0] + wrong[1][0]} of {2 * ROUNDS} outputs are wrong")
-sys.exit(wrong != [[0], [0]])
-"""
-
-
-def test_two_decode_engines_on_one_executor_do_not_disturb_each_other() -> None:
-    """vLLM's operators have one scratch memory for a process. In a process of its own: a crash is a finding, too."""
-    done = subprocess.run([sys.executable, "-c", TWO_AT_ONCE], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-
-
-def test_a_schedule_stays_valid_when_another_one_is_made_before_it_is_used() -> None:
-    """As in an executor of two decode engines, whose layers take turns."""
-    code = (
-        TWO_AT_ONCE.partition("threads = [")[0]
-        + """
 for order in ([0, 1], [1, 0]):
     schedules = {i: attention.schedule(steps[i]["query_start_loc"], steps[i]["seq_lens"]) for i in order}
     for i in (0, 1, 1, 0):
         steps[i]["out"].zero_()
         attention.layer(0, steps[i], schedules[i])
         assert torch.equal(steps[i]["out"], wanted[i]), (order, i)
+print("schedules stay valid", flush=True)
+
+threads = [threading.Thread(target=run, args=each) for each in zip(steps, wanted, wrong)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(f"{wrong[0][0] + wrong[1][0]} of {2 * ROUNDS} outputs are wrong")
 """
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def two_engines() -> subprocess.CompletedProcess[str]:
+    """Two decode engines on one executor, in a process of its own: a crash is a finding, too."""
+    return subprocess.run([sys.executable, "-c", TWO_ENGINES], capture_output=True, text=True)
+
+
+def test_a_schedule_stays_valid_when_another_one_is_made_before_it_is_used(
+    two_engines: subprocess.CompletedProcess[str],
+) -> None:
+    """As in an executor of two decode engines, whose layers take turns."""
+    assert two_engines.stdout.startswith("schedules stay valid\n"), two_engines.stderr[-2000:]
+
+
+def test_two_decode_engines_on_one_executor_do_not_disturb_each_other(
+    two_engines: subprocess.CompletedProcess[str],
+) -> None:
+    """vLLM's operators have one scratch memory for a process."""
+    assert two_engines.returncode == 0, two_engines.stderr[-2000:]
+    assert two_engines.stdout.endswith("\n0 of 200 outputs are wrong\n")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from vllm_adrenaline.native.build_hash import build_hash
 from vllm_adrenaline.native.library import library
 
 ROOT = Path(__file__).parent.parent.parent
-FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
+FLAGS = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
 SANITIZERS = {
     "plain": ["-O2"],
     "address and undefined behaviour": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -25,27 +25,52 @@ SANITIZERS = {
 }
 
 
+PROGRAMS = {
+    **{("test_channel", kind): [*options, "-pthread"] for kind, options in SANITIZERS.items()},
+    **{("test_attention", kind): options for kind, options in SANITIZERS.items() if kind != "threads"},
+    ("bench_channel", "plain"): ["-O2"],
+}
+"""Options of the compiler for each program of csrc/tests."""
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """All programs, compiled at once."""
+    folder = tmp_path_factory.mktemp("programs")
+    made = {(name, kind): folder / f"{name}-{kind.split()[0]}" for name, kind in PROGRAMS}
+    compilers = [
+        subprocess.Popen(
+            ["g++", *FLAGS, *options, str(ROOT / "csrc" / "tests" / f"{name}.cpp"), "-o", str(made[name, kind])],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for (name, kind), options in PROGRAMS.items()
+    ]
+    said = [compiler.communicate()[1] for compiler in compilers]
+    assert not any(compiler.returncode for compiler in compilers), "\n".join(said)
+    return made
+
+
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_the_channel_works_from_cpp_and_is_clean(sanitizer: str, tmp_path: Path) -> None:
-    program, source = tmp_path / "test_channel", ROOT / "csrc" / "tests" / "test_channel.cpp"
-    subprocess.run(["g++", *FLAGS, *SANITIZERS[sanitizer], str(source), "-o", str(program), "-pthread"], check=True)
+def test_the_channel_works_from_cpp_and_is_clean(sanitizer: str, programs: dict[tuple[str, str], Path]) -> None:
     # TSan of GCC 12 wants the address space laid out as without randomization.
-    done = subprocess.run(["setarch", "-R", str(program)], capture_output=True, text=True, timeout=300)
+    command = ["setarch", "-R", str(programs["test_channel", sanitizer])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "address and undefined behaviour"])
-def test_attention_reads_nothing_it_should_not_and_is_right(sanitizer: str, tmp_path: Path) -> None:
-    program, source = tmp_path / "test_attention", ROOT / "csrc" / "tests" / "test_attention.cpp"
-    subprocess.run(["g++", *FLAGS, *SANITIZERS[sanitizer], str(source), "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+def test_attention_reads_nothing_it_should_not_and_is_right(
+    sanitizer: str, programs: dict[tuple[str, str], Path]
+) -> None:
+    command = [str(programs["test_attention", sanitizer])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
-def test_the_cpp_benchmark_measures_what_it_says(tmp_path: Path) -> None:
-    program, source = tmp_path / "bench_channel", ROOT / "csrc" / "tests" / "bench_channel.cpp"
-    subprocess.run(["g++", *FLAGS, "-O2", str(source), "-o", str(program)], check=True)
-    done = subprocess.run([str(program), "2", "50", "0", "0"], capture_output=True, text=True, timeout=120, check=True)
+def test_the_cpp_benchmark_measures_what_it_says(programs: dict[tuple[str, str], Path]) -> None:
+    command = [str(programs["bench_channel", "plain"]), "2", "50", "0", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [name for name, _ in lines] == ["floor"] * 50 + ["channel"] * 50
     assert all(int(time) > 0 for _, time in lines)

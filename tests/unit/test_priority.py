@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from vllm_adrenaline.system import priority
 
+OWN_NICENESS = os.getpriority(os.PRIO_PROCESS, 0)
+"""Of the tests, which their child processes inherit."""
 THREADS = """
 import threading, time
 for _ in range(3):
@@ -76,13 +78,13 @@ def taken(*launcher: str) -> tuple[str, int, int]:
 def test_a_process_says_which_priority_it_got() -> None:
     said, kind, nice = taken()
     got = {"real-time priority": kind == os.SCHED_FIFO, "niceness -10": nice == -10}
-    assert got.get(said, (kind, nice) == (os.SCHED_OTHER, 0))
+    assert got.get(said, (kind, nice) == (os.SCHED_OTHER, OWN_NICENESS))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives up rights that only root has")
 def test_without_rights_the_priority_stays_ordinary() -> None:
     drop = ("setpriv", "--bounding-set", "-sys_nice", "--inh-caps", "-sys_nice", "--")
-    assert taken(*drop) == (priority.ORDINARY, os.SCHED_OTHER, 0)
+    assert taken(*drop) == (priority.ORDINARY, os.SCHED_OTHER, OWN_NICENESS)
 
 
 def test_a_process_that_is_gone_is_no_error() -> None:
