@@ -24,7 +24,7 @@ test: setup lint  ## Check style and types, then run the tests, on real engines
 
 test-all: setup lint  ## The same, with what takes longer
 	@$(FAST)
-	@$(BIN)/pytest tests/engine tests/gpu
+	@$(BIN)/pytest tests/engine
 
 test-fast: setup  ## Only what starts no engine
 	@$(FAST)

@@ -4,7 +4,7 @@
 
 A decode engine on the first core with little KV memory, a prefill engine and its attention executor on the second.
 All policies use the same two engines, in turns (benchmarks/knob changes the ratio between runs). The loads are slices
-of a real trace (vllm_adrenaline/bench/data), lengths scaled to the model: `saturated` fills the decode engine's KV
+of a real trace (vllm_adrenaline/workload/data), lengths scaled to the model: `saturated` fills the decode engine's KV
 memory, `prefill` keeps the prefill engine busy, `light` leaves both idle most of the time.
 """
 

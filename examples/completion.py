@@ -1,4 +1,4 @@
-"""Stream one completion from a front door: `adrenaline up MODEL --port 8000`, then `python examples/completion.py`."""
+"""Stream one completion from the proxy: `adrenaline up MODEL --port 8000`, then `python examples/completion.py`."""
 
 import sys
 

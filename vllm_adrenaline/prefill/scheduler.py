@@ -98,7 +98,7 @@ class PrefillScheduler(Scheduler):
         return cdiv(self.waiting.peek_request().num_tokens, self.block_size) if self.waiting else 0
 
     def _pause_for_growth(self, asked: PauseState) -> PauseState:
-        """Let new prompts wait if they are to (prefill/ahead.py): vLLM's own pause, for one step."""
+        """Let new prompts wait if they are to (placement/prefill_admission.py): vLLM's own pause, for one step."""
         needed = self._needed_by_next()
         if asked != PauseState.UNPAUSED or not needed:
             return asked

@@ -50,7 +50,7 @@ class Simulation:
         self._order = itertools.count()
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         for number, arrival in enumerate(arrivals):
-            # Engines of a kind are used in turn, as the front door does.
+            # Engines of a kind are used in turn, as the proxy does.
             row = Row(arrival.at, arrival.prompt, arrival.output, number % setup.prefill, number % setup.decode)
             self._at(arrival.at, self._arrive, row)
 
