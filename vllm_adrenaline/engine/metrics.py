@@ -18,7 +18,7 @@ COUNTERS = {
     "offloaded_requests": "Requests placed on an attention executor: their KV cache stays on the prefill engine.",
     "local_requests": "Requests whose prompt KV was pulled from the prefill engine.",
     "moved_requests": "Offloaded requests that went on on the decode engine, their KV cache pulled there.",
-    "fallback_requests": "Requests that lost what a prefill engine had for them, and were computed on the decode engine.",
+    "fallback_requests": "Requests that lost what a prefill engine had for them: computed on the decode engine.",
     "refused_params": "Requests whose kv_transfer_params were refused; their prompts were computed locally.",
     "remote_attention_rows": "Rows x layers attended by attention executors, as counted by the executors.",
     "executor_failures": "Steps in which an attention executor did not answer in time.",
