@@ -1,6 +1,6 @@
-"""Every option, described once: `vllm serve --help=Adrenaline`, LLM(...) and all processes read this one Struct.
+"""The options of an engine, each described once, here. The help of `vllm serve` and all processes read them.
 
-Options travel inside vLLM's `additional_config["adrenaline"]`, so that they reach every process of an engine.
+They travel inside vLLM's `additional_config["adrenaline"]`, and so reach every process of an engine.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 PLUGIN = "adrenaline"
+"""The value of `--plugin` that turns this plugin on, and the key of its options in `additional_config`."""
 FLAG_PREFIX = "--adrenaline-"
 
 
 def _option(description: str, metavar: str | None = None, **bounds: Any) -> msgspec.Meta:
-    """Describe an option; one whose description begins with a role is of no use to the other."""
+    """Return the description of an option. One that begins with a role is of no use to the other role."""
     role = next((role for role in ("prefill", "decode") if description.startswith(f"{role.title()} engine:")), None)
     return msgspec.Meta(description=description, extra={"metavar": metavar, "role": role}, **bounds)
 
 
 def ratio_of(flag: str, value: str | float) -> float | None:
-    """Return the share that is meant, None for `auto`; raises AdrenalineError, naming the flag, for anything else."""
+    """Return a share of the requests, 0 to 1, None for `auto`. Raises AdrenalineError, naming `flag`, for the rest."""
     try:
         ratio = None if value == "auto" else float(value)
     except ValueError:
@@ -185,7 +186,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def ratio(self) -> float | None:
-        """The fixed share of requests to offload, None for load-aware placement."""
+        """The fixed share of requests to offload, 0 to 1; None for load-aware placement."""
         return ratio_of(f"{FLAG_PREFIX}offload-ratio", self.offload_ratio)
 
     @property
@@ -195,12 +196,12 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def peer_addresses(self) -> list[str]:
-        """The control addresses of a decode engine's prefill engines, in the order of their places."""
+        """The control addresses of a decode engine's prefill engines. Their order numbers the executors."""
         return [address.strip() for address in (self.peers or sockets.default_address()).split(",")]
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Options:
-        """Return validated options; raises AdrenalineError with the name of the flag that is wrong."""
+        """Return the options with these values, by field name. Raises AdrenalineError that names the wrong flag."""
         if "role" not in values:
             raise AdrenalineError("--plugin adrenaline needs --adrenaline-role prefill or --adrenaline-role decode")
         if "offload_ratio" in values:
@@ -226,17 +227,18 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Options:
-        """Return the options of an engine in which the plugin is active."""
+        """Return the options of an engine with this configuration, in which the plugin is active."""
         return cls.parse(dict(vllm_config.additional_config[PLUGIN]))
 
 
 def _described() -> list[tuple[str, msgspec.Meta]]:
+    """Return each option's field name and description."""
     hints = get_type_hints(Options, include_extras=True)
     return [(n, m) for n, hint in hints.items() for m in hint.__metadata__ if isinstance(m, msgspec.Meta)]
 
 
 def flags() -> list[tuple[str, str, dict[str, Any]]]:
-    """Return (field, flag, argparse arguments) for every option."""
+    """Return (field name, flag, arguments of argparse's add_argument) for every option."""
     result = []
     kinds = get_type_hints(Options)
     for name, meta in _described():

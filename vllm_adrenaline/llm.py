@@ -1,4 +1,4 @@
-"""`LLM(...)` with offload flags: vLLM's offline class, which takes `adrenaline_*` arguments too.
+"""`LLM(...)` with offloading: vLLM's offline class, which takes `adrenaline_*` arguments, too.
 
     from vllm_adrenaline import LLM
     llm = LLM("MODEL", adrenaline_role="decode", adrenaline_peers="ipc:///run/adrenaline/prefill")
@@ -21,7 +21,8 @@ PREFIX = f"{PLUGIN}_"
 class LLM(vllm.LLM):
     """vllm.LLM with every option of `vllm serve --help=Adrenaline` as an argument `adrenaline_<name>`.
 
-    Raises AdrenalineError for options, models or peers that do not fit.
+    Raises:
+        AdrenalineError: options, model or peers do not fit.
     """
 
     def __init__(self, model: str, **kwargs: Any) -> None:

@@ -19,7 +19,8 @@ struct Cache {
   int item;
 };
 
-// A tensor [blocks, KV heads, block size, head size] whose heads are contiguous within a block.
+// Get a tensor [blocks, KV heads, block size, head size] whose heads are contiguous within a block. False with an error
+// set.
 bool parse_cache(PyObject* object, DLTensor* t) {
   if (read_tensor(object, t) != 0) return false;
   const bool is_float = (t->dtype.code == kDLBfloat && t->dtype.bits == 16) || (t->dtype.code == kDLFloat && t->dtype.bits == 32);

@@ -1,18 +1,18 @@
-// Both ends of a channel (csrc/shm): the decode worker's and its steps over all of them; the executor's.
+// Both ends of a channel (csrc/shm): the decode worker's, its steps over all of its channels, and the executor's.
 #include "../shm/decode_end.h"
 #include "../shm/executor_end.h"
 #include "edge.h"
 
 namespace adrenaline::bindings {
 
-// What the split is to steps_add(); its methods are in split.cpp.
+// steps_add() takes one; its methods are in split.cpp.
 using plan::Split;
 
 namespace {
 
 using namespace shm;
 
-// The steps of a decode worker, whose rows of q, and of k or v, have so many bytes.
+// The steps of a decode worker. A row of q has `q_row` bytes, one of k or of v `kv_row`.
 struct Steps {
   StepEnds ends;
   int64_t q_row, kv_row;
@@ -73,7 +73,7 @@ PyMethodDef decode_methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-// ---- all of them, as a step sees them
+// ---- all of the decode worker's ends, as a step sees them
 
 PyObject* steps_new(PyTypeObject*, PyObject* args, PyObject*) {
   long long q_row, kv_row;
@@ -102,7 +102,7 @@ PyObject* steps_add(PyObject* self, PyObject* args) {
   });
 }
 
-// The layer's number; kMaxLayers or more for what is none, with a Python error set.
+// The number of a layer. kMaxLayers or more, with a Python error set, for what is none.
 uint64_t parse_layer(PyObject* object) {
   const auto layer = PyLong_AsUnsignedLongLong(object);
   if (layer >= kMaxLayers && PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_ValueError, "no layer has this number");

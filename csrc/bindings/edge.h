@@ -1,8 +1,8 @@
 // What all files of the Python edge share: objects of ours in Python, errors, tensors. CPython's limited API, no torch.
 //
-// What a layer needs is a method of an object, not a function that is handed a capsule: the bound method is made once, and
-// its `self` needs neither a look-up nor a check. Tensors are read through DLPack's exchange API, which makes no Python
-// objects; data_ptr() and stride() would take 190 ns a tensor (docs/performance.md).
+// What a layer needs is a method of an object, not a function that is handed a capsule: the bound method is made once,
+// and its `self` needs neither a look-up nor a check. Tensors are read through DLPack's exchange API, which makes no
+// Python objects; data_ptr() and stride() would take 190 ns a tensor (docs/performance.md).
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -36,13 +36,13 @@ struct Object {
 template <typename T>
 inline PyTypeObject* type_of = nullptr;
 
-// Of a method's `self`, whose type the interpreter has checked.
+// The T of a method's `self`, whose type the interpreter has checked.
 template <typename T>
 T& self_of(PyObject* self) {
   return *reinterpret_cast<Object<T>*>(self)->value;
 }
 
-// Of an argument; null with a TypeError for anything else.
+// The T of an argument. Null, with a TypeError set, if the argument is anything else.
 template <typename T>
 T* get(PyObject* object) {
   if (Py_TYPE(object) == type_of<T>) return &self_of<T>(object);
@@ -50,6 +50,7 @@ T* get(PyObject* object) {
   return nullptr;
 }
 
+// A new Python object that owns `value`; null with a Python error set.
 template <typename T>
 PyObject* make(std::unique_ptr<T> value) {
   PyObject* object = PyType_GenericAlloc(type_of<T>, 0);
@@ -65,7 +66,8 @@ void destroy(PyObject* object) {
   Py_DECREF(type);
 }
 
-// `construct`: null where only functions of ours make such objects.
+// Add the type of Object<T> to the module, under the full `name`. `construct` is its __new__; null where only functions
+// of ours make such objects. -1 with a Python error set.
 template <typename T>
 int add_type(PyObject* module, const char* name, PyMethodDef* methods, newfunc construct) {
   if (type_of<T> == nullptr) {
@@ -81,7 +83,7 @@ int add_type(PyObject* module, const char* name, PyMethodDef* methods, newfunc c
   return PyModule_AddType(module, type_of<T>);
 }
 
-// Run `body`, which may throw or leave a Python error set; null then.
+// Run `body` and return what it returns. Null if it throws; a Python error is set then.
 template <typename Body>
 PyObject* guarded(Body&& body) {
   try {
@@ -92,6 +94,7 @@ PyObject* guarded(Body&& body) {
   }
 }
 
+// Run `body`, which touches no Python object, without the interpreter's lock.
 template <typename Body>
 void without_lock(Body&& body) {
   PyThreadState* state = PyEval_SaveThread();
@@ -111,21 +114,23 @@ inline PyCFunction cast(FastFunction function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
+// Whether a call has as many arguments as it needs; else a TypeError is set.
 inline bool takes(Py_ssize_t wanted, Py_ssize_t count) {
   if (count != wanted) PyErr_Format(PyExc_TypeError, "%zd arguments are wanted, not %zd", wanted, count);
   return count == wanted;
 }
 
-// Of torch.Tensor; null until use_tensors() was called, which the loader does at once.
+// Reads a torch.Tensor. Null until use_tensors() was called, as vllm_adrenaline/native/library.py does at once.
 inline DLPackDLTensorFromPyObjectNoSync read_tensor = nullptr;
 
+// Whether use_tensors() was called; else a RuntimeError is set.
 inline bool can_read_tensors() {
   if (read_tensor == nullptr) PyErr_SetString(PyExc_RuntimeError, "use_tensors was not called");
   return read_tensor != nullptr;
 }
 
-// The rows of a tensor [T, heads, head size] on the CPU whose heads lie side by side, `row` bytes in all; anything else
-// would be read wrongly. A dimension of size one has no stride to speak of.
+// Get the rows of a CPU tensor [T, heads, head size] whose heads lie side by side, `row` bytes in all. Anything else
+// would be read wrongly: false then, with a ValueError set. A dimension of size one has no stride to speak of.
 template <typename R>
 bool parse_rows(PyObject* object, int64_t row, R* rows) {
   DLTensor t;
@@ -142,7 +147,8 @@ bool parse_rows(PyObject* object, int64_t row, R* rows) {
   return true;
 }
 
-// A contiguous CPU tensor of `ndim` dimensions and integers of type T.
+// The data of a CPU tensor of `ndim` dimensions and integers of type T. One dimension must be contiguous; of two, each
+// row. Null, with a Python error set, for anything else.
 template <typename T>
 T* parse_integers(PyObject* object, int ndim, DLTensor* t) {
   if (read_tensor(object, t) != 0) return nullptr;

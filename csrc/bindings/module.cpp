@@ -1,5 +1,5 @@
-// The extension module: its parts are in the files beside this one, its types for Python in vllm_adrenaline/native/_native.pyi.
-// vllm_adrenaline/native/loader.py loads it.
+// The extension module. Its parts are in the files beside this one, its types for Python in
+// vllm_adrenaline/native/_native.pyi. vllm_adrenaline/native/loader.py loads it.
 #include "edge.h"
 
 #ifndef ADRENALINE_SOURCES

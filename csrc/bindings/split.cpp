@@ -1,4 +1,4 @@
-// A batch split by place (csrc/plan), once a step.
+// Splitting a batch by pool (csrc/plan), once a step.
 #include "../plan/split.h"
 
 #include "edge.h"
@@ -51,9 +51,9 @@ PyObject* split_batch(PyObject*, PyObject* args) {
                       starts_data, lens_data, slots_data, static_cast<uint32_t>(m.shape[0]), block_size};
     auto result = std::make_unique<Split>(plan::split(batch, is_received, local_data, local_lens_data));
     const bool has_local = result->has_local;
-    std::vector<long> places;
-    for (const auto& [executor, plan] : result->remote) places.push_back(executor);
-    PyObject* executors = list_of(places);
+    std::vector<long> numbers;
+    for (const auto& [executor, plan] : result->remote) numbers.push_back(executor);
+    PyObject* executors = list_of(numbers);
     return Py_BuildValue("NNO", make(std::move(result)), executors, has_local ? Py_True : Py_False);
   });
 }

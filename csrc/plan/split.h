@@ -1,7 +1,7 @@
-// One step's batch, split by the place of its KV: what vLLM's stock kernel may see, and a plan for every executor.
+// One step's batch, split by the pool of its KV: what vLLM's stock kernel may see, and a plan for every executor.
 //
-// A block id carries the pool of its block in the high bits (vllm_adrenaline/kv/space.py). Built once a step, in one
-// pass; nothing of it changes between layers.
+// A block id carries the pool of its block in the high bits (vllm_adrenaline/kv/space.py): 0 is the decode engine's own
+// memory. The split is made once a step, in one pass. Nothing of it changes between layers.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,8 @@ constexpr int kIndexBits = 24;
 constexpr int32_t kIndexMask = (1 << kIndexBits) - 1;
 constexpr unsigned kMaxExecutors = 64;
 
-// A batch of R requests and T tokens. block_table: [R, width], rows `table_stride` ids apart. slot_mapping: [T].
+// A batch of R requests and T tokens. block_table: [R, width], rows `table_stride` ids apart. query_start_loc: [R + 1].
+// seq_lens: [R], tokens. slot_mapping: [num_slots], T or more. block_size: tokens of a block.
 struct Batch {
   uint32_t rows, width;
   const int32_t* block_table;
@@ -29,12 +30,13 @@ struct Batch {
 };
 
 // The rows of one executor: R requests, T tokens. Block and slot numbers are the executor's own; a slot is -1 where the
-// KV cache must not be written. rows: their numbers in the batch; tokens: their tokens' positions in it.
+// KV cache must not be written. rows: the rows' numbers in the batch; tokens: their tokens' positions in it.
 struct RowsPlan {
   std::vector<int32_t> rows, query_start_loc{0}, seq_lens, block_table;
   std::vector<int64_t> slot_mapping, tokens;
 };
 
+// The plans by executor, and whether any row is local.
 struct Split {
   std::map<unsigned, RowsPlan> remote;
   bool has_local = false;
@@ -54,18 +56,18 @@ inline Split split(const Batch& batch, const std::vector<bool>& received, int32_
     ADRENALINE_CHECK(length >= query && static_cast<uint64_t>(length) <= uint64_t{batch.width} * batch.block_size,
                      "a sequence is longer than its block table");
     int32_t* local = local_table + static_cast<size_t>(row) * batch.width;
-    const int32_t place = table[0] >> kIndexBits;
-    if (place == 0) {
+    const int32_t pool = table[0] >> kIndexBits;
+    if (pool == 0) {
       result.has_local = true;
       std::memcpy(local, table, batch.width * sizeof(int32_t));
       local_lens[row] = length;
       if (received[row]) batch.slot_mapping[begin] = -1;
       continue;
     }
-    ADRENALINE_CHECK(place > 0 && place <= static_cast<int32_t>(kMaxExecutors), "a block of no known place");
+    ADRENALINE_CHECK(pool > 0 && pool <= static_cast<int32_t>(kMaxExecutors), "a block of no known pool");
     std::memset(local, 0, batch.width * sizeof(int32_t));
     local_lens[row] = query;
-    RowsPlan& plan = result.remote[static_cast<unsigned>(place - 1)];
+    RowsPlan& plan = result.remote[static_cast<unsigned>(pool - 1)];
     plan.rows.push_back(static_cast<int32_t>(row));
     plan.seq_lens.push_back(length);
     for (uint32_t i = 0; i < batch.width; ++i) plan.block_table.push_back(table[i] & kIndexMask);

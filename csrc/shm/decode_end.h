@@ -22,9 +22,11 @@ struct MutableRows {
   int64_t stride;
 };
 
+// The decode worker's end of the channel to one executor. For one thread.
 class DecodeEnd {
  public:
-  // `memory`: total bytes of layout_of(shape), zeroed, kept by the caller. `epoch`: 1 to kMaxEpoch, this channel's life.
+  // `memory`: total bytes of layout_of(shape), zeroed, kept by the caller. `epoch`: 1 to kMaxEpoch, this channel's
+  // life.
   DecodeEnd(void* memory, const Shape& shape, uint64_t epoch)
       : base_(static_cast<char*>(memory)),
         header_(reinterpret_cast<Header*>(memory)),
@@ -35,14 +37,15 @@ class DecodeEnd {
     header_->magic = kMagic;
   }
 
-  // The process to watch while waiting; the timeout of every wait; whether others need our core. Before the first wait.
+  // Say which process to watch while waiting (-1: none), how long every wait may take, and whether others need our
+  // core. To be called before the first wait.
   void watch(int pidfd, int64_t timeout_ns, bool shared_core) {
     pidfd_ = pidfd;
     timeout_ns_ = timeout_ns;
     pace_ = Pace(shared_core);
   }
 
-  // Publish the plan of a step, padded with rows of no token, and wake the executor.
+  // Begin a step: publish its plan, padded with rows of no token, and wake the executor.
   void begin(const plan::RowsPlan& plan) {
     const size_t rows = plan.rows.size(), tokens = plan.tokens.size();
     ADRENALINE_CHECK(rows > 0 && rows <= shape_.max_rows, "step plan has too many rows");
@@ -61,6 +64,7 @@ class DecodeEnd {
     ring(header_->to_executor, header_->executor_sleeps);
   }
 
+  // Pack q, k and v of these tokens of the batch, and announce the layer.
   void send(uint64_t layer, const std::vector<int64_t>& tokens, const Rows& q, const Rows& k, const Rows& v) {
     pack(base_ + at_.q, q, shape_.q_row, tokens);
     pack(base_ + at_.k, k, shape_.kv_row, tokens);
@@ -69,11 +73,12 @@ class DecodeEnd {
     ring(header_->to_executor, header_->executor_sleeps);
   }
 
-  // Whether the layer's output is there already, or comes while we spin; `clock` as in spin().
+  // Spin for the layer's output; return whether it is there. `clock` as in spin().
   bool spin_for(uint64_t layer, int64_t& clock) {
     return spin([this, layer] { return is_done(layer) || is_closed(); }, pace_.spin_ns(), clock) && is_done(layer);
   }
 
+  // Sleep until the layer's output is there: ready, late, or gone (the executor ended or closed the channel).
   Status sleep_for(uint64_t layer, int64_t deadline) {
     const Status status = sleep_until([this, layer] { return is_done(layer) || is_closed(); }, header_->to_decode,
                                       header_->decode_sleeps, deadline, pidfd_);
@@ -82,8 +87,10 @@ class DecodeEnd {
 
   int64_t timeout_ns() const { return timeout_ns_; }
 
+  // Learn how long a wait took.
   void observe(int64_t waited_ns) { pace_.observe(waited_ns); }
 
+  // Copy the layer's output to these tokens of the batch.
   void take(const std::vector<int64_t>& tokens, const MutableRows& out) const {
     const char* from = base_ + at_.out;
     for (size_t i = 0; i < tokens.size(); ++i)
@@ -92,7 +99,7 @@ class DecodeEnd {
 
   const Header& header() const { return *header_; }
 
-  // Whether the executor said that it answers nothing any more.
+  // Whether the executor has said that it answers nothing any more.
   bool is_closed() const { return header_->closed.load(std::memory_order_seq_cst) != 0; }
 
  private:
@@ -128,33 +135,36 @@ struct StepTimes {
   int64_t wait_ns = 0;   // waiting for executors with nothing else to do
 };
 
-// All executors of one step. One call per layer and direction, whatever their number: rows are sent to all before any
-// is waited for. An executor that fails stays failed until the next step; its rows become zero. Those that hang in the
-// same layer cost the step their timeout once, however many they are, and what was lost to one of them is not lost again
-// to another that hangs in a later layer, but for a second.
+// All executors of one step. A layer is one call each way, whatever their number: rows are sent to all before any is
+// waited for. An executor that fails stays failed until the next step, and its rows become zero. Executors that hang in
+// the same layer cost the step their timeout once, however many they are. What was lost to them is taken off the
+// timeout of later layers, but kGraceNs of it is left (or all of it, if it is shorter).
 class StepEnds {
  public:
   static constexpr int64_t kGraceNs = 1'000'000'000;
 
+  // Begin a step without executors.
   void clear() {
     entries_.clear();
     lost_ns_ = 0;
   }
 
-  // `end`: null when the executor is not there.
+  // Add an executor to the step and publish its plan. `end`: null when the executor is not there. `out_row`: bytes of a
+  // row of output.
   void add(unsigned executor, DecodeEnd* end, const plan::RowsPlan& plan, size_t out_row) {
     if (end != nullptr) end->begin(plan);
     entries_.push_back({executor, end, plan.tokens, out_row});
   }
 
+  // Send a layer to all executors.
   void send(uint64_t layer, const Rows& q, const Rows& k, const Rows& v) {
     for (auto& entry : entries_)
       if (entry.end != nullptr) entry.end->send(layer, entry.tokens, q, k, v);
     sent_at_ = now_ns();
   }
 
-  // Fill the offloaded rows of `out`; return the executors (as bits) that failed in this layer. `block` runs a function
-  // that sleeps (and lets go of the interpreter's lock meanwhile).
+  // Fill the offloaded rows of `out`; return the executors that failed in this layer, as bits. `block` runs a function
+  // that sleeps, and lets go of the interpreter's lock meanwhile.
   template <typename Block>
   uint64_t receive(uint64_t layer, const MutableRows& out, Block&& block) {
     uint64_t failed = 0;

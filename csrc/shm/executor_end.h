@@ -1,4 +1,5 @@
-// The attention executor's end of a channel. Its kernel works on the slots themselves: nothing is copied here.
+// The attention executor's end of a channel. Its kernels read q, k, v and write out in the slots themselves: only the
+// plan is copied.
 #pragma once
 
 #include <cstring>
@@ -21,10 +22,11 @@ struct Service {
   bool shared_core;
 };
 
+// The executor's end of one channel. For one thread, except for stop().
 class ExecutorEnd {
  public:
-  // `memory`: total bytes of layout_of(shape), mapped from the decode worker's file. `copy`: as large as the layout's
-  // arrays. Both kept by the caller.
+  // `memory`: total bytes of layout_of(shape), mapped from the decode worker's file. `copy`: arrays as large as the
+  // layout's. The caller keeps both.
   ExecutorEnd(void* memory, const Shape& shape, uint64_t epoch, const Service& service, const PlanCopy& copy)
       : header_(reinterpret_cast<Header*>(memory)),
         shape_(shape),
@@ -39,7 +41,8 @@ class ExecutorEnd {
     plan_ = header_->plan.load(std::memory_order_acquire);
   }
 
-  // Sleep until there is a plan that was not taken yet; it takes no CPU time meanwhile. ended: stop() was called.
+  // Sleep until there is a plan that was not seen yet: ready, or ended when stop() was called. Takes no CPU time
+  // meanwhile.
   Status next_plan() {
     const auto ready = [this] { return has_ended() || header_->plan.load(std::memory_order_seq_cst) != plan_; };
     const Status status = sleep_until(ready, header_->to_executor, header_->executor_sleeps, kForever, -1);
@@ -51,8 +54,8 @@ class ExecutorEnd {
     return status;
   }
 
-  // Copy the step's plan, whose sizes fit this channel, to where nobody else writes; whether it does. What is checked
-  // and what the kernels use is the copy: the channel is the decode worker's to write, at any time.
+  // Copy the step's plan to where nobody else writes. False, and nothing is copied, if it does not fit this channel.
+  // The copy is what is checked and what the kernels use: the decode worker may write into the channel at any time.
   bool take_plan() {
     const Header& h = *header_;
     num_rows_ = h.num_rows.load(std::memory_order_relaxed);
@@ -76,9 +79,10 @@ class ExecutorEnd {
   uint32_t padded_tokens() const { return padded_tokens_; }
   uint64_t step() const { return step_; }
 
-  // Announce the output of the layer that was attended, if one was; then wait for q, k, v of the next. ready: layer() is to
-  // be attended. ended: it was the last one, or the decode worker went on to another step, or stop() was called. late: the
-  // decode worker sent nothing. `block` runs a function that waits (and lets go of the interpreter's lock meanwhile).
+  // Announce the output of the layer that was attended, if there is one; then wait for q, k, v of the next. ready:
+  // layer() is to be attended. ended: it was the last one, or the decode worker went on to another step, or stop() was
+  // called. late: the decode worker sent nothing in time. `block` runs a function that waits, and lets go of the
+  // interpreter's lock meanwhile.
   template <typename Block>
   Status next_layer(Block&& block) {
     int64_t clock = attends_ ? reply() : now_ns();
@@ -91,13 +95,13 @@ class ExecutorEnd {
 
   uint64_t layer() const { return layer_; }
 
-  // From any thread: the waits of this end are over.
+  // End the waits of this end. Any thread may call it.
   void stop() {
     stopped_.store(true, std::memory_order_seq_cst);
     ring(header_->to_executor, header_->executor_sleeps);
   }
 
-  // From the thread that serves, which writes nothing after this: the waits of the decode worker are over.
+  // End the waits of the decode worker. Only the thread that serves may call it, and it writes nothing afterwards.
   void close() {
     header_->closed.store(1, std::memory_order_seq_cst);
     ring(header_->to_decode, header_->decode_sleeps);
@@ -110,8 +114,8 @@ class ExecutorEnd {
     return header_->sent.load(std::memory_order_seq_cst) == stamp(epoch_, step_, layer_ + 1);
   }
 
-  // Returns the time. What the decode worker waits for comes first: the time that the layer took is added when nobody waits
-  // any more, so that it may be a moment late, where the counts are not.
+  // Announce the layer's output; return the time. What the decode worker waits for comes first. The time that the layer
+  // took is added when nobody waits any more, so it may be a moment late. The counts are not.
   int64_t reply() {
     add(header_->rows, num_rows_);
     add(header_->layers, 1);
@@ -124,6 +128,7 @@ class ExecutorEnd {
     return now;
   }
 
+  // Wait for q, k, v of the layer. `clock`: the time now.
   Status wait(int64_t clock) {
     const int64_t began = clock;
     if (!spin([this] { return is_sent(); }, pace_.spin_ns(), clock)) {

@@ -1,4 +1,4 @@
-// What lies where in a channel: one shared memory file that joins one decode worker and one attention executor.
+// The layout of a channel: one shared memory file that joins one decode worker and one attention executor.
 //
 //   header (one page)   what each side announces, one cache line per writer
 //   plan                query_start_loc, seq_lens, block_table, slot_mapping of the step
@@ -42,24 +42,24 @@ inline Layout layout_of(const Shape& s) {
     ADRENALINE_CHECK(count < (1u << 28), "a channel's sizes are bounded");
   Layout at{};
   size_t end = kPage;
-  auto place = [&end](size_t bytes) {
+  auto add = [&end](size_t bytes) {
     size_t begin = end;
     end += (bytes + kPage - 1) / kPage * kPage;
     return begin;
   };
-  at.query_start_loc = place((s.max_rows + 1) * sizeof(int32_t));
-  at.seq_lens = place(s.max_rows * sizeof(int32_t));
-  at.block_table = place(s.max_rows * s.max_blocks * sizeof(int32_t));
-  at.slot_mapping = place(s.max_tokens * sizeof(int64_t));
-  at.q = place(s.max_tokens * s.q_row);
-  at.k = place(s.max_tokens * s.kv_row);
-  at.v = place(s.max_tokens * s.kv_row);
-  at.out = place(s.max_tokens * s.out_row);
+  at.query_start_loc = add((s.max_rows + 1) * sizeof(int32_t));
+  at.seq_lens = add(s.max_rows * sizeof(int32_t));
+  at.block_table = add(s.max_rows * s.max_blocks * sizeof(int32_t));
+  at.slot_mapping = add(s.max_tokens * sizeof(int64_t));
+  at.q = add(s.max_tokens * s.q_row);
+  at.k = add(s.max_tokens * s.kv_row);
+  at.v = add(s.max_tokens * s.kv_row);
+  at.out = add(s.max_tokens * s.out_row);
   at.total = end;
   return at;
 }
 
-// What is announced: a step of one life of a channel, and a layer in it (0: the plan). Never repeats, so nothing of
+// An announcement: a step of one life of a channel, and a layer in it (0: the plan). It never repeats. So nothing of
 // another step or another life can be taken for what is waited for.
 inline uint64_t stamp(uint64_t epoch, uint64_t step, uint64_t layer_plus_1) {
   return epoch << 48 | (step & kMaxStep) << 12 | layer_plus_1;
@@ -67,28 +67,30 @@ inline uint64_t stamp(uint64_t epoch, uint64_t step, uint64_t layer_plus_1) {
 
 inline uint64_t step_of(uint64_t stamp) { return stamp >> 12 & kMaxStep; }
 
-// Plans are padded to these sizes: the shapes of a step are few, so that what depends on them is made once (tensor views
-// here, CUDA graphs elsewhere). The smallest power of two that fits, or the most there can be.
+// The size to which `count` rows or tokens of a plan are padded: the smallest power of two that fits, or the most there
+// can be. So the shapes of a step are few, and what depends on them is made once (tensor views here, CUDA graphs
+// elsewhere).
 inline uint32_t bucket(uint64_t count, uint64_t most) {
   uint64_t size = 1;
   while (size < count) size *= 2;
   return static_cast<uint32_t>(size < most ? size : most);
 }
 
+// The first page of a channel.
 struct Header {
   uint64_t magic;
 
   // Written by the decode worker.
   alignas(kLine) std::atomic<uint64_t> plan;
   std::atomic<uint64_t> sent;
-  std::atomic<uint32_t> to_executor;  // futex: rung after every announcement
-  std::atomic<uint32_t> decode_sleeps;
+  std::atomic<uint32_t> to_executor;    // futex: rung after an announcement if the executor sleeps
+  std::atomic<uint32_t> decode_sleeps;  // 1: the decode worker is to be woken
   std::atomic<uint32_t> num_rows, padded_rows, padded_tokens;
 
   // Written by the executor.
   alignas(kLine) std::atomic<uint64_t> done;
-  std::atomic<uint32_t> to_decode;
-  std::atomic<uint32_t> executor_sleeps;
+  std::atomic<uint32_t> to_decode;        // futex
+  std::atomic<uint32_t> executor_sleeps;  // 1: the executor is to be woken
   std::atomic<uint32_t> closed;  // 1: nothing is answered any more
 
   // Written by the executor, read once in a while: rows x layers, layers, nanoseconds spent on them.

@@ -16,10 +16,12 @@
 
 namespace adrenaline::shm {
 
+// How a wait ended. ready: what was waited for is there. late: the deadline passed. gone: the other process ended, or
+// closed the channel. ended: this end was stopped, or the other side left the step.
 enum class Status : int { ready = 0, late = 1, gone = 2, ended = 3 };
 
 constexpr int64_t kForever = INT64_MAX;
-constexpr int64_t kLivenessNs = 20'000'000;
+constexpr int64_t kLivenessNs = 20'000'000;  // between two looks at whether the other process lives
 constexpr int kPolls = 8;  // between two readings of the clock: some 0.2 us, which is how exact times are
 
 inline int64_t now_ns() {
@@ -48,6 +50,7 @@ class Pace {
     return expected_ns_ <= 1'000'000 ? 20'000 + 2 * expected_ns_ : 20'000;
   }
 
+  // Learn from a wait.
   void observe(int64_t waited_ns) { expected_ns_ += (waited_ns - expected_ns_) / 8; }
 
  private:
@@ -55,23 +58,24 @@ class Pace {
   int64_t expected_ns_ = 0;
 };
 
-// Wake the other side if it sleeps. Call after what it waits for was stored with seq_cst: either we see that it sleeps, or
-// it sees what was stored. `bell` is ours, `sleeps` is the other side's. A side that spins costs us no write to the line
-// that it reads.
+// Wake the other side if it sleeps. To be called after what it waits for was stored with seq_cst: either we see that it
+// sleeps, or it sees what was stored. `bell` is ours, `sleeps` is the other side's. If it spins, the line that it reads
+// is not written once more.
 inline void ring(std::atomic<uint32_t>& bell, const std::atomic<uint32_t>& sleeps) {
   if (sleeps.load(std::memory_order_seq_cst) == 0) return;
   bell.fetch_add(1, std::memory_order_seq_cst);
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&bell), FUTEX_WAKE, 1, nullptr, nullptr, 0);
 }
 
+// Whether the process has ended; false for -1.
 inline bool has_ended(int pidfd) {
   if (pidfd < 0) return false;
   pollfd entry{pidfd, POLLIN, 0};
   return poll(&entry, 1, 0) > 0;
 }
 
-// Spin up to `spin_ns` until ready() holds. `clock` is when that began, as the caller has read it, and then the last reading
-// before it ended: to read it once more would keep waiting what has come.
+// Spin until ready() holds, `spin_ns` at most; return whether it holds. `clock` is the time when that began, as the
+// caller has read it. Afterwards it is the last reading before the end: to read it once more would delay what has come.
 template <typename Ready>
 bool spin(Ready&& ready, int64_t spin_ns, int64_t& clock) {
   const int64_t end = clock + spin_ns;
@@ -85,8 +89,9 @@ bool spin(Ready&& ready, int64_t spin_ns, int64_t& clock) {
   return ready();
 }
 
-// Sleep until ready() holds. `bell`: the other side's; `sleeps`: ours. `pidfd` (or -1): the other side's process, looked
-// at every kLivenessNs. The other side's ring() sees `sleeps`, or we see its announcement: all four accesses are seq_cst.
+// Sleep until ready() holds: ready, late or gone. `bell` is the other side's, `sleeps` is ours. `pidfd` is the other
+// side's process, which is looked at every kLivenessNs; -1: it is not watched. The other side's ring() sees `sleeps`,
+// or we see its announcement: all four accesses are seq_cst.
 template <typename Ready>
 Status sleep_until(Ready&& ready, std::atomic<uint32_t>& bell, std::atomic<uint32_t>& sleeps, int64_t deadline,
                    int pidfd) {

@@ -45,11 +45,11 @@ class FakePool:
             assert block.ref_cnt >= 0, "freed twice"
 
 
-borrowers = st.sampled_from([b"a", b"b", b"c"])
+holders = st.sampled_from([b"a", b"b", b"c"])
 prompts = st.sampled_from(["p", "q", "r", "s"])
 
 
-class LenderMachine(RuleBasedStateMachine):
+class LeaseMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.now = 0.0
@@ -70,24 +70,24 @@ class LenderMachine(RuleBasedStateMachine):
             self.pool.free_blocks(self.kept.pop(name))
             assert self.leases.claim(b"a", name) is None
 
-    @rule(who=borrowers)
+    @rule(who=holders)
     def hello(self, who: bytes) -> None:
         self.leases.join(who)
 
-    @rule(who=borrowers, name=prompts)
+    @rule(who=holders, name=prompts)
     def claim(self, who: bytes, name: str) -> None:
         known = who in self.leases.holders
         offered = name in self.leases.offers
         assert (self.leases.claim(who, name) is not None) == (known and offered)
 
-    @rule(who=borrowers, want=st.integers(0, 30))
+    @rule(who=holders, want=st.integers(0, 30))
     def lease(self, who: bytes, want: int) -> None:
         free = self.pool.get_num_free_blocks()
         got = self.leases.lease(who, want)
         assert len(got) <= want
         assert not got or self.pool.get_num_free_blocks() >= min(free, RESERVE)
 
-    @rule(who=borrowers, names=st.lists(prompts), blocks=st.lists(st.integers(0, BLOCKS)))
+    @rule(who=holders, names=st.lists(prompts), blocks=st.lists(st.integers(0, BLOCKS)))
     def release(self, who: bytes, names: list[str], blocks: list[int]) -> None:
         self.leases.release(who, names, blocks)
 
@@ -102,7 +102,7 @@ class LenderMachine(RuleBasedStateMachine):
                 self.leases.evict(left)
         assert not self.leases.silent()
 
-    @rule(who=borrowers)
+    @rule(who=holders)
     def beat(self, who: bytes) -> None:
         assert self.leases.note_sign_of_life(who) == (who in self.leases.holders)
 
@@ -120,5 +120,5 @@ class LenderMachine(RuleBasedStateMachine):
         assert len(leased) == len(set(leased))
 
 
-LenderMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestLender = LenderMachine.TestCase
+LeaseMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLeases = LeaseMachine.TestCase

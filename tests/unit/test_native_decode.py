@@ -96,10 +96,10 @@ def test_a_step_with_a_prompt_is_left_to_vllm() -> None:
 
 def test_it_is_not_used_where_it_would_give_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_decode, "attend", lambda cache, q, out, *_: out.zero_())
-    native_decode._tried.cache_clear()
+    native_decode._try_out.cache_clear()
     keys = torch.zeros(2, 8, 128, 64)
     assert native_decode.longest_row(8, keys, "vec") == 0
-    native_decode._tried.cache_clear()
+    native_decode._try_out.cache_clear()
 
 
 @pytest.mark.parametrize(

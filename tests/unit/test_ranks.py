@@ -53,7 +53,7 @@ class Ranks:
             )
             remote.begin_step(frozenset(), {})
             remote.split(common)
-            answers[rank] = remote.failed_rows(self.group)
+            answers[rank] = remote.agree_on_failed_rows(self.group)
 
         threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
         for thread in threads:

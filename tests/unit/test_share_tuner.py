@@ -17,37 +17,37 @@ class Executors:
         return "done"
 
 
-def keeper(objectives: Objectives, executors: Executors, share: float = 0.5) -> ShareTuner:
+def tuner_of(objectives: Objectives, executors: Executors, share: float = 0.5) -> ShareTuner:
     return ShareTuner(objectives, share, [], executors.take, LIMITS)
 
 
 def test_without_an_objective_nothing_is_touched() -> None:
     executors = Executors()
-    kept = keeper(Objectives(), executors, share=1.0)
+    tuner = tuner_of(Objectives(), executors, share=1.0)
     for _ in range(20):
-        kept.prefilled(100.0)
-        kept.update([100.0])
+        tuner.observe_ttft(100.0)
+        tuner.update([100.0])
     assert executors.shares == []
-    assert kept.share == 1.0
+    assert tuner.share == 1.0
 
 
 def test_late_first_tokens_take_from_the_executors() -> None:
     executors = Executors()
-    kept = keeper(Objectives(ttft=0.5, tpot=0.05), executors)
+    tuner = tuner_of(Objectives(ttft=0.5, tpot=0.05), executors)
     for _ in range(8):
-        kept.prefilled(2.0)
-        kept.update([0.01])
+        tuner.observe_ttft(2.0)
+        tuner.update([0.01])
     assert executors.shares[0] == 0.5, "it begins with the share it was given"
-    assert executors.shares[-1] == kept.share < 0.5
+    assert executors.shares[-1] == tuner.share < 0.5
 
 
 def test_slow_tokens_of_any_decode_engine_give_to_the_executors() -> None:
     executors = Executors()
-    kept = keeper(Objectives(ttft=0.5, tpot=0.05), executors)
+    tuner = tuner_of(Objectives(ttft=0.5, tpot=0.05), executors)
     for _ in range(8):
-        kept.prefilled(0.1)
-        kept.update([0.01, 0.2])
-    assert kept.share > 0.5
+        tuner.observe_ttft(0.1)
+        tuner.update([0.01, 0.2])
+    assert tuner.share > 0.5
 
 
 def test_the_first_share_is_what_the_smallest_prefill_share_leaves() -> None:

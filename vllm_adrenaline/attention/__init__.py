@@ -1,1 +1,1 @@
-"""The attention executor: a process beside each prefill worker that attends for decode engines."""
+"""The attention executor: a process beside each prefill worker that computes attention for decode engines."""

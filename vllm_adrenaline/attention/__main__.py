@@ -1,4 +1,7 @@
-"""Start an attention executor: an ExecutorSpec as JSON on stdin. The prefill engine's vLLM executor calls this."""
+"""The entry point of an attention executor process: `python -m vllm_adrenaline.attention`.
+
+It reads an ExecutorSpec as JSON from stdin. The prefill engine starts it (prefill/executor_pool.py).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ logger = logging.getLogger("vllm.adrenaline")
 
 
 def main() -> None:
-    """Read the spec and serve; SIGTERM ends the process with its socket removed."""
+    """Read the spec and serve decode engines until SIGTERM, which also removes the control socket."""
     logging.basicConfig(level=logging.INFO, format="(adrenaline executor %(process)d) %(levelname)s %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the engine, which ends us

@@ -1,5 +1,6 @@
-"""Attention over a KV cache with the bits of vLLM's own CPU operators, so that tokens can be equal: by those operators,
-or where all rows have one token by the native library (native_decode.py).
+"""Attention over a KV cache, bit for bit as vLLM's own CPU operators compute it, so that tokens can be equal.
+
+The operators themselves attend. Where no row has more than one token, the native library may (native_decode.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from vllm_adrenaline.system import memory_file
 
 
 class CpuAttention:
-    """Appends to and attends over the KV cache of one prefill worker. Holds no state of requests or steps."""
+    """The attention layers of one worker over its KV cache.
+
+    It holds no state of requests or steps, so threads may share one.
+
+    Attributes:
+        dtype: of the KV cache, and of q, k, v and output.
+        num_heads, num_kv_heads: query heads and KV heads of this worker.
+        num_blocks, block_size: blocks of the cache; tokens of a block.
+        head_size: elements of a head.
+    """
 
     def __init__(
         self,
@@ -27,8 +37,20 @@ class CpuAttention:
         split_kv: bool,
         native: bool = True,
     ) -> None:
-        """`caches`: one [blocks, KV heads, 2 * block size, head size] a layer; `scales`: of the softmax; `native`:
-        whether the native library may be used."""
+        """Take the KV cache of every layer.
+
+        Args:
+            caches: one [blocks, KV heads, 2 * block size, head size] for each layer. Keys are in the first half of the
+                third axis, values in the second.
+            scales: the softmax scale of each layer.
+            num_heads: query heads.
+            isa: vLLM's name of the cache's layout.
+            split_kv: what vLLM's operator is given as `enable_kv_split`.
+            native: whether the native library may attend.
+
+        Raises:
+            AdrenalineError: the kernel refuses AMX tiles (compat/cpu_attention.py).
+        """
         allow_amx()
         self.dtype = caches[0].dtype
         self._isa, self._split_kv = isa, split_kv
@@ -46,7 +68,17 @@ class CpuAttention:
 
     @classmethod
     def mapped(cls, kv: KVExport, fd: int, split_kv: bool) -> CpuAttention:
-        """Return one over the KV cache that a prefill worker exports."""
+        """Return the attention over a KV cache that a prefill worker exports.
+
+        Args:
+            kv: where each layer lies in the file, and how it is read.
+            fd: the open file; the caller may close it afterwards.
+            split_kv: as for the constructor.
+
+        Raises:
+            AdrenalineError: the file has another size, or can shrink.
+            ValueError: `kv.dtype` is the name of something else.
+        """
         dtype = getattr(torch, kv.dtype)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{kv.dtype} is no dtype")
@@ -57,18 +89,33 @@ class CpuAttention:
 
     @property
     def num_layers(self) -> int:
-        """How many layers there are."""
+        """The number of attention layers."""
         return len(self._scales)
 
     def schedule(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor | None:
-        """Return the operators' schedule for a step, which all its layers share; None for the native library."""
+        """Return how vLLM's operator divides a step's work. All layers of the step share it.
+
+        Args:
+            query_start_loc: int32 [R + 1], where each row's tokens begin.
+            seq_lens: int32 [R], tokens of each row.
+
+        Returns:
+            The schedule; None when the native library attends the step, which needs none.
+        """
         if int(seq_lens.max()) <= self._longest and int(query_start_loc.diff().max()) <= 1:
             return None
         keys = self._key_caches[0]
         return operators.schedule(self.num_heads, keys, query_start_loc, seq_lens, self._isa, self._split_kv)
 
     def layer(self, index: int, step: dict[str, torch.Tensor], schedule: torch.Tensor | None) -> None:
-        """Append k, v of `step` to layer `index` and attend q; the result goes to step["out"]."""
+        """Write k and v of `step` into layer `index`, then attend q; the output goes to step["out"].
+
+        Args:
+            index: the layer's number, from 0.
+            step: tensors by name. q, out: [T, Hq, D]. k, v: [T, Hk, D]. slot_mapping: int64 [T], -1 for a token whose
+                k and v are not written. block_table: int32 [R, W]. seq_lens: int32 [R]. query_start_loc: int32 [R + 1].
+            schedule: what `schedule` returned for this step.
+        """
         keys, values = self._key_caches[index], self._value_caches[index]
         operators.append(step["k"], step["v"], keys, values, step["slot_mapping"], self._isa)
         if schedule is None:

@@ -1,4 +1,4 @@
-"""vLLM's CPU attention operators, with what is the same in all our calls: causal, and no window, slopes, cap or sinks.
+"""vLLM's CPU attention operators as we call them: causal, without window, ALiBi slopes, soft cap or sinks.
 
 Checked against vllm/_custom_ops.py and vllm/v1/attention/backends/cpu_attn.py of 0.32 (run) and 0.33 (read).
 """
@@ -11,12 +11,22 @@ from vllm import _custom_ops as ops
 from vllm_adrenaline.compat.cpu_attention import scratch_lock
 
 append = ops.cpu_attn_reshape_and_cache
+"""append(key, value, key cache, value cache, slot_mapping, isa): writes a step's k and v into a layer's KV cache."""
 
 
 def schedule(
     num_heads: int, keys: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, isa: str, split_kv: bool
 ) -> torch.Tensor:
-    """Return the schedule of a step over KV caches like `keys` [blocks, KV heads, block size, head size]."""
+    """Return how the operator divides a step's work: its scheduler metadata, which all layers share.
+
+    Args:
+        num_heads: query heads.
+        keys: of any layer, [blocks, KV heads, block size, head size].
+        query_start_loc: int32 [R + 1].
+        seq_lens: int32 [R], tokens.
+        isa: vLLM's name of the cache's layout.
+        split_kv: whether the operator may cut long rows.
+    """
     with scratch_lock:
         return ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(seq_lens),
@@ -34,9 +44,16 @@ def schedule(
 
 
 def attend(
-    step: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, scale: float, made: torch.Tensor
+    step: dict[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, scale: float, metadata: torch.Tensor
 ) -> None:
-    """Attend q of `step`; the result goes to step["out"]. `made`: the step's schedule."""
+    """Attend q of `step` over one layer; the output goes to step["out"].
+
+    Args:
+        step: tensors by name, as for CpuAttention.layer; k, v and slot_mapping are not read.
+        keys, values: [blocks, KV heads, block size, head size].
+        scale: of the softmax.
+        metadata: what `schedule` returned for this step.
+    """
     with scratch_lock:
         ops.cpu_attention_with_kv_cache(
             query=step["q"],
@@ -51,6 +68,6 @@ def attend(
             sliding_window=-1,
             block_table=step["block_table"],
             softcap=0,
-            scheduler_metadata=made,
+            scheduler_metadata=metadata,
             s_aux=None,
         )

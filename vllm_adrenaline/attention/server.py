@@ -1,8 +1,8 @@
 """The attention executor process (`python -m vllm_adrenaline.attention`).
 
-It maps the prefill worker's KV cache and serves any number of decode workers, one thread and one channel each. Between
-steps it keeps nothing of any request: every step plan brings the block table and the lengths it needs, so that no
-abort, preemption or crash can leak anything here. Idle, its threads sleep in poll() and on their channels.
+It maps the prefill worker's KV cache, and serves up to MAX_CHANNELS decode workers with a thread and a channel each.
+Between steps it keeps nothing of any request: every step plan brings the block table and the lengths that it needs. So
+no abort, preemption or crash can leak anything here. Idle threads sleep, in poll() or on their channels.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from vllm_adrenaline.transport.shm import Shape, ShmExecutorChannel
 logger = logging.getLogger("vllm.adrenaline")
 
 MAX_CHANNELS = 64
+"""How many decode workers may be attached at a time."""
 REVOKE_POLL_MS = 2
+"""How often a revocation under way is looked at: whether the last step has been left."""
 
 
 class ChannelThread(threading.Thread):
-    """Serves the steps of one worker of the decode engine `engine`; between them it sleeps on the channel."""
+    """The thread that serves one decode worker, of decode engine `engine`. Between steps it sleeps on the channel."""
 
     def __init__(self, attention: CpuAttention, channel: ShmExecutorChannel, engine: str) -> None:
         super().__init__(name="adrenaline-channel", daemon=True)
@@ -59,7 +61,13 @@ class ChannelThread(threading.Thread):
 
 
 def check_plan(step: dict[str, torch.Tensor], num_blocks: int, block_size: int) -> None:
-    """Raise AdrenalineError unless every block and slot that the kernel will touch is inside the KV cache."""
+    """Raise AdrenalineError unless every block and slot that a kernel will touch is inside the KV cache.
+
+    Args:
+        step: query_start_loc int32 [R + 1], seq_lens int32 [R], block_table int32 [R, W], slot_mapping int64 [T].
+        num_blocks: blocks of the KV cache.
+        block_size: tokens of a block.
+    """
     starts, lens, table, slots = (step[k] for k in ("query_start_loc", "seq_lens", "block_table", "slot_mapping"))
     used = torch.arange(table.shape[1]) * block_size < lens[:, None]
     blocks = table[used]
@@ -79,9 +87,19 @@ def check_plan(step: dict[str, torch.Tensor], num_blocks: int, block_size: int) 
 
 
 class Server:
-    """Answers Attach and Revoke on one ROUTER socket, and drops a channel when its decode worker ends."""
+    """The executor's control socket and its channels.
+
+    It answers Attach and Revoke on one ROUTER socket, and drops a channel when its decode worker ends. `bad_frames`
+    counts what was no message.
+    """
 
     def __init__(self, spec: ExecutorSpec) -> None:
+        """Map the KV cache and bind the socket.
+
+        Raises:
+            AdrenalineError: the KV cache does not fit `spec`, or the address cannot be bound.
+            OSError: the prefill worker has ended, or its memory file is not there.
+        """
         self._spec = spec
         fd = os.open(f"/proc/{spec.kv.pid}/fd/{spec.kv.fd}", os.O_RDWR | os.O_CLOEXEC)
         self._attention = CpuAttention.mapped(spec.kv, fd, spec.identity.split_kv)
@@ -95,7 +113,7 @@ class Server:
         self.bad_frames = 0
 
     def serve(self) -> None:
-        """Serve until the process is told to end. Whatever arrives, it goes on."""
+        """Serve until the process is told to end. No message or frame ends it."""
         print(f"{READY} {self._address}", flush=True)
         try:
             while True:
@@ -132,7 +150,7 @@ class Server:
             self._revoking.append((peer, message.engine))
 
     def _acknowledge(self) -> None:
-        """Answer those whose decode engine is not attended for any more: its threads have left their last step."""
+        """Answer the revocations of decode engines whose threads have all left their last step."""
         self._ending = [thread for thread in self._ending if thread.is_alive()]
         busy = {thread.engine for thread in self._ending}
         for peer, engine in self._revoking:
@@ -146,8 +164,8 @@ class Server:
         if reason is None and message.rank != self._spec.rank:
             ours, theirs = self._spec.rank, message.rank
             reason = f"tensor-parallel rank is {ours} on the attention executor and {theirs} on the decode worker"
-        for dead in [fd for fd, thread in self._threads.items() if not thread.is_alive()]:
-            self._drop(dead)
+        for ended in [fd for fd, thread in self._threads.items() if not thread.is_alive()]:
+            self._drop(ended)
         if reason is None and len(self._threads) >= MAX_CHANNELS:
             reason = f"{MAX_CHANNELS} decode workers are attached already"
         if reason is not None:

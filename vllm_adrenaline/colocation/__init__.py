@@ -1,1 +1,1 @@
-"""Sharing a device between a prefill engine and its attention executors."""
+"""How a prefill engine and its attention executors share a device."""

@@ -1,8 +1,8 @@
-"""Which share of a device an executor gets: semi-PD's controller (arXiv 2504.19867, Algorithm 1), pure.
+"""The controller of an executor's share of a device: that of semi-PD (arXiv 2504.19867, Algorithm 1). Pure.
 
-Prefill has the share x and attention y = 1 - x. Every window TTFT and TPOT at a percentile are compared with their
-objectives; if one alone is violated, its side gets more, until its model, refitted to what was seen, says that is
-enough:  TTFT(x) = a1 / (x - lambda) + b1,  TPOT(y) = a2 / y + b2.
+Prefill has the share x, and attention has y = 1 - x. Once a window, TTFT and TPOT at a percentile are compared with
+their objectives. If one alone is violated, its side gets more, until its model says that this is enough. The models are
+refitted to what was seen:  TTFT(x) = a1 / (x - lambda) + b1,  TPOT(y) = a2 / y + b2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from vllm_adrenaline.system.statistics import percentile
 
 
 class Objectives(msgspec.Struct, frozen=True):
-    """Seconds at `percentile`; None for no objective."""
+    """What is to be met.
+
+    Attributes:
+        ttft, tpot: time to first token and time per output token, in seconds; None for no objective.
+        percentile: the one at which they are to be met, 0 to 1.
+    """
 
     ttft: float | None = None
     tpot: float | None = None
@@ -27,9 +32,16 @@ class Objectives(msgspec.Struct, frozen=True):
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Of the executor's share: `low` to `high`, at most `max_steps` of `step` at once. `window`: observations between
-    two decisions. Within `patience` windows after the other side's objective was violated, a side must be `margin`
-    beyond its own to get more: objectives that are violated by turns cannot both be met, and swinging helps neither."""
+    """How far and how fast the controller moves the executor's share.
+
+    Attributes:
+        low, high: the smallest and the largest share.
+        step, max_steps: a change is at most `max_steps` times `step`.
+        window: observations between two decisions.
+        margin, patience: for `patience` windows after the other side's objective was violated, a side gets more only if
+            it is beyond its own objective by more than the part `margin` of it. Objectives that are violated by turns
+            cannot both be met, and swinging helps neither.
+    """
 
     low: float = 0.1
     high: float = 0.9
@@ -56,8 +68,11 @@ class Point(NamedTuple):
 
 
 class Model:
-    """seconds = a / (share - lambda) + b with a >= 0, refitted to the last points by least squares over a small grid of
-    lambda; while all points have one share, b is 0: seconds are taken to fall as the share grows."""
+    """A model of seconds over a share: seconds = a / (share - lambda) + b, with a >= 0.
+
+    It is refitted to the last KEPT points, by least squares over a small grid of lambda. While all points have the same
+    share, b is 0: seconds are taken to fall as the share grows.
+    """
 
     KEPT = 16
 
@@ -67,7 +82,7 @@ class Model:
         self._a, self._b, self._lambda = 0.0, 0.0, 0.0
 
     def add(self, point: Point) -> None:
-        """Take a point and refit."""
+        """Take a point, and refit the model."""
         self._points.append(point)
         usable = [each for each in self._lambdas if each < min(p.share for p in self._points) - 1e-6] or [0.0]
         if len({round(p.share, 6) for p in self._points}) < 2:
@@ -77,12 +92,12 @@ class Model:
         _, self._a, self._b, self._lambda = min(fits)
 
     def at(self, share: float) -> float:
-        """Return the seconds to expect with a share."""
+        """Return the seconds that are to be expected with a share."""
         return self._a / max(share - self._lambda, 1e-6) + self._b
 
 
 def _line(points: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
-    """Least squares y = a x + b with a >= 0; return (squared error, a, b)."""
+    """Fit y = a x + b with a >= 0 by least squares; return (squared error, a, b)."""
     found = list(points)
     mean_x, mean_y = (sum(column) / len(found) for column in zip(*found, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in found)
@@ -92,7 +107,11 @@ def _line(points: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
 
 
 class ShareController:
-    """`share` is the executor's; `update` once in a while, with what was observed meanwhile."""
+    """The controller of one executor's share.
+
+    Attributes:
+        share: the executor's, as it was decided last.
+    """
 
     def __init__(self, objectives: Objectives, limits: Limits, share: float) -> None:
         self._objectives, self._limits = objectives, limits
@@ -104,15 +123,15 @@ class ShareController:
         self._violated: dict[Change, int] = {}
 
     def observe_ttft(self, seconds: float) -> None:
-        """A request had its first token after so long."""
+        """Note that a request had its first token after so many seconds."""
         self._seen_ttft.append(seconds)
 
     def observe_tpot(self, seconds: float) -> None:
-        """A step, or a request's mean, took so long per token."""
+        """Note that a token took so many seconds: in a step, or as the mean of a request."""
         self._seen_tpot.append(seconds)
 
     def update(self) -> Change:
-        """Decide, once a window is full; what was observed in it is forgotten."""
+        """Decide if the window is full, and begin the next one; return what changed."""
         if max(len(self._seen_ttft), len(self._seen_tpot)) < self._limits.window:
             return Change.KEPT
         ttft, tpot = self._at_percentile(self._seen_ttft), self._at_percentile(self._seen_tpot)
@@ -134,6 +153,7 @@ class ShareController:
         return change
 
     def _turn(self, change: Change, other: Change, violated_by: float) -> Change:
+        """Give one side more until that is enough; return what changed. `violated_by`: the part of its objective."""
         ago = self._windows - self._violated.get(other, -self._limits.patience)
         if ago < self._limits.patience and violated_by <= self._limits.margin:
             return Change.KEPT
@@ -156,13 +176,17 @@ class ShareController:
 
 
 def _beyond(seen: float | None, objective: float | None) -> float:
-    """By which share of it an objective is violated; negative when it is met or there is none."""
+    """Return by which part of it an objective is violated; negative when it is met or there is none."""
     return seen / objective - 1 if seen is not None and objective is not None else -1.0
 
 
 def smallest_prefill_share(latency: Mapping[float, float], objective: float) -> float:
-    """Return the smallest share for prefill with which its latency meets the objective (seconds), by a profile of
-    latency over share; between measured shares latency lies on a line in 1 / share. 1.0 when none meets it."""
+    """Return the smallest share of prefill with which its latency meets an objective; 1.0 when none does.
+
+    Args:
+        latency: seconds by share. Between two of these shares, latency is taken to be linear in 1 / share.
+        objective: in seconds.
+    """
     points = sorted((1 / share, seconds) for share, seconds in latency.items())
     if not points or points[0][1] > objective:
         return 1.0

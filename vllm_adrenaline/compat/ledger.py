@@ -2,8 +2,8 @@
 
     python -m vllm_adrenaline.compat.ledger        prints it as Markdown: patches/README.md has the same table
 
-A test compares it with the code of this room, with that table, and with the vLLM that is installed. Nothing outside of
-this room may set an attribute of vLLM's modules and classes, or use a private attribute of its objects.
+A test compares it with the code of this folder, with that table, and with the vLLM that is installed. Nothing outside
+of this folder may set an attribute of vLLM's modules and classes, or use a private attribute of its objects.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Patch:
-    """One entry.
+    """One thing that we patch, rely on or work around.
 
     Attributes:
         room: the file of this folder that does it, without its ending.

@@ -1,4 +1,4 @@
-"""Message queues that sleep between polls instead of spinning.
+"""A patch of vLLM's message queues: they sleep between polls instead of spinning.
 
 vLLM's workers and engine core wait for each other in a sched_yield loop for a second after every message. Only then do
 they sleep. A prefill engine that has a prompt on offer steps every millisecond, so it would spin without end, on the
@@ -10,11 +10,11 @@ import time
 from typing import Any
 
 SHORTEST_S, LONGEST_S, OF_THE_WAIT = 50e-6, 400e-6, 1 / 16
-"""Sleeps between polls, in seconds: this part of the wait so far, within these limits."""
+"""How long a queue sleeps between polls: OF_THE_WAIT of the wait so far, within the two limits (seconds)."""
 
 
 def wait_without_spinning() -> None:
-    """Let this process's message queues sleep between polls, longer the longer they wait. Idempotent.
+    """Let this process's message queues sleep between polls: the longer they have waited, the longer. Idempotent.
 
     Polls every 50 us took 10 to 14 % of a core in every engine that worked. vLLM's own notifications are no way out:
     some of them get lost (a PUB socket with a high-water mark of 1), and vLLM counts on polling to make up for that.

@@ -1,7 +1,7 @@
-"""The end of NIXL's own hold on finished prompts, at the word of the engine that holds them.
+"""A way to end NIXL's own hold on finished prompts, from within the engine that holds them.
 
-NIXL holds a finished prompt's blocks until somebody read them or its lease ran out. A prompt that a decode engine has
-claimed is held by its claim, and one that was dropped is wanted by nobody. No message and no handshake is needed.
+NIXL holds a finished prompt's blocks until somebody has read them or its lease runs out. A prompt that a decode engine
+has claimed is held by its claim, and one that was dropped is wanted by nobody. No message and no handshake is needed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def end_hold(worker: Any, request_ids: Iterable[str]) -> set[str]:
-    """End the hold of NIXL's worker on these prompts; return those that it held: they are sent, as NIXL sees it."""
+    """End the hold of NIXL's worker on these prompts. Return those that it held; to vLLM they count as sent."""
     ended = set()
     for request_id in request_ids:
         if worker._reqs_to_send.pop(request_id, None) is not None:

@@ -1,8 +1,8 @@
-"""Rows of a batch whose sampled token is thrown away draw nothing from their own random generators.
+"""A context in which rows whose sampled token is thrown away draw nothing from their own random generators.
 
-vLLM sets a generator back by what such a row drew (_bookkeeping_sync in vllm/v1/worker/gpu_model_runner.py),
-but generators on CPU cannot be set back: a prompt with a `seed` that is computed in more than one step ends the engine
-with "CPU Generator does not use offset" (0.32, run). Rows whose attention failed have the same need on any device.
+vLLM sets a generator back by what such a row drew (_bookkeeping_sync in vllm/v1/worker/gpu_model_runner.py). On CPU a
+generator cannot be set back: a prompt with a `seed` that is computed in more than one step ends the engine with "CPU
+Generator does not use offset" (0.32, run). Rows whose attention failed have the same need on any device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def without_generators(runner: GPUModelRunner, failed: Collection[int] = ()) -> Iterator[None]:
-    """Hide generators while a batch is sampled: those of rows whose prompt goes on in a later step, and of `failed`."""
+    """Hide the generators of some rows while a batch is sampled.
+
+    They are those of rows whose prompt goes on in a later step, and of the rows in `failed`.
+    """
     generators = runner.input_batch.generators
     if not generators:
         yield

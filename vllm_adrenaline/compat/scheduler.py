@@ -1,4 +1,4 @@
-"""What we do to vLLM's scheduler and its requests that they have no method for (vllm/v1/core/sched/scheduler.py)."""
+"""What we do to vLLM's scheduler and its requests for which they have no method (vllm/v1/core/sched/scheduler.py)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def replace_kv_managers(scheduler: Scheduler, manager: type[FullAttentionManager]) -> list[Any]:
-    """Make the scheduler's KV cache managers instances of a subclass; return them.
+    """Make the scheduler's KV cache managers instances of `manager`, a subclass; return them.
 
-    Not through vLLM's registry of specs: the spec stays the stock one, which NIXL and others look at.
+    This does not use vLLM's registry of specs, so that the spec stays the stock one, which NIXL and others look at.
 
     Raises:
         AdrenalineError: there is another kind of manager than for full attention.
@@ -36,7 +36,7 @@ def replace_kv_managers(scheduler: Scheduler, manager: type[FullAttentionManager
 
 
 def take_blocks(scheduler: Scheduler, request: Request) -> list[KVCacheBlock]:
-    """Take a request's blocks out of vLLM's books, so that to preempt it frees none of them; return them."""
+    """Take a request's blocks out of vLLM's books and return them. To preempt the request then frees none of them."""
     manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
     manager.num_cached_block.pop(request.request_id, None)
     blocks: list[KVCacheBlock] = manager.req_to_blocks.pop(request.request_id)
@@ -44,13 +44,13 @@ def take_blocks(scheduler: Scheduler, request: Request) -> list[KVCacheBlock]:
 
 
 def preempt(scheduler: Scheduler, request: Request) -> None:
-    """Take a running request out of the batch; it waits again, and what the present step makes of it is dropped."""
+    """Preempt a running request: it leaves the batch and waits again. The token of the present step is dropped."""
     scheduler.running.remove(request)
     scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
 
 
 def uncount_preemption(scheduler: Scheduler, request: Request) -> None:
-    """Take back that a request was preempted just now: nothing of it is lost, and it is counted as something else."""
+    """Take back the event that a request was preempted just now: it lost nothing, and is counted as something else."""
     if scheduler.log_stats:
         request.events.pop()
 
@@ -61,9 +61,10 @@ def leave_out_of_step(scheduler: Scheduler, request: Request) -> None:
 
 
 def recompute_pulled(scheduler: Scheduler, request: Request) -> None:
-    """Have a request recomputed whose KV is being pulled, or was: what was read is not to be believed.
+    """Have a request recomputed whose KV was being pulled: what was read is not to be believed.
 
-    vLLM's own way for a load that failed. It keeps the blocks until NIXL is done with them (_handle_failed_recving).
+    This is vLLM's own way for a load that failed. It keeps the blocks until NIXL is done with them
+    (_handle_failed_recving). A request that does not wait for a pull is left alone.
     """
     if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
         request.num_computed_tokens = 0
@@ -72,10 +73,10 @@ def recompute_pulled(scheduler: Scheduler, request: Request) -> None:
 
 @contextlib.contextmanager
 def paused(scheduler: Scheduler, state: PauseState) -> Iterator[None]:
-    """Schedule in this pause state, and go back to the one before.
+    """A context in which the scheduler is in the pause state `state`; afterwards it is in the one before.
 
-    Not by vLLM's setter: it logs a line at every call, and a prefill engine steps every millisecond while one of its
-    prompts is on offer.
+    This does not use vLLM's setter, which logs a line at every call: a prefill engine steps every millisecond while one
+    of its prompts is on offer.
     """
     before = scheduler._pause_state
     scheduler._pause_state = state

@@ -1,7 +1,7 @@
 """NIXL's side channel, on which an engine tells others how its memory is read: bound at once, to a port of its own.
 
-vLLM binds it half a minute after its port was chosen, in a thread whose end nobody notices: a port that is taken
-meanwhile, or one malformed frame, and the engine, or whoever would read from it, waits for ever
+vLLM binds it half a minute after its port was chosen, in a thread whose end nobody notices. If the port is taken
+meanwhile, or one malformed frame comes, the engine waits for ever, or whoever would read from it
 (vllm/distributed/kv_transfer/kv_connector/v1/nixl/base_scheduler.py, _nixl_handshake_listener; 0.32 run, 0.33 read).
 """
 
@@ -22,16 +22,17 @@ from vllm_adrenaline.errors import AdrenalineError
 logger = logging.getLogger("vllm.adrenaline")
 
 PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
-"""An operator's choice of the port, as in vLLM; any free one otherwise."""
+"""Environment variable with an operator's choice of the port, as in vLLM. Any free one is taken otherwise."""
 POLL_MS = 500
 MAX_FRAME = 1 << 20
 """Bytes of the largest question that is read."""
 
 Rank = tuple[int, int]
+"""A worker's pipeline-parallel and tensor-parallel rank."""
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True):
-    """vLLM's question: how is the memory of this rank read?"""
+    """vLLM's question: how is the memory of this rank read? `what` is not looked at."""
 
     what: bytes
     pipeline_rank: int
@@ -39,12 +40,15 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SideChannel(threading.Thread):
-    """Answers every question for a rank's metadata; `port` is bound from the beginning, and served from `serve` on.
+    """The thread that answers every question for a rank's metadata, from `serve` on.
 
-    Raises AdrenalineError when it cannot be bound. `bad_frames` counts what was no question.
+    Attributes:
+        port: the TCP port, bound from the beginning.
+        bad_frames: how many questions could not be answered.
     """
 
     def __init__(self, host: str) -> None:
+        """Bind a port of `host`. Raises AdrenalineError if that is not possible."""
         super().__init__(name="adrenaline-side-channel", daemon=True)
         self.bad_frames = 0
         self._metadata: Mapping[Rank, bytes] = {}
@@ -68,7 +72,7 @@ class SideChannel(threading.Thread):
         self.start()
 
     def stop(self) -> None:
-        """End."""
+        """End the thread; waits up to 2 s for it."""
         self._stopping.set()
         if self.is_alive():
             self.join(timeout=4 * POLL_MS / 1000)
@@ -87,7 +91,7 @@ class SideChannel(threading.Thread):
             peer, _, question = frames
             asked = msgspec.msgpack.decode(question, type=Request)
             answer = self._metadata[asked.pipeline_rank, asked.tensor_rank]
-            # With our clock, by which the other side knows when what it may read expires.
+            # With our clock: by it the other side knows when what it may read expires.
             self._socket.send_multipart([peer, b"", answer, msgspec.msgpack.encode(time.perf_counter())], zmq.NOBLOCK)
         except (ValueError, KeyError, RecursionError, msgspec.DecodeError, zmq.ZMQError) as error:
             self.bad_frames += 1

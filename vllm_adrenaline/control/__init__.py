@@ -1,1 +1,1 @@
-"""The control plane: messages and sockets."""
+"""The control plane: messages, sockets, and both ends of the line between decode and prefill engine."""

@@ -1,6 +1,8 @@
-"""The decode engine's line to one prefill engine: claims and leases, asked for without ever blocking the scheduler.
+"""The decode engine's line to one prefill engine, over which it asks for claims and leases.
 
-A thread owns the socket; the scheduler talks to it through two queues. Runs in the engine core process.
+A thread owns the socket. The scheduler posts messages and takes answers through two queues, and neither blocks it. It
+blocks only where it chooses to wait for `answered`: the request table does so for claims that were just made, up to
+CLAIM_WAIT_S (2 ms) a step. Runs in the engine core process.
 """
 
 from __future__ import annotations
@@ -20,21 +22,29 @@ from vllm_adrenaline.control import messages, sockets
 logger = logging.getLogger("vllm.adrenaline")
 
 BEAT_S = 0.25
+"""Between two heartbeats, and between two hellos until one is answered."""
 RETRY_S = 1.0
+"""From a refusal, or a line that broke, to the next attempt."""
 SILENCE_S = 60.0
 """After how much silence a connection is made anew while the prefill engine has not welcomed us."""
 MARGIN = 0.9
-"""Of the lease, as what we rely on: clocks of two machines do not tick alike."""
+"""The part of a lease that we rely on: clocks of two machines do not tick alike."""
 
 
 class PrefillClient(threading.Thread):
-    """`welcome` is the prefill engine's answer to our hello; None while it is not there or does not fit. `load` is what
-    it last said of itself. `tpot` (seconds), `waiting` (blocks of its prompts that wait here) and `offloads` (whether
-    its executors attend for us) are what we say of ourselves. `bad_frames`: what came and was no message.
+    """The thread that talks to one prefill engine.
 
-    The prefill engine has lives: one ends when it is gone, silent for its lease, or takes back what we had. `answers`
-    are pairs of a life and what was said in it; the last word of a life is Refused. What is posted for a life that is
-    over is not sent.
+    The prefill engine has lives, numbered from 0. One ends when it is gone, silent for its lease, or takes back what we
+    had. The last answer of a life is Refused. What is posted for a life that is over is not sent.
+
+    Attributes:
+        address: where the prefill engine listens.
+        welcome: its answer to our hello; None while it is not there or does not fit.
+        load: what it last said of itself.
+        tpot, waiting, offloads: what the next heartbeat says of us. The scheduler sets them; see messages.Heartbeat.
+        answers: pairs of a life and what was said in it, the oldest first.
+        answered: set when there are answers, until they are taken.
+        bad_frames: how many frames came that were no message.
     """
 
     def __init__(self, address: str, identity: messages.Identity, engine: str) -> None:
@@ -58,12 +68,12 @@ class PrefillClient(threading.Thread):
     # Scheduler thread
 
     def beat(self) -> None:
-        """Send the next beat at once; several calls before it goes are one beat."""
+        """Send the next heartbeat at once. Several calls before it goes make one heartbeat."""
         self._beat_is_due = True
         self._ring()
 
     def post(self, life: int, message: messages.Message) -> None:
-        """Say something to the prefill engine in this life of it."""
+        """Send a message to the prefill engine if this life of it is not over by then."""
         self._outbox.append((life, message))
         self._ring()
 
@@ -76,18 +86,20 @@ class PrefillClient(threading.Thread):
         return taken
 
     def peer(self, life: int) -> messages.Welcome | None:
-        """What the prefill engine said of itself in this life of it; None when it is over."""
+        """Return what the prefill engine said of itself in this life; None before that, and when the life is over."""
         welcome = self.welcome  # first: the next one comes after the end of this life
         return welcome if life == self._life else None
 
     def holds(self, life: int, now: float) -> bool:
-        """Whether the prefill engine cannot have taken anything back in this life before `now` (seconds, monotonic): it
-        answered something that we said less than its lease before."""
+        """Whether the prefill engine cannot have taken anything back in this life before `now` (seconds, monotonic).
+
+        It cannot if it has answered something that we said less than MARGIN of its lease before `now`.
+        """
         peer = self.peer(life)
         return peer is not None and now < self._acknowledged + MARGIN * peer.lease_seconds
 
     def stop(self) -> None:
-        """Say good-bye and end."""
+        """Say good-bye and end. Waits up to 2 s for the thread."""
         self._stopping = True
         self._ring()
         if self.is_alive():
@@ -106,13 +118,13 @@ class PrefillClient(threading.Thread):
                 self._talk(socket)
             except Exception:
                 logger.exception("the line to the prefill engine at %s broke; it is made anew", self.address)
-                self._lost("cannot be talked to")
+                self._end_life("cannot be talked to")
                 time.sleep(RETRY_S)
             finally:
                 socket.close(linger=int(1000 * RETRY_S) if self._stopping else 0)
 
     def _talk(self, socket: zmq.Socket[bytes]) -> None:
-        """Say hello and serve both directions until the peer is silent, does not know us or does not fit."""
+        """Say hello and serve both directions until the peer is silent, refuses us, or is another one than before."""
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(self._bell, zmq.POLLIN)
@@ -138,19 +150,20 @@ class PrefillClient(threading.Thread):
                 said = self._say(socket, beat if self.welcome is not None else self._hello)
             silence = SILENCE_S if self.welcome is None else self.welcome.lease_seconds
             if now - heard > silence:
-                self._lost(f"is silent for {silence:.0f} s")
+                self._end_life(f"is silent for {silence:.0f} s")
                 return
         if self.welcome is not None:
             socket.send(messages.encode(messages.Leave()))
 
     def _say(self, socket: zmq.Socket[bytes], message: messages.Message) -> float:
-        """Send what is answered in turn, and return when (seconds, monotonic)."""
+        """Send a hello or a heartbeat, which are answered in turn; return when (seconds, monotonic)."""
         now = time.monotonic()
         self._said.append(now)
         socket.send(messages.encode(message))
         return now
 
     def _hear(self, socket: zmq.Socket[bytes]) -> bool:
+        """Take one message; return whether the conversation goes on."""
         frames = socket.recv_multipart()
         try:
             message = messages.decode(b"".join(frames))
@@ -163,10 +176,10 @@ class PrefillClient(threading.Thread):
             if self.welcome is None or self.welcome.engine_id == message.engine_id:
                 self.welcome = message
                 return True
-            self._lost("was replaced by another one")
+            self._end_life("was replaced by another one")
             return False
         if isinstance(message, messages.Refused):
-            self._lost(f"refuses us: {message.reason}")
+            self._end_life(f"refuses us: {message.reason}")
             time.sleep(RETRY_S)
             return False
         if isinstance(message, messages.Load):
@@ -178,12 +191,15 @@ class PrefillClient(threading.Thread):
         return True
 
     def _acknowledge(self) -> None:
-        """The oldest of what is answered in turn was answered. An answer that got lost makes this too early, never too
-        late."""
+        """Note that the oldest hello or heartbeat without an answer was answered.
+
+        If an answer got lost, the time that is noted is too early, never too late.
+        """
         if self._said:
             self._acknowledged = self._said.popleft()
 
-    def _lost(self, why: str) -> None:
+    def _end_life(self, why: str) -> None:
+        """End the present life of the prefill engine, if it has one; what the scheduler hears last is Refused."""
         if self.welcome is not None:
             logger.error("the prefill engine at %s %s: its requests are recomputed locally", self.address, why)
             self.answers.append((self._life, messages.Refused(why)))

@@ -1,7 +1,7 @@
 """Every message of the control plane, its bounds, and the only place where they are encoded and decoded.
 
-msgpack through msgspec: typed, validated while decoding, no pickle. A frame that is no valid message raises
-`msgspec.DecodeError`; socket loops count it and go on.
+They are msgpack through msgspec: typed, validated while they are decoded, no pickle. A frame that is no valid message
+raises `msgspec.DecodeError`. Socket loops count it and go on.
 """
 
 from typing import Annotated
@@ -15,9 +15,10 @@ MAX_FRAME = 1 << 20
 """Bytes of the largest control frame a socket accepts."""
 
 MAX_NAME = 512
-"""Characters of the longest name; prompts have the names of their requests, which clients may choose."""
+"""Characters of the longest name. A prompt has the name of its request, which clients may choose."""
 
 MAX_REASON = 4096
+"""Characters of the longest reason for a refusal."""
 
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
 BlockIndex = Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
@@ -28,7 +29,7 @@ Cpus = Annotated[list[Count], msgspec.Meta(max_length=4096)]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, gc=False):
-    """Base of all control messages; the class name is the tag."""
+    """The base of all control messages. The class name is the tag on the wire."""
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -52,10 +53,14 @@ class Identity(msgspec.Struct, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """Decode to prefill engine: the first message of a connection. `borrows` is False for a start-up check.
+    """Decode to prefill engine: the first message of a connection.
 
-    `engine` names this life of the decode engine, as its workers do in Attach. `pid` is the process whose end is the
-    end of the decode engine (its engine core); 0: the prefill engine cannot see it end.
+    Attributes:
+        identity: what must be equal on both sides.
+        borrows: whether the sender will claim and lease. A start-up check does not, nor does a worker that asks where
+            its executor listens.
+        engine: names this life of the decode engine, as its workers do in Attach.
+        pid: the process whose end is the end of the decode engine (its engine core). 0: its end cannot be seen.
     """
 
     identity: Identity
@@ -65,9 +70,16 @@ class Hello(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """Prefill to decode engine: we fit. Says which engine life this is, where its executors listen (by rank), and in
-    words what share of its device they have. `lease_seconds`: a decode engine that is silent for so long loses what it
-    has here."""
+    """Prefill to decode engine: we fit.
+
+    Attributes:
+        engine_id: names this life of the prefill engine.
+        nixl_host, nixl_port: its NIXL side channel.
+        num_blocks: blocks of its KV cache.
+        executors: where its attention executors listen, by rank; empty for one that does not serve yet.
+        executor_share: in words, what its executors run on. Profiles of decode engines are kept by it.
+        lease_seconds: a decode engine that is silent for so long loses its claims and leases.
+    """
 
     engine_id: Name
     nixl_host: Name
@@ -79,19 +91,22 @@ class Welcome(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """We do not fit, and why, naming both sides."""
+    """The answer to a Hello, an Attach or any message of an unknown sender: no, and why.
+
+    Where the two sides do not fit, the reason names both.
+    """
 
     reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
 
 
 class Claim(Message, frozen=True):
-    """Decode to prefill engine: keep the prompt KV of this finished prefill for me until I release it."""
+    """Decode to prefill engine: keep the KV of this finished prompt for me until I release it."""
 
     request: Name
 
 
 class Claimed(Message, frozen=True):
-    """The prompt KV is yours: its blocks in order, how many tokens are in them, and the hash of those tokens."""
+    """Prefill to decode engine: the claim is granted. Says the prompt's blocks in order, its tokens, and their hash."""
 
     request: Name
     blocks: Blocks
@@ -100,19 +115,19 @@ class Claimed(Message, frozen=True):
 
 
 class ClaimRejected(Message, frozen=True):
-    """The prompt KV of this request is not held here (any more)."""
+    """Prefill to decode engine: the prompt of this request cannot be claimed here, or not any more."""
 
     request: Name
 
 
 class Drop(Message, frozen=True):
-    """Decode to prefill engine: nobody will claim or read these finished prompts. Claimed ones are not touched."""
+    """Decode to prefill engine: nobody will claim or read these finished prompts. Claimed ones stay as they are."""
 
     requests: Names
 
 
 class Leave(Message, frozen=True):
-    """Decode to prefill engine: I end now. Everything I have is yours again."""
+    """Decode to prefill engine: I end now. All that I have claimed or leased is yours again."""
 
 
 class Release(Message, frozen=True):
@@ -129,22 +144,26 @@ class Lease(Message, frozen=True):
 
 
 class Leased(Message, frozen=True):
-    """The blocks lent; fewer than asked for (even none) when the prefill engine needs its memory itself."""
+    """Prefill to decode engine: the blocks lent. They may be fewer than asked for, or none, when memory is scarce."""
 
     blocks: Blocks
 
 
 class KillExecutors(Message, frozen=True):
-    """Decode to prefill engine: these attention executor processes of yours failed us. Kill them before you reuse any
-    block: one that only slept would wake up and write into a block that is somebody else's by then."""
+    """Decode to prefill engine: these attention executor processes of yours failed me. Kill them before you reuse a
+    block. One that only slept would wake up, and write into a block that is somebody else's by then."""
 
     pids: Annotated[list[Count], msgspec.Meta(max_length=1024)]
 
 
 class Heartbeat(Message, frozen=True):
-    """Decode to prefill engine: I am alive. `tpot`: what my steps took lately (seconds, the 90th percentile; 0: none).
-    `waiting`: KV blocks of your prompts that wait here to be placed. `offloads`: whether any of your blocks is attended
-    by your executors for me. A decode engine that stays silent loses its claims and leases."""
+    """Decode to prefill engine: I am alive. A decode engine that stays silent loses its claims and leases.
+
+    Attributes:
+        tpot: what my steps took lately, in seconds: the 90th percentile; 0 when there was none.
+        waiting: KV blocks of your prompts whose requests wait here to be placed.
+        offloads: whether your executors attend any of your blocks for me.
+    """
 
     tpot: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0
     waiting: Count = 0
@@ -152,8 +171,15 @@ class Heartbeat(Message, frozen=True):
 
 
 class Load(Message, frozen=True):
-    """The answer to a beat. In blocks: all there are, how many are free, and how many of those are never lent. `busy`:
-    share of the last second in which prompts were computed. `recalls`: prompts wait for memory."""
+    """Prefill to decode engine: the answer to a Heartbeat.
+
+    Attributes:
+        total: KV blocks of the prefill engine.
+        free: those of them that are free.
+        reserve: how many of the free ones are never lent.
+        busy: the share of the last second in which it computed prompts.
+        recalls: whether its next prompt does not fit into the free blocks.
+    """
 
     total: Count = 0
     free: Count = 0
@@ -163,9 +189,17 @@ class Load(Message, frozen=True):
 
 
 class Attach(Message, frozen=True):
-    """Decode worker to attention executor: map this channel (an open memfd of process `pid`) and serve it.
+    """Decode worker to attention executor: map this channel and serve it.
 
-    `engine`: the decode engine's life, as in Hello."""
+    Attributes:
+        identity: what must be equal on both sides.
+        engine: the decode engine's life, as in Hello.
+        rank: the worker's tensor-parallel rank, which must be the executor's.
+        pid, fd: the worker's process, and the channel's memory file that it has open there.
+        epoch: the life of the channel, 1 to MAX_EPOCH.
+        cpus: the cores that the worker may use.
+        max_rows, max_tokens, max_blocks: what the channel is sized for: rows, tokens, and blocks in a row.
+    """
 
     identity: Identity
     engine: Name
@@ -180,8 +214,10 @@ class Attach(Message, frozen=True):
 
 
 class Attached(Message, frozen=True):
-    """The channel is mapped and served by process `pid` on `cpus`; `layers` names the attention layers in the order of
-    their numbers."""
+    """Attention executor to decode worker: process `pid` serves the channel, on the cores `cpus`.
+
+    `layers` names the attention layers, in the order of their numbers.
+    """
 
     layers: Names
     pid: Count
@@ -189,13 +225,13 @@ class Attached(Message, frozen=True):
 
 
 class Revoke(Message, frozen=True):
-    """Prefill engine to attention executor: serve no channel of this decode engine any more."""
+    """Prefill engine to attention executor: serve this decode engine's channels no more."""
 
     engine: Name
 
 
 class Revoked(Message, frozen=True):
-    """Attention executor to prefill engine: nothing is written for that decode engine from now on."""
+    """Attention executor to prefill engine: from now on nothing is written for that decode engine."""
 
     engine: Name
 
@@ -231,7 +267,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(frame: bytes) -> AnyMessage:
-    """Return the message in `frame`; raises msgspec.DecodeError, and nothing else, when it is none."""
+    """Return the message in `frame`. Raises msgspec.DecodeError, and nothing else, when it is none."""
     try:
         return _decoder.decode(frame)
     except (RecursionError, ValueError) as error:
@@ -240,7 +276,7 @@ def decode(frame: bytes) -> AnyMessage:
 
 
 def mismatch(ours: Identity, theirs: Identity, our_name: str, their_name: str) -> str | None:
-    """Return one sentence that names every differing field with both values, or None when the two fit."""
+    """Return a sentence that names every field that differs, with both values; None when the two fit."""
     different = [
         f"{field.replace('_', ' ')} is {getattr(ours, field)} on the {our_name} "
         f"and {getattr(theirs, field)} on the {their_name}"

@@ -1,7 +1,7 @@
-"""The prefill engine's end of the control plane: a thread that answers decode engines, in the engine core's process.
+"""The prefill engine's end of the control plane: a thread in the engine core that answers decode engines.
 
-What it answers is said by a handler (prefill/lending.py). Here is only what every conversation has: greetings, signs of
-life, and who is gone.
+A handler says what it answers (prefill/lending.py). Here is only what every conversation has: greetings, signs of life,
+and who is gone.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from vllm_adrenaline.control import messages, sockets
 logger = logging.getLogger("vllm.adrenaline")
 
 POLL_MS = 500
+"""How long the thread sleeps at most, and the least time between two calls of the handler's `tick`."""
 FAILED = 70
 """Exit code of an engine core whose control thread ended (EX_SOFTWARE)."""
 
 
 class Handler(Protocol):
-    """What a prefill engine says and does. All methods are called by the control thread; a peer is a connection."""
+    """What a prefill engine says and does. The control thread alone calls it. A peer is a connection."""
 
     def welcome(self) -> messages.Welcome:
-        """Return the answer to a decode engine that fits. Made anew each time, for executors may restart."""
+        """Return the answer to a decode engine that fits. It is made anew each time, for executors may restart."""
 
     def join(self, peer: bytes) -> None:
-        """Take a peer for a decode engine that may claim and lease from now on."""
+        """Let a peer claim and lease from now on."""
 
     def note_sign_of_life(self, peer: bytes) -> bool:
         """Note that a peer said something; return False for one that has not joined, or has left."""
@@ -45,20 +46,27 @@ class Handler(Protocol):
         """Return the peers that have said nothing for a lease."""
 
     def leave(self, peer: bytes, engine: str) -> Callable[[], None] | None:
-        """Forget a peer. Return what takes back the blocks it has, None if it has none.
+        """Forget a peer. Return a function that takes back the blocks it has; None if it has none.
 
-        That is called in a thread of its own. It waits until no executor can write for `engine` any more, and other
-        decode engines are answered meanwhile."""
+        The function is called in a thread of its own. It waits until no executor can write for `engine` any more. Other
+        decode engines are answered meanwhile.
+        """
 
     def tick(self) -> None:
-        """Do what is to be done twice a second."""
+        """Do what is to be done from time to time: at most twice a second."""
 
 
 class ControlServer(threading.Thread):
-    """Serves one ROUTER socket until `stop`.
+    """The control thread of a prefill engine. It serves one ROUTER socket until `stop`.
 
-    Whatever arrives, the thread goes on; `bad_frames` counts what was no message. If it ends all the same, the engine
-    core ends with it: decode engines would wait for it for ever.
+    No message or frame ends the thread. If it ends all the same, the engine core ends with it: decode engines would
+    wait for it for ever.
+
+    Attributes:
+        address: where it listens; for a TCP address with port `*`, with the port that was found.
+        identity: what a decode engine's must be equal to.
+        handler: what this prefill engine says and does.
+        bad_frames: how many frames came that were no message.
     """
 
     def __init__(
@@ -68,13 +76,17 @@ class ControlServer(threading.Thread):
         handler: Handler,
         end_engine: Callable[[int], None] = os._exit,
     ) -> None:
-        """Bind `address`; raises AdrenalineError when that is not possible. `end_engine`: ends this process."""
+        """Bind `address`. `end_engine` ends this process with an exit code.
+
+        Raises:
+            AdrenalineError: `address` is in use, or cannot be bound.
+        """
         super().__init__(name="adrenaline-control", daemon=True)
         self.identity, self.handler = identity, handler
         self.bad_frames = 0
         self._end_engine = end_engine
-        self._engines: dict[bytes, str] = {}  # of those that borrow
-        self._processes: dict[int, bytes] = {}  # by pidfd
+        self._engines: dict[bytes, str] = {}  # decode engines that may claim and lease, by connection
+        self._processes: dict[int, bytes] = {}  # their connections, by the pidfd of their engine core
         self._socket, self.address = sockets.bind(address)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -120,7 +132,10 @@ class ControlServer(threading.Thread):
     # Decode engines that come and go
 
     def _join(self, peer: bytes, hello: messages.Hello) -> None:
-        """A decode engine says hello. What it had over another connection it does not know of any more."""
+        """Take in a decode engine that says hello.
+
+        It may have had another connection before. It does not know of what it had there, so that is taken back.
+        """
         for other in [name for name, engine in self._engines.items() if engine == hello.engine and name != peer]:
             self._part_with(other, "came back")
         self.handler.join(peer)
@@ -134,7 +149,7 @@ class ControlServer(threading.Thread):
                 self._poller.register(pidfd, zmq.POLLIN)
 
     def _part_with(self, peer: bytes, why: str) -> None:
-        """A decode engine is gone, or is taken to be: take back what it had, when no executor can write for it."""
+        """Take back what a decode engine had that is gone, or is taken to be, once no executor can write for it."""
         for pidfd in [fd for fd, name in self._processes.items() if name == peer]:
             self._poller.unregister(pidfd)
             os.close(pidfd)

@@ -1,6 +1,6 @@
-"""ZMQ sockets of the control plane, with every bound set: one owner thread each, no linger, bounded frames.
+"""The ZMQ sockets of the control plane: frames and queues are bounded, and each socket has one thread that owns it.
 
-Addresses are `ipc:///path` (the default: protected by the folder's permissions) or `tcp://host:port`. A TCP address
+An address is `ipc:///path` (the default, protected by the folder's permissions) or `tcp://host:port`. A TCP address
 that is not loopback is refused: there is no key exchange yet.
 """
 
@@ -19,15 +19,16 @@ from vllm_adrenaline.errors import AdrenalineError
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 HIGH_WATER_MARK = 10_000
+"""Messages that wait in a socket at most, in each direction."""
 
 
 def default_address() -> str:
-    """Return the address a prefill engine listens at when none is given; the same for all engines of one user."""
+    """Return the address at which a prefill engine listens if none is given: the same for all engines of one user."""
     return f"ipc://{tempfile.gettempdir()}/vllm-adrenaline-{os.getuid()}/prefill"
 
 
 def check_address(address: str) -> str:
-    """Return `address` if it can be used, else raise AdrenalineError."""
+    """Return `address` if it has a form that can be used, else raise AdrenalineError."""
     parts = urlsplit(address)
     if parts.scheme == "ipc" and parts.path.startswith("/") and len(parts.path) < 100:
         return address
@@ -79,7 +80,7 @@ def _bounded(kind: int) -> zmq.Socket[bytes]:
 
 
 def bind(address: str) -> tuple[zmq.Socket[bytes], str]:
-    """Return a bound ROUTER socket and the address it really has; raises AdrenalineError when it cannot be bound."""
+    """Return a bound ROUTER socket and the address that it really has. Raises AdrenalineError if it cannot be bound."""
     parts = urlsplit(address)
     if not address.endswith(":*"):
         check_free(address)
@@ -104,14 +105,14 @@ def unbind(socket: zmq.Socket[bytes], address: str) -> None:
 
 
 def connect(address: str) -> zmq.Socket[bytes]:
-    """Return a DEALER socket that talks to the ROUTER at `address` (which need not be there yet)."""
+    """Return a DEALER socket that talks to the ROUTER at `address`, which need not be there yet."""
     socket = _bounded(zmq.DEALER)
     socket.connect(address)
     return socket
 
 
 def ask_once(address: str, message: messages.Message, timeout_s: float) -> messages.AnyMessage | None:
-    """Ask the ROUTER at `address` over a connection of its own; return the answer, or None when none came in time."""
+    """Ask the ROUTER at `address` over a connection of its own; return the answer, as `ask` does."""
     socket = connect(address)
     try:
         return ask(socket, message, timeout_s)
@@ -120,7 +121,7 @@ def ask_once(address: str, message: messages.Message, timeout_s: float) -> messa
 
 
 def ask(socket: zmq.Socket[bytes], message: messages.Message, timeout_s: float) -> messages.AnyMessage | None:
-    """Send one message and return the answer, or None when none came in time that is a message."""
+    """Send one message and return the answer. None: nothing came in time, or what came is no message."""
     socket.send(messages.encode(message))
     if not socket.poll(int(timeout_s * 1000)):
         return None
@@ -131,6 +132,6 @@ def ask(socket: zmq.Socket[bytes], message: messages.Message, timeout_s: float) 
 
 
 def answer(socket: zmq.Socket[bytes], peer: bytes, message: messages.Message) -> None:
-    """Answer a peer of a ROUTER socket; one that is not there, or takes nothing, goes without."""
+    """Answer a peer of a ROUTER socket. One that is gone, or whose queue is full, gets no answer."""
     with contextlib.suppress(zmq.ZMQError):
         socket.send_multipart([peer, messages.encode(message)], zmq.NOBLOCK)

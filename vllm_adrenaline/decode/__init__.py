@@ -1,1 +1,1 @@
-"""What runs inside the decode engine: KV space, scheduler, attention backend, worker."""
+"""What runs inside a decode engine: scheduler, request table, connector, worker, attention backend."""

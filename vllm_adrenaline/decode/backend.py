@@ -1,7 +1,7 @@
-"""The decode engine's attention backend: vLLM's CPU backend, with the offloaded rows attended elsewhere meanwhile.
+"""The decode engine's attention backend: vLLM's CPU backend, while executors attend the offloaded rows.
 
-Per layer: send the offloaded rows, attend the local ones, take the executors' output. Local rows are attended by vLLM's
-operator, or with the same bits by the native library (attention/native_decode.py). Checked against
+In each layer it sends the offloaded rows, attends the local ones, and takes the executors' output. vLLM's operator
+attends the local rows, or with the same bits the native library (attention/native_decode.py). Checked against
 vllm/v1/attention/backends/cpu_attn.py of 0.32 (run) and 0.33 (read).
 """
 
@@ -25,7 +25,7 @@ QUALNAME = "vllm_adrenaline.decode.backend.AdrenalineCPUBackend"
 
 
 class AdrenalineCPUBackend(CPUAttentionBackend):
-    """Keeps the stock name: NIXL compares the names of both engines' backends."""
+    """vLLM's CPU backend with our builder and layers. It keeps its name: NIXL compares the names of both engines'."""
 
     @staticmethod
     def get_impl_cls() -> type[AdrenalineImpl]:
@@ -37,18 +37,22 @@ class AdrenalineCPUBackend(CPUAttentionBackend):
 
 
 class AdrenalineBuilder(CPUAttentionMetadataBuilder):
-    """Masks remote rows and hangs the step plan on the metadata that all layers of a step share."""
+    """The builder of a step's metadata, which all its layers share.
+
+    It masks offloaded rows for the stock kernel, and adds two attributes. `remote_plan` is the step's StepPlan, None
+    without offloaded rows. `decode_length` is the longest sequence (tokens) of a pure-decode step, else 0.
+    """
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> CPUAttentionMetadata:
-        site = remote_attention.active()
+        remote = remote_attention.active()
         plan = None
-        if site is not None:
-            common_attn_metadata, plan = site.split(common_attn_metadata)
+        if remote is not None:
+            common_attn_metadata, plan = remote.split(common_attn_metadata)
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata.remote_plan = plan
-        # How long the rows are of a step without prompts; 0 when there are any.
+        # Longest sequence in a pure-decode step; 0 if the step contains prefill.
         metadata.decode_length = common_attn_metadata.max_seq_len if common_attn_metadata.max_query_len == 1 else 0
         return metadata
 
@@ -91,7 +95,14 @@ class AdrenalineImpl(CPUAttentionBackendImpl):
         return output
 
     def open(self, layer: Any, kv_cache: torch.Tensor) -> None:
-        """See whether this layer's cache can be attended natively; the first time in a process that takes a moment."""
+        """Take this layer's KV cache, and find out whether it can be attended natively.
+
+        Args:
+            layer: vLLM's attention layer.
+            kv_cache: its KV cache as vLLM keeps it, [blocks, KV heads, block size, 2 * head size].
+
+        The first time in a process this takes a moment.
+        """
         self._kv_cache, self._longest = kv_cache, 0
         blocks, heads, block_size, double = kv_cache.shape
         keys, values = kv_cache.view(blocks, heads, 2 * block_size, double // 2).chunk(2, dim=2)

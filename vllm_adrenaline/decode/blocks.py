@@ -1,8 +1,8 @@
-"""Blocks of other engines in vLLM's own bookkeeping: blocks that know where they live, and the pools they come from.
+"""Remote blocks in vLLM's own bookkeeping, and the pools that they come from.
 
-A request's blocks are vLLM KVCacheBlocks with an id of the KV space. vLLM gives a block back to `block.pool`
-(vllm/v1/core/block_pool.py, BlockPool.free_blocks), so abort, stop, preemption and error all return a remote block
-through the same door as a local one. Checked with 0.32 (run) and 0.33 (read).
+An offloaded request's blocks are vLLM's KVCacheBlocks with ids of the KV space. vLLM gives a block back to `block.pool`
+(vllm/v1/core/block_pool.py, BlockPool.free_blocks). So abort, stop, preemption and error all return a remote block in
+the same way as a local one. Checked with 0.32 (run) and 0.33 (read).
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 class RemoteBlock(KVCacheBlock):
-    """A block of another engine's KV cache; `claim` names the claim it came with, None for a leased block."""
+    """A block of a prefill engine's KV cache.
+
+    Attributes:
+        claim: the name of the claim with which it came; None for a leased block.
+    """
 
     __slots__ = ("claim",)
 
@@ -31,10 +35,18 @@ class RemoteBlock(KVCacheBlock):
 
 
 class RemotePool:
-    """What we have of one prefill engine's KV cache: claimed prompts, leased blocks, and the free ones of those.
+    """What we have of one prefill engine's KV cache: claimed prompts, and leased blocks.
 
-    It lasts one life: when the prefill engine is gone, or has taken everything back, another pool takes its place. What
-    this one then still says is not sent, and what it held is nobody's business any more.
+    A pool lasts one life of the prefill engine (control/client.py). When that is gone, or has taken everything back,
+    another pool replaces this one. What this one posts then is not sent, and what is given back to it is forgotten.
+
+    Attributes:
+        executor: the number of the prefill engine, in the order of `--adrenaline-peers`.
+        client: the line to it.
+        life: which life of it.
+        free: leased blocks that no request has, by index.
+        asked: how many blocks were asked for in a lease that is not answered yet.
+        available: False once the life is over.
     """
 
     def __init__(self, executor: int, client: PrefillClient, life: int = 0) -> None:
@@ -49,32 +61,38 @@ class RemotePool:
 
     @property
     def peer(self) -> messages.Welcome | None:
-        """What the prefill engine said of itself in this life; None while it is not there."""
+        """What the prefill engine said of itself in this life; None before that and when the life is over."""
         return None if not self.available else self.client.peer(self.life)
 
     @property
     def leased(self) -> int:
-        """How many blocks are leased."""
+        """How many blocks are leased, those that requests have and free ones."""
         return len(self._leased)
 
     @property
     def borrowed(self) -> int:
-        """How many blocks of the prefill engine we hold."""
+        """How many blocks of the prefill engine we hold: leased ones, and those of claims."""
         return self.leased + self._claimed.total()
 
     @property
     def unsettled(self) -> bool:
-        """Whether something is still to be said or to be answered."""
+        """Whether a lease is not answered yet, or blocks and claims are still to be given back."""
         return bool(self.asked or self._done or self._given_back)
 
     def holds(self, now: float) -> bool:
-        """Whether the prefill engine cannot have taken back anything that was read until `now` (seconds, monotonic)."""
+        """Whether the prefill engine cannot have taken anything back before `now` (seconds, monotonic)."""
         return self.available and self.client.holds(self.life, now)
 
     def adopt(self, claim: str, indices: Sequence[int], num_blocks: int) -> list[RemoteBlock]:
-        """Return the blocks of a granted claim; the claim is released when the last of them is freed.
+        """Return the blocks of a granted claim. The claim is released when the last of them is freed.
 
-        Raises ValueError unless they are `num_blocks` different blocks that the prefill engine has and has not lent us.
+        Args:
+            claim: its name.
+            indices: of the blocks, as the prefill engine says.
+            num_blocks: how many blocks the prompt fills.
+
+        Raises:
+            ValueError: they are not `num_blocks` different blocks that the prefill engine has and has not lent us.
         """
         self._check(indices)
         if len(indices) != num_blocks:
@@ -83,7 +101,7 @@ class RemotePool:
         return [RemoteBlock(space.remote_id(self.executor, i), self, claim) for i in indices]
 
     def add_leased(self, indices: Sequence[int]) -> None:
-        """Take blocks that the prefill engine lent; raises ValueError if they cannot be lent."""
+        """Take the answer to a lease: indices of blocks. Raises ValueError if they cannot be lent, or are too many."""
         asked, self.asked = self.asked, 0
         self._check(indices)
         if len(indices) > asked:
@@ -92,6 +110,7 @@ class RemotePool:
         self.free.extend(indices)
 
     def _check(self, indices: Sequence[int]) -> None:
+        """Raise ValueError unless these are different blocks that the prefill engine has and has not lent us."""
         peer = self.peer
         most = peer.num_blocks if peer is not None else space.MAX_BLOCKS
         wrong = [i for i in indices if not 0 <= i < most or i in self._leased]
@@ -99,12 +118,12 @@ class RemotePool:
             raise ValueError(f"blocks {wrong or list(indices)} of {most}, some of them twice, outside or lent already")
 
     def take(self, count: int) -> list[RemoteBlock]:
-        """Return `count` leased blocks; the caller has checked that there are so many."""
+        """Return `count` free leased blocks for a request. The caller has checked that there are so many."""
         indices = [self.free.pop() for _ in range(count)]
         return [RemoteBlock(space.remote_id(self.executor, i), self, None) for i in indices]
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
-        """vLLM gives blocks back (BlockPool.free_blocks)."""
+        """Take back blocks that a request does not need any more, as vLLM's BlockPool.free_blocks does."""
         if not self.available:
             return
         for block in ordered_blocks:
@@ -118,24 +137,25 @@ class RemotePool:
                 self.release(block.claim)
 
     def release(self, claim: str) -> None:
-        """A claim is not needed any more."""
+        """Release a claim, with the next `settle`."""
         self._done.append(claim)
 
     def give_back(self, count: int) -> None:
-        """Return `count` free leased blocks to the prefill engine."""
+        """Give `count` free leased blocks back to the prefill engine, with the next `settle`."""
         indices = [self.free.pop() for _ in range(count)]
         self._leased.difference_update(indices)
         self._given_back += indices
 
     def settle(self) -> None:
-        """Tell the prefill engine what it may reuse.
+        """Tell the prefill engine which blocks it may reuse.
 
-        Only between steps, when failures of the last one were reported: until then an executor that failed may write.
+        To be called only between steps, when the failures of the last one were reported. Until then an executor that
+        failed may write.
         """
         if self._done or self._given_back:
             self.post(messages.Release(self._done, self._given_back))
             self._done, self._given_back = [], []
 
     def post(self, message: messages.Message) -> None:
-        """Say something to the prefill engine, if this life of it is still there."""
+        """Send a message to the prefill engine, if this life of it is not over by then."""
         self.client.post(self.life, message)

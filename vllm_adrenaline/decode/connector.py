@@ -1,4 +1,4 @@
-"""The decode engine's connector: what NIXL is to pull, and what workers say at the end of a step."""
+"""The decode engine's connector: it says what NIXL is to pull, and what executors did in a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class DecodeSchedulerSide(SchedulerSide):
-    """Asks the table of remote requests first, and NIXL for what is to be pulled. The scheduler sets `table`."""
+    """The scheduler side of a decode engine's connector. It asks the request table first, then NIXL.
+
+    Attributes:
+        table: the scheduler's, which sets it.
+    """
 
     table: RequestTable
 
@@ -57,7 +61,11 @@ class DecodeSchedulerSide(SchedulerSide):
 
 
 class DecodeWorkerSide(WorkerSide):
-    """Reports what executors did in a step. The worker sets `remote` once it is attached to them."""
+    """The worker side of a decode engine's connector. It counts what executors did.
+
+    Attributes:
+        remote: the worker's remote attention, which it sets once it is attached to the executors.
+    """
 
     remote: RemoteAttention | None = None
 
@@ -66,7 +74,7 @@ class DecodeWorkerSide(WorkerSide):
 
 
 class DecodeConnector(AdrenalineConnector):
-    """The connector of a decode engine."""
+    """The connector of a decode engine. Its worker's report of a step (remote_attention.Report) travels with vLLM's."""
 
     scheduler_side, worker_side = DecodeSchedulerSide, DecodeWorkerSide
 

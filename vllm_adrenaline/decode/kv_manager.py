@@ -1,4 +1,4 @@
-"""The KV cache manager of a decode engine, which gives an offloaded request remote blocks.
+"""The KV cache manager of a decode engine. It gives remote blocks to an offloaded request.
 
 Checked against vllm/v1/core/single_type_kv_cache_manager.py of 0.32 (run) and 0.33 (read).
 """
@@ -17,30 +17,32 @@ if TYPE_CHECKING:
 
 
 class KVSpaceManager(FullAttentionManager):
-    """vLLM's manager of full-attention KV blocks. Every block of an offloaded request is remote: none is taken here.
+    """vLLM's manager of full-attention KV blocks. An offloaded request gets none of them: all of its blocks are remote.
 
-    `table` knows which requests are offloaded; the scheduler sets it."""
+    Attributes:
+        table: knows which requests are offloaded, and has their blocks. The scheduler sets it.
+    """
 
     table: RequestTable
 
-    def _remote(self, request_id: str) -> bool:
+    def _is_offloaded(self, request_id: str) -> bool:
         return self.table.is_offloaded(request_id)
 
     def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
-        if self._remote(request_id):
+        if self._is_offloaded(request_id):
             return 0
         return super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
 
     def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
-        if not self._remote(request_id):
+        if not self._is_offloaded(request_id):
             super().add_local_computed_blocks(request_id, *args, **kwargs)
 
     def allocate_external_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
-        if not self._remote(request_id):
+        if not self._is_offloaded(request_id):
             super().allocate_external_computed_blocks(request_id, *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        if not self._remote(request_id):
+        if not self._is_offloaded(request_id):
             return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         blocks = self.req_to_blocks[request_id]
         new = self.table.blocks_for(request_id, len(blocks), cdiv(num_tokens, self.block_size))
@@ -50,5 +52,5 @@ class KVSpaceManager(FullAttentionManager):
         return new
 
     def cache_blocks(self, request: Any, *args: Any, **kwargs: Any) -> None:
-        if not self._remote(request.request_id):
+        if not self._is_offloaded(request.request_id):
             super().cache_blocks(request, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Blocks that offloaded requests grow into: leased ahead of need, and who must wait when there are too few."""
+"""Leases of the blocks that offloaded requests grow into: ahead of need. And who must wait when there are too few."""
 
 from __future__ import annotations
 
@@ -17,15 +17,23 @@ if TYPE_CHECKING:
     from vllm_adrenaline.decode.blocks import RemotePool
 
 LOOKAHEAD = 64
-"""Tokens a request is provided for in advance: a lease takes a millisecond, a token several."""
+"""Tokens for which a request is provided in advance: a lease takes a millisecond, a token several."""
 
 
 def reserve(
     known: Mapping[str, RemoteRequest], pools: Iterable[RemotePool], running: Sequence[Request], block_size: int
 ) -> tuple[list[Request], list[Request]]:
-    """Return the offloaded requests that must wait for a block in this step, and those that have waited enough.
+    """Divide the free leased blocks among the running requests of a step.
 
-    For all others of `running` there are enough free leased blocks.
+    Args:
+        known: all requests whose prompt is with a prefill engine, by id.
+        pools: of all prefill engines.
+        running: requests in the order in which they get blocks.
+        block_size: tokens of a block.
+
+    Returns:
+        The offloaded requests that must wait for a block in this step, and those that have waited for STARVE_S. For
+        all others of `running` there are enough blocks.
     """
     mine = [known[request.request_id] for request in running if request.request_id in known]
     growing = [
@@ -38,7 +46,10 @@ def reserve(
 
 
 def adjust(known: Mapping[str, RemoteRequest], pools: Iterable[RemotePool], block_size: int) -> None:
-    """Ask for blocks that will be needed soon, give back what will not be."""
+    """Ask prefill engines for blocks that will be needed soon, and give back those that will not be.
+
+    The arguments are those of `reserve`. What is given back goes with the pools' next `settle`.
+    """
     for pool in pools:
         mine = [each for each in known.values() if each.pool is pool and each.state is State.OFFLOADED]
         pool.client.offloads = bool(mine)
@@ -53,6 +64,7 @@ def adjust(known: Mapping[str, RemoteRequest], pools: Iterable[RemotePool], bloc
 
 
 def _growth(offloaded: RemoteRequest, ahead: int, block_size: int) -> int:
+    """Return how many blocks a request needs to reach `ahead` tokens further."""
     request = offloaded.request
     held = offloaded.held + len(offloaded.blocks)
     final = request.num_prompt_tokens + request.max_tokens
@@ -63,9 +75,14 @@ def _growth(offloaded: RemoteRequest, ahead: int, block_size: int) -> int:
 
 
 def growth(num_tokens: int, final_tokens: int, held: int, block_size: int, ahead: int = LOOKAHEAD) -> int:
-    """Return how many blocks a request of `num_tokens` that holds `held` needs to reach `ahead` tokens further.
+    """Return how many more blocks a request needs to reach `ahead` tokens further, as far as it can grow.
 
-    Never more than it can ever fill: it ends at `final_tokens` (prompt and most output).
+    Args:
+        num_tokens: that it has.
+        final_tokens: at which it ends at the latest: its prompt, and the most output that it may have.
+        held: blocks that it has.
+        block_size: tokens of a block.
+        ahead: in tokens.
     """
     target = min(num_tokens + ahead, max(num_tokens, final_tokens))
     return max(0, cdiv(target, block_size) - held)
@@ -74,8 +91,12 @@ def growth(num_tokens: int, final_tokens: int, held: int, block_size: int, ahead
 def lease_change(free: int, asked: int, near: Iterable[int], far: Iterable[int]) -> int:
     """Return how many blocks to ask for (positive) or to give back (negative).
 
-    `near`, `far`: growth of every request over one and over two lookaheads. Between the two nothing is done, so that
-    a request at a block's edge does not make the lease swing.
+    Between the two growths nothing is done, so that a request at a block's edge does not make the lease swing.
+
+    Args:
+        free: leased blocks that no request has.
+        asked: blocks that were asked for already; until they come nothing is changed.
+        near, far: blocks that each request needs over one and over two lookaheads.
     """
     if asked:
         return 0

@@ -1,4 +1,4 @@
-"""A decode worker's link to one attention executor: attached at start-up, dropped on failure, attached again later."""
+"""A decode worker's link to one attention executor. It attaches at start-up, and again after every failure."""
 
 from __future__ import annotations
 
@@ -16,15 +16,27 @@ from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel
 logger = logging.getLogger("vllm.adrenaline")
 
 ANSWER_S = 5.0
+"""How long an answer is waited for."""
 RETRY_S, SOON_S = 1.0, 0.2
+"""Between two attempts to attach: after a failure, and at start-up."""
 
 
 class NoAnswer(AdrenalineError):
-    """The prefill engine or its executor is not there, or not yet."""
+    """A prefill engine or its executor does not answer. It may not have started yet."""
 
 
 class Link:
-    """`channel` is None while the executor is not there; the step that finds it so counts its rows as failed."""
+    """The link to the executor of our rank behind one prefill engine.
+
+    Attributes:
+        address: where the prefill engine listens.
+        layers: names of the attention layers, in the order of their numbers.
+        shape: of the channel.
+        timeout_s: how long a layer's output is waited for at most, in seconds.
+        channel: None while we are not attached. A step that finds it so counts the executor's rows as failed.
+        pid: the executor's process, when we attached last.
+        num_blocks, executor_share: what the prefill engine said last (messages.Welcome).
+    """
 
     def __init__(
         self,
@@ -44,7 +56,13 @@ class Link:
         self.executor_share = ""
 
     def attach(self) -> None:
-        """Find the executor of our rank through its prefill engine and attach; raises AdrenalineError."""
+        """Find the executor of our rank through its prefill engine, and attach.
+
+        Raises:
+            NoAnswer: one of the two does not answer.
+            AdrenalineError: one of the two refuses us, or has other layers.
+            OSError, zmq.ZMQError: the executor has ended meanwhile, or it cannot be talked to.
+        """
         executor = self._find()
         channel = ShmDecodeChannel(self.shape)
         cpus = sorted(os.sched_getaffinity(0))
@@ -80,8 +98,14 @@ class Link:
         self.channel = channel
 
     def attach_until(self, deadline: float) -> None:
-        """Attach to an executor that may still start; raises AdrenalineError at the deadline (seconds, monotonic), or
-        at once when we are refused."""
+        """Attach to an executor that may not have started yet.
+
+        Args:
+            deadline: when to give up, in seconds (monotonic).
+
+        Raises:
+            AdrenalineError: nobody answered by the deadline, or we are refused, which is raised at once.
+        """
         while True:
             try:
                 return self.attach()
@@ -91,6 +115,7 @@ class Link:
                 time.sleep(SOON_S)
 
     def _find(self) -> str:
+        """Ask the prefill engine where the executor of our rank listens."""
         answer = sockets.ask_once(self.address, messages.Hello(self._identity, borrows=False), ANSWER_S)
         if isinstance(answer, messages.Refused):
             raise AdrenalineError(f"the prefill engine at {self.address} refuses us: {answer.reason}")
@@ -100,7 +125,7 @@ class Link:
         return answer.executors[self._rank]
 
     def fail(self) -> None:
-        """Give the channel up and try for a new one in the background."""
+        """Give the channel up, and attach anew in a thread of its own."""
         self.close()
         threading.Thread(target=self._reattach, name="adrenaline-reattach", daemon=True).start()
 
@@ -116,7 +141,7 @@ class Link:
         logger.info("attached to the attention executor behind %s again", self.address)
 
     def close(self) -> None:
-        """Detach; the executor notices when this process ends or attaches anew."""
+        """Detach. The executor keeps its end until it closes that itself, or this process ends."""
         if self.channel is not None:
             self.channel.close()
             self.channel = None

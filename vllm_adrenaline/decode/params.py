@@ -1,7 +1,7 @@
-"""What a request says of where its prompt's KV is, checked against the prefill engines we know.
+"""What a request says of where its prompt's KV is (`kv_transfer_params`), checked against our prefill engines.
 
-Nothing of it is acted on but two names and the stamp: which blocks hold the prompt, and where they are read from, the
-prefill engine says itself when it grants the claim.
+Only two names and the stamp are used; a few other fields can but lead to a refusal. Which blocks hold the prompt, and
+where they are read, the prefill engine says itself when it grants the claim.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Where(msgspec.Struct, frozen=True):
-    """The prefill engine that has the prompt, and the prompt's name there."""
+    """Where a prompt is said to be: the life of a prefill engine, and the prompt's name there."""
 
     remote_engine_id: messages.Name
     remote_request_id: messages.Name
 
 
 class RemoteParams(Where, frozen=True):
-    """The part of kv_transfer_params that we act on, bounded. It comes with the request: trust nothing."""
+    """The part of kv_transfer_params that is looked at, bounded. A client may have written it: nothing is trusted."""
 
     do_remote_prefill: bool
     adrenaline: Stamp
@@ -39,8 +39,13 @@ class RemoteParams(Where, frozen=True):
 
 @dataclass(frozen=True)
 class Found:
-    """`pool`: where the prompt is, None when it is with no prefill engine of ours. `claim`: its name there. `refusal`:
-    why it must not be used, None when it may."""
+    """What kv_transfer_params come to.
+
+    Attributes:
+        pool: of the prefill engine that has the prompt; None when no prefill engine of ours has it.
+        claim: the prompt's name there.
+        refusal: why the prompt must not be used; None when it may.
+    """
 
     pool: RemotePool | None
     claim: str
@@ -48,7 +53,14 @@ class Found:
 
 
 def find(raw: Any, pools: Sequence[RemotePool], tensor_parallel_size: int, prompt: Sequence[int]) -> Found:
-    """Return where a request's prompt is, by its kv_transfer_params."""
+    """Return where a request's prompt is, and whether it may be used.
+
+    Args:
+        raw: the request's kv_transfer_params.
+        pools: of all our prefill engines.
+        tensor_parallel_size: of this engine, which the prefill engine must have, too.
+        prompt: the request's token ids.
+    """
     try:
         where = msgspec.convert(raw, Where)
     except msgspec.ValidationError as error:

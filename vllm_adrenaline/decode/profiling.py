@@ -1,4 +1,4 @@
-"""The profile of a decode engine: a step without attention, attention here, and attention through each channel."""
+"""Measuring the profile of a decode engine: a step without attention, attention here, attention of each executor."""
 
 from __future__ import annotations
 
@@ -25,11 +25,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.adrenaline")
 
 ROWS, CONTEXT = 8, 512
-"""The batch whose attention is measured: rows, and tokens of context of each."""
+"""The batch whose attention is measured: its rows, and the tokens of each."""
 
 
 def costs_of(config: VllmConfig, options: Options, executors: Sequence[str]) -> Costs:
-    """Return a decode engine's costs, as its worker measured them or the user gave them; raises AdrenalineError."""
+    """Return a decode engine's costs, as its worker measured them or as the user gave them; zeros for a fixed ratio.
+
+    Args:
+        config: the engine's.
+        options: the engine's.
+        executors: what each peer says of its executors (Welcome.executor_share).
+
+    Raises:
+        AdrenalineError: there is no profile, or it is of another number of executors.
+    """
     if options.ratio is not None:
         return Costs([(1, 0.0)], 0.0, [0.0] * len(executors))  # a fixed ratio asks nobody
     found = (
@@ -47,9 +56,22 @@ def costs_of(config: VllmConfig, options: Options, executors: Sequence[str]) -> 
 
 
 def measure(config: VllmConfig, options: Options, runner: Any, remote: RemoteAttention) -> None:
-    """Measure a decode engine's costs unless they are known: steps without attention, attention here and there."""
+    """Measure a decode engine's costs and store them. All ranks call it at once.
+
+    Nothing is measured with a fixed ratio, with a profile that the user gave, or if there is a profile already.
+
+    Args:
+        config: the engine's.
+        options: the engine's.
+        runner: the worker's model runner.
+        remote: the worker's remote attention, attached to all executors.
+    """
     executors = [link.executor_share for link in remote.links]
-    if options.ratio is not None or options.profile or profiling.is_known(profiling.key(config, options, executors)):
+    if (
+        options.ratio is not None
+        or options.profile
+        or profiling.agree_on_known(profiling.key(config, options, executors))
+    ):
         return
     began = time.monotonic()
     logger.info("measuring what a decode step costs here, once (some seconds)")
@@ -59,23 +81,24 @@ def measure(config: VllmConfig, options: Options, runner: Any, remote: RemoteAtt
     attention = profiling.attention_of(config)
     rows, context = min(ROWS, sizes[-1]), min(CONTEXT, config.model_config.max_model_len)
     local = profiling.attention_seconds(attention, rows, 1, context) / (rows * context)
-    exchange, plan, away = [], [], []
+    per_row, per_step, per_token = [], [], []  # seconds of remote attention, by executor
     for executor, link in enumerate(remote.links):
         one = _remote_seconds(remote, executor, 1, 1, attention)
         few = _remote_seconds(remote, executor, rows, 1, attention)
         many = _remote_seconds(remote, executor, rows, context, attention)
-        plan.append(one)
-        exchange.append(max(few - one, 0.0) / max(rows - 1, 1))
+        per_step.append(one)
+        per_row.append(max(few - one, 0.0) / max(rows - 1, 1))
         # Of a small model the difference drowns in noise: serving shows what a token really costs.
-        away.append(max((many - few) / (rows * (context - 1)), local / 100))
-        us = (1e6 * each[-1] for each in (away, exchange, plan))
+        per_token.append(max((many - few) / (rows * (context - 1)), local / 100))
+        us = (1e6 * each[-1] for each in (per_token, per_row, per_step))
         logger.info("executor at %s: %.3f us a token, %.0f us a row, %.0f us a step", link.address, *us)
-    costs = Costs(step, local, away, max(exchange, default=0.0), max(plan, default=0.0))
+    costs = Costs(step, local, per_token, max(per_row, default=0.0), max(per_step, default=0.0))
     logger.info("local attention: %.3f us a token; all in %.1f s", 1e6 * local, time.monotonic() - began)
     profiling.keep(profile.Profile(profiling.key(config, options, executors), costs))
 
 
 def _powers(most: int) -> Iterator[int]:
+    """Yield the powers of two below `most`, then `most`."""
     size = 1
     while size < most:
         yield size
@@ -84,7 +107,14 @@ def _powers(most: int) -> Iterator[int]:
 
 
 def _remote_seconds(remote: RemoteAttention, executor: int, rows: int, context: int, like: CpuAttention) -> float:
-    """Seconds of a step's remote attention through the channel, with nothing else to do meanwhile."""
+    """Return the seconds of a step's remote attention through one executor's channel, with nothing else to do.
+
+    Args:
+        remote: the worker's remote attention.
+        executor: its number.
+        rows, context: of the step: its rows, and the tokens of each.
+        like: an attention of the same model.
+    """
     link = remote.links[executor]
     step = profiling.plan_of(rows, 1, context, link.num_blocks, like.block_size, link.shape.max_blocks)
     qkv = profiling.qkv_of(like, rows)

@@ -1,6 +1,6 @@
-"""The decode worker's remote attention: splits each step's rows by place and runs the offloaded ones elsewhere.
+"""The decode worker's remote attention: it splits a step's rows by pool, and has executors attend the offloaded ones.
 
-`split` runs once a step, in the metadata builder; `StepPlan.send` and `receive` once a layer.
+`split` is called once a step, by the metadata builder. `StepPlan.send` and `receive` are called once a layer.
 """
 
 from __future__ import annotations
@@ -23,17 +23,22 @@ if TYPE_CHECKING:
 
 
 ROWS, BUSY_NS = 0, 2
-"""Places in a channel's counters (vllm_adrenaline/transport/channel.py)."""
+"""Indices into a channel's counters (transport/channel.py)."""
 
 
 @dataclass
 class Report(KVConnectorWorkerMetadata):
     """What a worker tells the scheduler at the end of a step.
 
-    `failed`: executors that failed in it. `pids`: the processes of those that may still write, for they did not say
-    that they are done with us. `unavailable`: executors that are not attached. The rest is in seconds of the step.
-    `local`: attention here. `remote`: that of each executor that had any. `exposed`: waiting for executors with nothing
-    else to do. A step with no offloaded row has none.
+    Times are seconds since the worker's last report. A step without offloaded rows adds nothing to them.
+
+    Attributes:
+        failed: executors that failed in the step.
+        pids: processes of failed executors that may still write, for they did not close their channel.
+        unavailable: executors to which the worker is not attached.
+        local: local attention of steps with offloaded rows.
+        remote: attention of each executor that had any.
+        exposed: waiting for executors with nothing else to do.
     """
 
     failed: frozenset[int]
@@ -56,9 +61,16 @@ class Report(KVConnectorWorkerMetadata):
 
 
 class StepPlan:
-    """One step's remote attention, as the attention layers see it."""
+    """One step's remote attention, as the attention layers see it.
+
+    Attributes:
+        has_local: whether the step has local rows, too.
+        layer_index: numbers of the layers, by name.
+        send: sends a layer's query [T, Hq, D], key and value [T, Hk, D], by its number (transport/channel.py).
+    """
 
     def __init__(self, owner: RemoteAttention, split: SplitRows) -> None:
+        """Begin the step on all channels that it needs."""
         self.has_local = split.has_local
         self.layer_index = owner.layer_index
         self.send = owner.transport.send
@@ -71,13 +83,19 @@ class StepPlan:
         owner.transport.begin(split.handle, channels)
 
     def receive(self, layer: int, output: torch.Tensor) -> None:
-        """Fill the offloaded rows of `output` [T, Hq, D]; rows of an executor that failed become zero."""
+        """Fill the offloaded rows of `output` [T, Hq, D]. Rows of an executor that failed become zero."""
         if failed := self._receive(layer, output):
             self._owner.note_failures(failed)
 
 
 class RemoteAttention:
-    """All links of one decode worker. `begin_step` and `split` are called once a step."""
+    """The remote attention of one decode worker, over its links to all executors.
+
+    Attributes:
+        links: by executor.
+        transport: the data plane.
+        layer_index: numbers of the attention layers, by name.
+    """
 
     def __init__(
         self,
@@ -87,6 +105,15 @@ class RemoteAttention:
         block_size: int,
         counts_rows: bool,
     ) -> None:
+        """Take what the worker has set up.
+
+        Args:
+            links: to each executor, attached.
+            transport: the data plane.
+            layers: names of the attention layers, in the order of their numbers.
+            block_size: tokens of a block.
+            counts_rows: whether this worker counts the rows that executors attend, as one rank of an engine does.
+        """
         self.links, self.transport = links, transport
         self.layer_index = {name: index for index, name in enumerate(layers)}
         self._block_size, self._counts_rows = block_size, counts_rows
@@ -95,19 +122,31 @@ class RemoteAttention:
         self._split: SplitRows | None = None
         self._failed: set[int] = set()  # since the last report
         self._failed_in_step: set[int] = set()
-        self._hanging: set[int] = set()  # processes, since the last report
+        self._hanging: set[int] = set()  # processes that may still write, since the last report
         self._ever_failed = False
         self._attended = [0] * len(links)
         self._busy_ns = [0] * len(links)
         self._times_ns = (0, 0)
 
     def begin_step(self, received: frozenset[str], row_of: dict[str, int]) -> None:
-        """Note what the scheduler says of this step; `row_of` is vLLM's live map of request to row."""
+        """Note what the scheduler says of this step.
+
+        Args:
+            received: requests whose token's k and v are in the KV cache already (RequestTable.take_received).
+            row_of: vLLM's live map of request to row. It is read in `split`.
+        """
         self._received, self._row_of, self._split = received, row_of, None
         self._failed_in_step = set()
 
     def split(self, common: Any) -> tuple[Any, StepPlan | None]:
-        """Return vLLM's CommonAttentionMetadata as the stock kernel may see it, and the plan of the remote rows."""
+        """Split a step's rows, and begin the step if there are offloaded ones.
+
+        Args:
+            common: vLLM's CommonAttentionMetadata. Slots of offloaded and received tokens are masked in place.
+
+        Returns:
+            The metadata as the stock kernel may see it, and the plan of the offloaded rows, None if there are none.
+        """
         rows = common.num_reqs
         table = common.block_table_tensor[:rows]
         received = [self._row_of[name] for name in self._received]
@@ -129,7 +168,7 @@ class RemoteAttention:
         return local, StepPlan(self, split)
 
     def note_failures(self, executors: int) -> None:
-        """These executors (bits) failed in a layer: give their channels up."""
+        """Note that these executors (as bits) failed in a layer, and give their channels up."""
         for executor, link in enumerate(self.links):
             if executors >> executor & 1:
                 if link.channel is not None and not link.channel.is_closed:
@@ -138,14 +177,15 @@ class RemoteAttention:
                 self.note_failure(executor)
 
     def note_failure(self, executor: int) -> None:
-        """The rows of `executor` are worthless in this step."""
+        """Note that the rows of an executor are worthless in this step."""
         self._failed.add(executor)
         self._failed_in_step.add(executor)
         self._ever_failed = True
 
-    def failed_rows(self, group: GroupCoordinator) -> list[int]:
-        """Return the rows of this step that are worthless on any rank of `group`. All its ranks must ask together.
+    def agree_on_failed_rows(self, group: GroupCoordinator) -> list[int]:
+        """Agree with the other ranks of `group` on the rows of this step that are worthless, and return them.
 
+        A row is worthless if its executor failed on any rank. All ranks must call this together: the ranks communicate.
         An executor attends for one rank. If ranks disagreed, their copies of a request's random generator would part.
         """
         if self._split is None:
@@ -157,7 +197,10 @@ class RemoteAttention:
         return [row for e in self._split.executors if failed[e] for row in self._split.rows(e)]
 
     def take_report(self) -> Report | None:
-        """Return what the scheduler must know of this step, None when it had no offloaded row and none ever failed."""
+        """Return what the scheduler must know, and begin the next report.
+
+        None for a step without offloaded rows, while no executor has ever failed.
+        """
         if self._split is None and not self._ever_failed:
             return None
         failed, self._failed = frozenset(self._failed), set()
@@ -165,15 +208,18 @@ class RemoteAttention:
         unavailable = frozenset(i for i, link in enumerate(self.links) if link.channel is None)
         before, self._times_ns = self._times_ns, self.transport.times_ns
         local, exposed = (now - then for now, then in zip(self._times_ns, before, strict=True))
-        remote = {e: busy / 1e9 for e, busy in enumerate(self._grown(self._busy_ns, BUSY_NS)) if busy}
+        remote = {e: busy / 1e9 for e, busy in enumerate(self._take_growth(self._busy_ns, BUSY_NS)) if busy}
         return Report(failed, pids, unavailable, local / 1e9, remote, exposed / 1e9)
 
     def take_counts(self) -> dict[str, int]:
-        """Return the rows x layers attended since the last call, by the executors' own count (first rank only)."""
-        return {"remote_attention_rows": sum(self._grown(self._attended, ROWS)) if self._counts_rows else 0}
+        """Return rows x layers attended since the last call, by the executors' own count; 0 unless we count rows."""
+        return {"remote_attention_rows": sum(self._take_growth(self._attended, ROWS)) if self._counts_rows else 0}
 
-    def _grown(self, seen: list[int], counter: int) -> list[int]:
-        """Return by how much each executor's counter has grown since it was `seen`; a new channel's begins at 0."""
+    def _take_growth(self, seen: list[int], counter: int) -> list[int]:
+        """Return by how much each executor's counter has grown since it was `seen`, and set `seen` to what it is now.
+
+        The counters of a new channel begin at 0.
+        """
         before = seen.copy()
         seen[:] = [0 if link.channel is None else link.channel.counters[counter] for link in self.links]
         return [max(0, now - then) for now, then in zip(seen, before, strict=True)]
@@ -188,11 +234,14 @@ _active: RemoteAttention | None = None
 
 
 def activate(remote: RemoteAttention | None) -> None:
-    """Make `remote` the one of this worker process: vLLM builds the metadata builder itself and passes it nothing."""
+    """Make `remote` the remote attention of this worker process; None: it has none.
+
+    vLLM makes the metadata builder itself, and passes it nothing of ours.
+    """
     global _active
     _active = remote
 
 
 def active() -> RemoteAttention | None:
-    """Return this worker's remote attention, None before it is attached."""
+    """Return the remote attention of this worker process; None before it is attached and after it ended."""
     return _active

@@ -1,4 +1,4 @@
-"""A request whose prompt's KV cache is with a prefill engine: its states, and the only ways from one to the next.
+"""A request whose prompt's KV is with a prefill engine: its states, and the only ways from one to the next.
 
     arrives ─> CLAIMING ─> WAITING ─> OFFLOADED ─> MIGRATING
                               │                        │
@@ -6,9 +6,12 @@
                                           │
                                        RECEIVED               and from every state: LEFT
 
-What becomes of it when its prefill engine is lost: CLAIMING, WAITING and MIGRATING ones are computed here, OFFLOADED
-ones are preempted and recomputed here, what a PULLING one has received is thrown away and recomputed, and a RECEIVED
-one goes on, for its KV is here.
+What becomes of a request when its prefill engine is lost depends on its state:
+
+    CLAIMING, WAITING, MIGRATING    it is computed on this engine
+    OFFLOADED                       it is preempted, and recomputed on this engine
+    PULLING                         what it has received is thrown away, and it is recomputed on this engine
+    RECEIVED                        it goes on, for its KV is here
 """
 
 from __future__ import annotations
@@ -33,29 +36,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.adrenaline")
 
 STRICT = "ADRENALINE_STRICT"
-"""Environment variable under which an illegal transition raises; tests set it."""
+"""Environment variable. Where it is set, as in tests, an illegal transition raises."""
 READ_BY_NOBODY = "HB:"
-"""Sent by NIXL to the prefill engine as the name of what was read. A claimed prompt is not NIXL's any more, so its name
-would be an error there; this is a heartbeat for no request, which it takes and forgets."""
+"""The name of what was read, which NIXL sends to the prefill engine afterwards. A claimed prompt is not NIXL's, so
+its own name would be an error there. This one is a heartbeat for no request, which NIXL takes and forgets."""
 
 
 class State(Enum):
-    """Where the request is on its way."""
+    """The state of a request."""
 
     CLAIMING = "claiming"
-    """The prefill engine was asked to keep its prompt for us."""
+    """The prefill engine was asked to keep its prompt for us, and has not answered."""
     WAITING = "waiting"
-    """Its prompt is kept for us; it is not decided where it decodes."""
+    """Its prompt is kept for us. It is not decided yet where it decodes, or it waits for local memory."""
     OFFLOADED = "offloaded"
-    """Its KV cache stays there, and an attention executor attends."""
+    """Its KV stays on the prefill engine, where an attention executor attends."""
     MIGRATING = "migrating"
     """It was offloaded, and waits for local blocks into which its KV can be pulled."""
     PULLING = "pulling"
-    """NIXL copies its KV here. What is copied is kept there until that is over."""
+    """NIXL copies its KV here. The prefill engine keeps what is copied until that is over."""
     RECEIVED = "received"
     """Its prompt's KV is here; its first step is not scheduled yet."""
     LEFT = "left"
-    """Nothing of it is elsewhere: it ended, or is a request like any other."""
+    """Nothing of it is on a prefill engine: it ended, or is a request like any other."""
 
 
 NEXT = {
@@ -67,6 +70,7 @@ NEXT = {
     State.RECEIVED: {State.LEFT},
     State.LEFT: set(),
 }
+"""The states that may follow a state."""
 
 
 def progress_of(request: Request) -> Progress:
@@ -76,12 +80,20 @@ def progress_of(request: Request) -> Progress:
 
 @dataclass(eq=False)
 class RemoteRequest:
-    """One of them. `claim`: the prompt's name at the prefill engine. `claimed_at`: when it was asked for (seconds).
+    """A request whose prompt's KV is with a prefill engine. Times are in seconds (monotonic).
 
-    `blocks`: remote blocks that vLLM's books do not have, because it has not allocated yet or because they are pulled.
-    `held`: how many remote blocks vLLM's books have. `decision`: why it may take local memory in this step, if it may.
-    `waited`: whether it was counted as waiting. `starved_since`: since when it lacks a block to grow into (seconds).
-    `is_intact`: whether all that was pulled is known to have arrived.
+    Attributes:
+        request: vLLM's.
+        pool: of the prefill engine.
+        claim: the prompt's name there.
+        claimed_at: when the claim was asked for.
+        state: changed by `become` alone.
+        blocks: remote blocks that vLLM's books do not have: it has not allocated yet, or they are pulled.
+        held: how many remote blocks vLLM's books have.
+        decision: why it may take local memory in this step; None if it may not.
+        waited: whether it was counted as waiting.
+        starved_since: since when it lacks a block to grow into; None if it lacks none.
+        is_intact: False once something that is pulled may not have arrived.
     """
 
     request: Request
@@ -119,7 +131,10 @@ class RemoteRequest:
         return bool(self.request.skip_reading_prefix_cache)
 
     def become(self, state: State) -> None:
-        """Go on to another state. An illegal way is a mistake of ours: it raises in tests, and is logged otherwise."""
+        """Go on to another state.
+
+        An illegal transition is a mistake of ours. It raises AssertionError in tests (STRICT), and is logged otherwise.
+        """
         if state not in NEXT[self.state]:
             message = f"request {self.name} cannot become {state.value}: it is {self.state.value}"
             if STRICT in os.environ:
@@ -127,16 +142,23 @@ class RemoteRequest:
             logger.error("%s", message)
         self.state = state
 
-    # Everything that is ever written into a request's kv_transfer_params; NIXL acts on them.
+    # What is written into a request's kv_transfer_params once its claim is made. NIXL acts on them.
 
     def pull_nothing(self) -> None:
-        """NIXL has no business with this request, whatever a client wrote."""
+        """Have NIXL do nothing for this request."""
         self.request.kv_transfer_params = None
 
     def pull(self, peer: Welcome, num_tokens: int, block_size: int, tensor_parallel_size: int) -> None:
-        """NIXL is to copy the KV of the first `num_tokens` tokens from `blocks`, once the request has local ones.
+        """Have NIXL copy the KV of the first `num_tokens` tokens from `blocks`, once the request has local blocks.
 
-        Fields: vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py of 0.32 (run) and 0.33 (read).
+        The fields are those of vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py of 0.32 (run) and
+        0.33 (read).
+
+        Args:
+            peer: what the prefill engine said of itself.
+            num_tokens: how many tokens to copy.
+            block_size: tokens of a block.
+            tensor_parallel_size: of both engines.
         """
         used = cdiv(num_tokens, block_size)
         self.request.kv_transfer_params = {

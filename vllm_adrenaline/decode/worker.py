@@ -27,7 +27,11 @@ from vllm_adrenaline.transport.shm import Shape, ShmSteps
 
 
 class DecodeWorker(CPUWorker):
-    """See the module."""
+    """vLLM's CPU worker whose attention runs partly in attention executors.
+
+    Attributes:
+        remote: its remote attention; None before it is attached to the executors.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settle_worker()
@@ -75,7 +79,7 @@ class DecodeWorker(CPUWorker):
             layer.impl.open(layer, cache)  # now, not in the first request's first step
 
     def compile_or_warm_up_model(self) -> Any:
-        """Measure before: vLLM ends its warm-up with a fresh random seed."""
+        """Measure, then warm up. In this order, for vLLM ends its warm-up with a fresh random seed."""
         if self.remote is not None:
             profiling.measure(self.vllm_config, Options.of(self.vllm_config), self.model_runner, self.remote)
         return super().compile_or_warm_up_model()
@@ -88,9 +92,9 @@ class DecodeWorker(CPUWorker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         failed: Collection[int] = ()
-        # Without generators nobody asks, on no rank: a step costs nothing for it then.
+        # Without generators no rank asks: a step costs nothing for it then.
         if self.remote is not None and self.model_runner.input_batch.generators:
-            failed = self.remote.failed_rows(get_tp_group())
+            failed = self.remote.agree_on_failed_rows(get_tp_group())
         with without_generators(self.model_runner, failed):
             return super().sample_tokens(grammar_output)
 

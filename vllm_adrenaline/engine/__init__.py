@@ -1,1 +1,1 @@
-"""What both roles share: set-up, identity, metrics, profiles, the connector."""
+"""What engines of both roles share: set-up, identity, metrics, profiles, the connector."""

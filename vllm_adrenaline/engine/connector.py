@@ -1,7 +1,7 @@
-"""vLLM's NixlConnector as both roles use it: NIXL moves KV, at a side channel of our own, and our counters go along.
+"""vLLM's NixlConnector as both roles use it: NIXL moves KV, the side channel is ours, and our counters go along.
 
-As in vLLM's own connector, the scheduler side and the worker side are separate classes, one of which is made in each
-process. What a role adds to them is in prefill/connector.py and decode/connector.py. Checked against
+As in vLLM's own connector, the scheduler side and the worker side are separate classes. Each process makes one of them.
+What a role adds to them is in prefill/connector.py and decode/connector.py. Checked against
 vllm/distributed/kv_transfer/kv_connector/v1/nixl of 0.32 (run) and 0.33 (read).
 """
 
@@ -23,7 +23,11 @@ from vllm_adrenaline.engine.metrics import AdrenalinePromMetrics, AdrenalineStat
 
 
 class SchedulerSide(NixlPullConnectorScheduler):
-    """The part of a connector that lives in the engine core, beside the scheduler."""
+    """The part of a connector that lives in the engine core, beside the scheduler.
+
+    Attributes:
+        side_channel: where other engines ask how this one's memory is read.
+    """
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
@@ -38,16 +42,20 @@ class SchedulerSide(NixlPullConnectorScheduler):
         super().shutdown()
 
     def take_counts(self) -> Mapping[str, float]:
-        """Return what was counted since the last call (engine/metrics.py, COUNTERS)."""
+        """Return what was counted since the last call, by the names of COUNTERS (engine/metrics.py)."""
         return {}
 
     def gauges(self) -> Mapping[str, float]:
-        """Return what is true at present (engine/metrics.py, GAUGES)."""
+        """Return what is true at present, by the names of GAUGES (engine/metrics.py)."""
         return {}
 
 
 class WorkerSide(NixlPullConnectorWorker):
-    """The part of a connector that lives in a worker. `kv_caches`: each layer's KV cache, by the layer's name."""
+    """The part of a connector that lives in a worker.
+
+    Attributes:
+        kv_caches: each layer's KV cache, by the layer's name; empty until vLLM has allocated them.
+    """
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
@@ -58,16 +66,20 @@ class WorkerSide(NixlPullConnectorWorker):
         super().register_kv_caches(kv_caches)
 
     def take_counts(self) -> Mapping[str, float]:
-        """Return what was counted since the last call (engine/metrics.py, COUNTERS)."""
+        """Return what was counted since the last call, by the names of COUNTERS (engine/metrics.py)."""
         return {}
 
     def gauges(self) -> Mapping[str, float]:
-        """Return what is true at present: nothing that a worker knows of."""
+        """Return what is true at present: a worker knows of nothing."""
         return {}
 
 
 class AdrenalineConnector(NixlBaseConnector):
-    """What vLLM asks for, answered by one of the two sides, as NixlBaseConnector does."""
+    """The connector that vLLM makes in each process. One of its two sides answers, as in NixlBaseConnector.
+
+    Attributes:
+        scheduler_side, worker_side: the classes of the two sides, which each role sets.
+    """
 
     scheduler_side: type[SchedulerSide]
     worker_side: type[WorkerSide]

@@ -1,4 +1,4 @@
-"""What an engine tells its peers about itself, read from its vLLM configuration.
+"""An engine's identity: what must be equal on two engines that work together, read from vLLM's configuration.
 
 Checked against vllm/v1/attention/backends/cpu_attn.py and vllm/config of 0.32 (run) and 0.33 (read).
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def identity_of(vllm_config: VllmConfig) -> Identity:
-    """Return the engine's identity; two engines work together only if theirs are equal."""
+    """Return the identity of the engine that has this configuration. Raises AdrenalineError for an unchecked vLLM."""
     import torch
     from vllm import envs
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa

@@ -1,6 +1,6 @@
-"""What the plugin counts, on its way from scheduler and workers to the engine's /metrics.
+"""The plugin's counters and gauges, on their way from scheduler and workers to the engine's /metrics.
 
-One table of counters; NIXL's own statistics travel along and keep their metrics. Checked against
+NIXL's own statistics travel along and keep their metrics. Checked against
 vllm/distributed/kv_transfer/kv_connector/v1/metrics.py of 0.32 (run) and 0.33 (read).
 """
 
@@ -18,10 +18,10 @@ COUNTERS = {
     "offloaded_requests": "Requests placed on an attention executor: their KV cache stays on the prefill engine.",
     "local_requests": "Requests whose prompt KV was pulled from the prefill engine.",
     "moved_requests": "Offloaded requests that went on on the decode engine, their KV cache pulled there.",
-    "fallback_requests": "Requests that lost what a prefill engine had for them: computed on the decode engine.",
-    "refused_params": "Requests whose kv_transfer_params were refused; their prompts were computed locally.",
+    "fallback_requests": "Requests that lost their KV cache on a prefill engine, or had to leave it; recomputed here.",
+    "refused_params": "Requests whose kv_transfer_params are malformed, unknown or not theirs; computed here.",
     "remote_attention_rows": "Rows x layers attended by attention executors, as counted by the executors.",
-    "executor_failures": "Steps in which an attention executor did not answer in time.",
+    "executor_failures": "Failures of attention executors: one for each executor that failed in a step.",
     "remote_attention_tokens": "Tokens of context that executors attended, each token once a step.",
     "local_attention_seconds": "Seconds of local attention in steps with offloaded rows.",
     "remote_attention_seconds": "Seconds of remote attention in the same steps, of the slowest executor each.",
@@ -44,7 +44,11 @@ GAUGES = {
 
 @dataclass
 class AdrenalineStats(KVConnectorStats):
-    """`data`: {"nixl": NIXL's own data, "counts": {counter: increment}, "gauges": {gauge: value}}."""
+    """What a connector has to report, NIXL's statistics and ours.
+
+    Attributes:
+        data: {"nixl": NIXL's own data, "counts": {counter: increment}, "gauges": {gauge: value}}.
+    """
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -54,7 +58,7 @@ class AdrenalineStats(KVConnectorStats):
     def merged(
         cls, nixl: KVConnectorStats | None, counts: Mapping[str, float], gauges: Mapping[str, float]
     ) -> AdrenalineStats | None:
-        """Return both as one, or None when there is nothing to say."""
+        """Return NIXL's statistics with ours; None when there is nothing to report. Counts of 0 are left out."""
         stats = cls()
         if nixl is not None:
             stats.data["nixl"] = nixl.data
@@ -87,7 +91,7 @@ class AdrenalineStats(KVConnectorStats):
 
 
 class AdrenalinePromMetrics(KVConnectorPromMetrics):
-    """`vllm:adrenaline_<counter>_total`, `vllm:adrenaline_<gauge>` and the placements, beside NIXL's metrics."""
+    """The metrics of an engine: `vllm:adrenaline_<counter>_total`, `vllm:adrenaline_<gauge>`, placements, NIXL's."""
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)

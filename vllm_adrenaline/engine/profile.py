@@ -1,7 +1,7 @@
-"""A profile: what was measured when an engine started, kept on disk per model, machine and vLLM version.
+"""Profiles: what was measured when an engine started, kept on disk for the next start.
 
-Files are JSON below $XDG_CACHE_HOME/vllm-adrenaline/profiles (or ~/.cache). A user may write one and name it with
---adrenaline-profile: every figure in it is then taken as it is.
+They are JSON files in $XDG_CACHE_HOME/vllm-adrenaline/profiles (or ~/.cache/vllm-adrenaline/profiles). A user may write
+one and name it with --adrenaline-profile. Every figure in it is then taken as it is.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ from vllm_adrenaline.placement.costs import Costs, Seconds
 from vllm_adrenaline.system.folders import cache_folder
 
 Key = dict[str, str]
+"""What a profile depends on, by name, in words (engine/profiling.py, key)."""
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`key`: what it was measured for, in words. `costs`: of a decode engine's step. `prefill`: seconds to compute a
-    prompt by its tokens, ascending, of a prefill engine that does nothing else."""
+    """What an engine's work takes.
+
+    Attributes:
+        key: what it was measured for.
+        costs: of a decode engine's step; None for a prefill engine.
+        prefill: of a prefill engine that does nothing else: (tokens of a prompt, seconds to compute it), ascending.
+    """
 
     key: Key
     costs: Costs | None = None
@@ -32,18 +38,18 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def folder() -> Path:
-    """Return where profiles are kept."""
+    """Return the folder in which profiles are kept. It need not be there."""
     return cache_folder("profiles")
 
 
 def path_of(key: Key) -> Path:
-    """Return the file for a key."""
+    """Return the file of a key. It need not be there."""
     digest = hashlib.sha256(msgspec.json.encode(sorted(key.items()))).hexdigest()[:16]
     return folder() / f"{key['role']}-{digest}.json"
 
 
 def load(path: Path) -> Profile:
-    """Return the profile in a file; raises AdrenalineError when it is none."""
+    """Return the profile in a file. Raises AdrenalineError when it cannot be read or is none."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Profile)
     except (OSError, msgspec.ValidationError, msgspec.DecodeError) as error:
@@ -51,14 +57,14 @@ def load(path: Path) -> Profile:
 
 
 def cached(key: Key) -> Profile | None:
-    """Return what was measured for `key` before; None when nothing was, or the file is of another version."""
+    """Return the profile that was stored for `key`; None when there is none that this version understands."""
     with contextlib.suppress(AdrenalineError):
         return load(path_of(key))
     return None
 
 
 def store(profile: Profile) -> Path:
-    """Keep a profile; the file appears whole or not at all. Raises AdrenalineError where nothing can be written."""
+    """Write a profile and return its file, which appears whole or not at all. Raises AdrenalineError if it cannot."""
     path = path_of(profile.key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""Measuring what an engine's work takes, when it starts: once per model, machine and vLLM version.
+"""Measuring what an engine's work takes when it starts, unless there is a profile of it already.
 
-Runs in the first worker of an engine, on the engine's own model, KV cache and channels, at the core shares in force.
-The scheduler, in another process, reads what was measured from disk (engine/profile.py). What each role measures is in
-decode/profiling.py and prefill/profiling.py. Checked against vllm/v1/worker/gpu_model_runner.py of 0.32 (run).
+Runs in all workers of an engine at once, on its own model, KV cache and channels, at the core shares in force. The
+first worker writes the profile to disk (engine/profile.py), and the scheduler, another process, reads it there. What
+each role measures is in decode/profiling.py and prefill/profiling.py. Checked against
+vllm/v1/worker/gpu_model_runner.py of 0.32 (run).
 """
 
 from __future__ import annotations
@@ -34,10 +35,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.adrenaline")
 
 REPEATS = 5
+"""How often each thing is measured; the shortest time counts."""
 
 
 def key(config: VllmConfig, options: Options, executors: Sequence[str]) -> profile.Key:
-    """Return what a profile depends on. `executors`: what each peer says of its executors' share of its device."""
+    """Return what an engine's profile depends on.
+
+    Args:
+        config: the engine's.
+        options: the engine's.
+        executors: of a decode engine, what each peer says of its executors (Welcome.executor_share); else empty.
+    """
     identity = identity_of(config)
     found = {
         "role": options.role,
@@ -52,22 +60,26 @@ def key(config: VllmConfig, options: Options, executors: Sequence[str]) -> profi
     return found | {name: str(getattr(identity, name)) for name in identity.__struct_fields__}
 
 
-def is_known(wanted: profile.Key) -> bool:
-    """Whether there is a profile; the first rank decides for all, since they have to measure together."""
+def agree_on_known(wanted: profile.Key) -> bool:
+    """Ask the first rank whether there is a profile; return its answer. All ranks must ask together.
+
+    They have to measure together, so one of them decides.
+    """
     group = get_tp_group()
     return bool(group.broadcast_object(profile.cached(wanted) is not None if group.is_first_rank else None, src=0))
 
 
 def keep(measured: profile.Profile) -> None:
+    """Store a profile, on the first rank only. Raises AdrenalineError when it cannot be written."""
     if get_tp_group().is_first_rank:
         logger.info("kept in %s", profile.store(measured))
 
 
 def shortest_seconds(*measures: Callable[[], object]) -> list[float]:
-    """Return the shortest of some runs of each measure, in seconds.
+    """Return the shortest of REPEATS runs of each measure, in seconds.
 
-    What makes the others longer is engines that start beside this one. The measures take turns, for such a disturbance
-    lasts longer than a few runs.
+    Other runs are longer because engines start beside this one. The measures take turns, for such a disturbance lasts
+    longer than a few runs.
     """
 
     def timed(measure: Callable[[], object]) -> float:
@@ -82,7 +94,10 @@ def shortest_seconds(*measures: Callable[[], object]) -> list[float]:
 
 
 def step_seconds(runner: Any, sizes: Sequence[int], sample: bool) -> list[tuple[int, float]]:
-    """Return the seconds of a step without attention for each of `sizes` tokens."""
+    """Return (tokens, seconds) of a step without attention for each of `sizes`, in tokens.
+
+    `sample`: whether the step ends with logits and greedy sampling.
+    """
 
     def step(tokens: int) -> None:
         hidden, _ = runner._dummy_run(tokens)
@@ -94,7 +109,7 @@ def step_seconds(runner: Any, sizes: Sequence[int], sample: bool) -> list[tuple[
 
 
 def attention_of(config: VllmConfig) -> CpuAttention:
-    """Return vLLM's attention over this engine's own KV cache."""
+    """Return the attention of this worker over its own KV cache."""
     caches, layers = [], []
     for name, cache in get_kv_transfer_group().connector_worker.kv_caches.items():
         blocks, heads, block_size, double = cache.shape
@@ -107,8 +122,19 @@ def attention_of(config: VllmConfig) -> CpuAttention:
 def plan_of(
     rows: int, queries: int, context: int, blocks: int, block_size: int, width: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Return a step that reads different blocks for every row, as far as there are, and writes none. `width`: columns
-    of the block table, 0 for as many as are needed."""
+    """Return a step that writes no block. Its rows read different blocks, as far as there are enough.
+
+    Args:
+        rows: R.
+        queries: tokens of each row in the step.
+        context: tokens of each row in all.
+        blocks: of the KV cache.
+        block_size: tokens of a block.
+        width: columns of the block table; 0 for as many as `context` needs.
+
+    Returns:
+        query_start_loc int32 [R + 1], seq_lens int32 [R], block_table int32 [R, width], slot_mapping int64 [T].
+    """
     width = width or cdiv(context, block_size)
     return {
         "query_start_loc": torch.arange(0, rows * queries + 1, queries, dtype=torch.int32),
@@ -119,12 +145,14 @@ def plan_of(
 
 
 def qkv_of(attention: CpuAttention, tokens: int) -> dict[str, torch.Tensor]:
+    """Return random q [tokens, Hq, D], k and v [tokens, Hk, D], and an output like q, by name."""
     shapes = {"q": attention.num_heads, "k": attention.num_kv_heads, "v": attention.num_kv_heads}
     made = {name: torch.randn(tokens, heads, attention.head_size).to(attention.dtype) for name, heads in shapes.items()}
     return made | {"out": torch.empty_like(made["q"])}
 
 
 def attention_seconds(attention: CpuAttention, rows: int, queries: int, context: int) -> float:
+    """Return the seconds of one step's attention in all layers. The arguments are those of `plan_of`."""
     step = plan_of(rows, queries, context, attention.num_blocks, attention.block_size) | qkv_of(
         attention, rows * queries
     )

@@ -1,7 +1,7 @@
-"""From a role to a configured vLLM engine: which classes it uses, what is refused, and the start-up checks.
+"""The set-up of an engine by its role: vLLM's classes to use, what is refused, and the start-up checks.
 
-Runs in the process that parses the command line, before any engine process exists, so that every refusal is one
-sentence. Checked against vllm/engine/arg_utils.py and vllm/config of 0.32 (run) and 0.33 (read).
+Runs in the process that parses the command line, before there is any engine process. So every refusal is one sentence,
+without a traceback. Checked against vllm/engine/arg_utils.py and vllm/config of 0.32 (run) and 0.33 (read).
 """
 
 from __future__ import annotations
@@ -27,20 +27,25 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 UCX_INTERFACES = "UCX_NET_DEVICES"
+"""Environment variable that names the network interfaces at which UCX, and so NIXL, listens."""
 PEERS_START_TOO = "ADRENALINE_PEERS_START_TOO"
-"""Set by whoever starts prefill and decode engines together: a decode engine then loads and compiles its model while
-its peers do, and waits for them when it attaches to their executors."""
+"""Environment variable that is set by whoever starts prefill and decode engines together. A decode engine then loads
+and compiles its model while its peers do, and waits for them only when it attaches to their executors."""
 
 
 def check_model(model: str) -> None:
-    """Raise AdrenalineError for a local path at which there is nothing; any other name is vLLM's to look up."""
+    """Raise AdrenalineError for a local path at which there is nothing. vLLM looks any other name up itself."""
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_local and not Path(model).expanduser().exists():
         raise AdrenalineError(f"there is no model at {model}")
 
 
 def apply(args: EngineArgs, options: Options) -> None:
-    """Set on `args` what the role needs; raises AdrenalineError where the user chose something that excludes it."""
+    """Set on `args` what the role needs, and in the environment what NIXL needs.
+
+    Raises:
+        AdrenalineError: this vLLM, machine or installation cannot serve, or the user chose what excludes the plugin.
+    """
     from vllm.config import KVTransferConfig
     from vllm.platforms import current_platform
 
@@ -89,6 +94,7 @@ def apply(args: EngineArgs, options: Options) -> None:
 
 
 def _unsupported(config: VllmConfig) -> Iterator[tuple[str, bool]]:
+    """Yield what the plugin does not support, in words, and whether the configuration asks for it."""
     model, parallel = config.model_config, config.parallel_config
     text = model.hf_text_config
     layer_types = set(getattr(text, "layer_types", None) or ())
@@ -119,7 +125,19 @@ def check_supported(config: VllmConfig) -> None:
 
 
 def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
-    """Start-up check against the other side: the address is free (prefill), the peers answer and fit (decode)."""
+    """Check the other side at start-up.
+
+    A prefill engine's address must be free. A decode engine's peers must answer within `options.connect_timeout`, and
+    fit; with PEERS_START_TOO in the environment they are not asked yet.
+
+    Args:
+        options: of the engine that starts.
+        config: vLLM's, of the same engine.
+        say: called with a sentence now and then while peers are waited for.
+
+    Raises:
+        AdrenalineError: the check fails.
+    """
     if options.role == "prefill":
         sockets.check_free(options.listen_address)
         return
@@ -131,12 +149,12 @@ def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
             _await_welcome(address, hello, options.connect_timeout, say)
 
 
-def _await_welcome(address: str, hello: messages.Hello, timeout_s: float, say: Any) -> messages.Welcome:
+def _await_welcome(address: str, hello: messages.Hello, timeout_s: float, say: Any) -> None:
     started = time.monotonic()
     while True:
         answer = sockets.ask_once(address, hello, timeout_s=min(2.0, max(timeout_s, 0.1)))
         if isinstance(answer, messages.Welcome):
-            return answer
+            return
         if isinstance(answer, messages.Refused):
             raise AdrenalineError(f"the prefill engine at {address} does not fit this decode engine: {answer.reason}")
         waited = time.monotonic() - started

@@ -1,1 +1,1 @@
-"""The KV space, shared KV memory, and the proof of whose prompt it holds."""
+"""The KV cache across engines: ids of its blocks, its shared memory, and the proof of which prompt it holds."""

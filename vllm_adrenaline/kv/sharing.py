@@ -1,8 +1,8 @@
-"""The prefill worker's KV cache in memory that the attention executor can map.
+"""A prefill worker's KV cache in memory that its attention executor can map.
 
-vLLM allocates the whole KV cache with one `torch.zeros(bytes, dtype=torch.int8)` inside the context that the connector
-gives it (vllm/v1/worker/utils.py, allocate_kv_cache; 0.32 run, 0.33 read). On CPU that call is answered with memory of
-a memfd: no name, so nothing to leave behind.
+vLLM allocates the whole KV cache with one `torch.zeros(bytes, dtype=torch.int8)`, inside the context that the connector
+gives it (vllm/v1/worker/utils.py, allocate_kv_cache; 0.32 run, 0.33 read). That call is answered with the memory of a
+memfd. It has no name, so nothing is left behind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from vllm_adrenaline.system import memory_file
 
 
 class SharedKVCache(TorchFunctionMode):
-    """While active, the one int8 torch.zeros becomes a tensor in a memfd; anything else is left alone."""
+    """A context in which the one torch.zeros of int8 becomes a tensor in a memory file. Other calls are left alone.
+
+    Attributes:
+        fd: the memory file; -1 before the KV cache is allocated.
+        size: of the file, in bytes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +44,7 @@ class SharedKVCache(TorchFunctionMode):
         return tensor
 
     def offset(self, tensor: torch.Tensor) -> int:
-        """Return where `tensor` begins in the memory file (bytes); raises AdrenalineError when it is not in it."""
+        """Return where `tensor` begins in the memory file, in bytes. Raises AdrenalineError when it is not in it."""
         offset = tensor.data_ptr() - self._pointer
         if self.fd < 0 or not 0 <= offset < self.size:
             raise AdrenalineError("the KV cache was not allocated in shared memory: this vLLM allocates it differently")

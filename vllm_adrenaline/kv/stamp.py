@@ -1,7 +1,7 @@
-"""What a prefill engine adds to the `kv_transfer_params` of a finished prompt: the proof of which prompt it was.
+"""The stamp that a prefill engine adds to the `kv_transfer_params` of a finished prompt: which prompt it was.
 
 A router carries it to the decode engine, with the rest. The decode engine compares it with the prompt of the request
-that it came with: vLLM answers a request of several prompts, or with `n` > 1, with the parameters of one of them
+that came with it. vLLM answers a request of several prompts, or with `n` > 1, with the parameters of one of them
 (vllm/entrypoints/openai/completion/serving.py, 0.32), and routers pass on what they get.
 """
 
@@ -15,14 +15,20 @@ import msgspec
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
 
 KEY = "adrenaline"
-"""Under which `kv_transfer_params` hold the stamp."""
+"""The key under which `kv_transfer_params` hold the stamp."""
 VERSION = 1
+"""The version of stamps that are made and understood here."""
 
 
 class Stamp(msgspec.Struct, frozen=True):
-    """`prompt_hash`: prompt_hash of the prompt's `num_tokens` tokens, in hexadecimal.
+    """The proof of which prompt some KV is of.
 
-    `signature`: room for the prefill engine's, over the rest; empty, and not looked at, in version 1."""
+    Attributes:
+        version: of the stamp.
+        prompt_hash: of the prompt's tokens (kv/prompt_hash.py), in hexadecimal.
+        num_tokens: of the prompt.
+        signature: room for the prefill engine's signature over the rest. In version 1 it is empty and not looked at.
+    """
 
     version: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     prompt_hash: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
@@ -30,11 +36,11 @@ class Stamp(msgspec.Struct, frozen=True):
     signature: Annotated[str, msgspec.Meta(max_length=512)] = ""
 
     def fits(self, prompt: Sequence[int]) -> bool:
-        """Whether it is this prompt's, in a version that is understood here."""
+        """Whether the stamp is of this prompt, given as token ids, and of a version that is understood here."""
         is_known = self.version == VERSION and self.num_tokens == len(prompt)
         return is_known and self.prompt_hash == prompt_hash(prompt).hex()
 
 
 def stamped(params: dict[str, Any], proof: bytes, num_tokens: int) -> dict[str, Any]:
-    """Return the parameters with the stamp of a prompt of `num_tokens` tokens whose prompt_hash is `proof`."""
+    """Return `params` with the stamp of a prompt that has `num_tokens` tokens and whose hash is `proof`."""
     return params | {KEY: msgspec.to_builtins(Stamp(VERSION, proof.hex(), num_tokens))}

@@ -1,1 +1,1 @@
-"""The native library: loaded, checked against its sources, typed."""
+"""The native library (csrc/): loading it, checking it against its sources, and its types."""

@@ -1,8 +1,8 @@
 # Types of the native library (csrc/bindings). tests/unit/test_native.py compares them with the library itself.
 #
 # R: requests, T: tokens, W: blocks in a row, Hq and Hk: query and KV heads, D: head size, B: tokens of a block. Tensors
-# are on the CPU; those of integers are contiguous. A wrong tensor is a ValueError, what contradicts itself a
-# RuntimeError.
+# are on the CPU, and those of integers are contiguous. A tensor of the wrong kind raises ValueError. Arguments that do
+# not fit each other raise RuntimeError.
 
 from typing import Final, final
 
@@ -11,24 +11,25 @@ import torch
 SOURCES: Final[str]
 """Digest of the sources that the library was built from."""
 INDEX_BITS: Final[int]
-"""Bits of a block id below its pool: kv/space.py."""
+"""Bits of a block id below its pool (kv/space.py)."""
 MAX_EXECUTORS: Final[int]
+"""Executors that a step may have."""
 MAX_EPOCH: Final[int]
-"""The greatest number of a channel's life; the smallest is 1."""
+"""The greatest number of a channel's life. The smallest is 1."""
 GROUP: Final[int]
 """Block size and head size of a KVCache are multiples of it."""
 GROUP_SIZES: Final[tuple[int, ...]]
 """How many query heads may share a KV head of a KVCache."""
 
 def use_tensors(api: object, /) -> None:
-    """Read tensors by `torch.Tensor.__dlpack_c_exchange_api__` from now on. Before, whatever takes a tensor raises."""
+    """Read tensors by `torch.Tensor.__dlpack_c_exchange_api__` from now on. Before, whatever needs a tensor raises."""
 
 @final
 class Split:
-    """The rows of a batch by executor."""
+    """A batch split by pool: the rows of each executor, as `Steps.add` publishes them."""
 
     def rows(self, executor: int, /) -> list[int]:
-        """Return the executor's rows in the batch."""
+        """Return the numbers of the executor's rows in the batch. RuntimeError for an executor without any."""
 
 def split(
     block_table: torch.Tensor,
@@ -43,33 +44,38 @@ def split(
 ) -> tuple[Split, list[int], bool]:
     """Return the split of a batch, its executors, and whether it has local rows.
 
-    block_table: int32 [R, W]; rows may lie further apart. query_start_loc: int32 [R + 1]. seq_lens: int32 [R].
-    slot_mapping: int64 [T or more]; changed in place. local_block_table, int32 [R, W], and local_seq_lens, int32 [R],
-    are filled.
+    Args:
+        block_table: int32 [R, W], ids of the KV space; rows may lie further apart.
+        query_start_loc: int32 [R + 1].
+        seq_lens: int32 [R], tokens.
+        received_rows: rows of one token whose k and v are in the cache already.
+        slot_mapping: int64 [T or more]; changed in place.
+        block_size: tokens of a block.
+        local_block_table, local_seq_lens: int32 [R, W] and int32 [R]; filled with what the stock kernel may see.
     """
 
 def layout(max_rows: int, max_tokens: int, max_blocks: int, q_row: int, kv_row: int, out_row: int, /) -> dict[str, int]:
-    """Return where the parts of a channel begin, and its "total": bytes. Row sizes are bytes, too."""
+    """Return where each part of a channel begins, by name, and its size as "total". All sizes are in bytes."""
 
 @final
 class DecodeEnd:
     """The decode worker's end of a channel."""
 
     def __new__(cls, memory: int, sizes: tuple[int, int, int, int, int, int], epoch: int, /) -> DecodeEnd:
-        """`memory`: the address of layout(*sizes)["total"] zeroed bytes, which the caller keeps."""
+        """`memory`: the address of layout(*sizes)["total"] zeroed bytes, which the caller keeps. `epoch`: its life."""
 
     def watch(self, pidfd: int, timeout_ns: int, shared_core: bool, /) -> None:
-        """Say whose end is awaited (-1: nobody's), how long at most, and whether others need our core."""
+        """Say who answers (-1: it is not watched), how long to wait at most, and whether others need our core."""
 
     def counters(self) -> tuple[int, int, int]:
-        """Return rows x layers, layers, and nanoseconds spent on them, that the executor says it attended."""
+        """Return what the executor says that it attended: rows x layers, layers, and nanoseconds spent on them."""
 
     def is_closed(self) -> bool:
-        """Return whether the executor answers nothing any more, and said so."""
+        """Return whether the executor has said that it answers nothing any more."""
 
 @final
 class Steps:
-    """A decode worker's steps, one after the other, over all channels. Serves one thread."""
+    """A decode worker's steps, one after the other, over all its channels. For one thread."""
 
     def __new__(cls, q_row: int, kv_row: int, /) -> Steps:
         """Sizes of the rows of q, and of k or v, in bytes."""
@@ -78,21 +84,23 @@ class Steps:
         """Begin a step without executors."""
 
     def add(self, split: Split, executor: int, end: DecodeEnd | None, /) -> None:
-        """Publish the executor's plan and wake it. `end`, which the caller keeps: None if it is not there; its rows
-        become zero then."""
+        """Publish an executor's plan and wake the executor.
+
+        `end` is its channel, which the caller keeps; None for one that is not there, whose rows become zero.
+        """
 
     def send(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, /) -> None:
-        """Pack the plans' rows of query [T, Hq, D], key and value [T, Hk, D], whose heads are contiguous."""
+        """Send the executors' rows of query [T, Hq, D], key and value [T, Hk, D], whose heads are contiguous."""
 
     def receive(self, layer: int, output: torch.Tensor, /) -> int:
-        """Fill the plans' rows of output [T, Hq, D]; return the executors that failed in this layer, as bits."""
+        """Fill the executors' rows of output [T, Hq, D]; return the executors that failed in this layer, as bits."""
 
     def times_ns(self) -> tuple[int, int]:
-        """Return nanoseconds between send and receive, and of waiting in receive, since this was made."""
+        """Return the nanoseconds between send and receive, and those of waiting in receive, since this was made."""
 
 @final
 class ExecutorEnd:
-    """The executor's end of a channel. Serves one thread; `stop` may be called from any."""
+    """The executor's end of a channel. For one thread, except for `stop`."""
 
     def __new__(
         cls,
@@ -108,21 +116,26 @@ class ExecutorEnd:
         slot_mapping: int,
         /,
     ) -> ExecutorEnd:
-        """`timeout_ns`: how long it waits for a layer. The last four: addresses of what the plan of a step is copied
-        to, int32 [max R + 1], [max R], [max R, max W] and int64 [max T]. The caller keeps them, and the memory."""
+        """`timeout_ns`: how long it waits for a layer at most.
+
+        The last four are the addresses to which a step's plan is copied: int32 [max R + 1], int32 [max R],
+        int32 [max R, max W] and int64 [max T]. The caller keeps them, and the channel's memory.
+        """
 
     def next_step(self) -> tuple[int, int, int, int] | None:
-        """Sleep until there is a plan; return its number, its rows, and the padded numbers of rows and tokens. None: it
-        was stopped. Raises RuntimeError for a plan that does not fit."""
+        """Sleep until there is a plan; return its number, its rows, and its rows and tokens with padding.
+
+        None: it was stopped. Raises RuntimeError for a plan that does not fit the channel.
+        """
 
     def next_layer(self) -> int | None:
-        """Announce the output of the layer that was returned before, if it was not yet; wait for q, k, v of the next.
+        """Announce the output of the layer returned before, if there is one; wait for the next layer, and return it.
 
-        None: it was the last one, or nothing came in time, or the decode worker left the step, or it was stopped.
+        None: that was the last one, or nothing came in time, or the decode worker left the step, or it was stopped.
         """
 
     def stop(self) -> None:
-        """End the waits of this end."""
+        """End the waits of this end. Any thread may call it."""
 
     def close(self) -> None:
         """Tell the decode worker that nothing is answered any more."""
@@ -132,7 +145,7 @@ def can_attend() -> bool:
 
 @final
 class KVCache:
-    """The KV cache of a layer, for `attend`."""
+    """The KV cache of a layer, as `attend` takes it."""
 
     def __new__(cls, keys: torch.Tensor, values: torch.Tensor, num_heads: int, scale: float, /) -> KVCache:
         """`keys`, `values`: [blocks, Hk, B, D] of bfloat16 or float32 in vLLM's "vec" layout; the caller keeps them
@@ -147,5 +160,14 @@ def attend(
     query_start_loc: torch.Tensor,
     /,
 ) -> None:
-    """Attend rows of at most one token: query and output [T, Hq, D], block_table int32 [R, W], seq_lens int32 [R],
-    query_start_loc int32 [R + 1]. What it says of blocks and tokens is not checked here."""
+    """Attend rows of at most one token each.
+
+    Whether blocks and tokens are inside the cache and the tensors is not checked.
+
+    Args:
+        cache: of the layer.
+        query, output: [T, Hq, D], in the dtype of the cache.
+        block_table: int32 [R, W].
+        seq_lens: int32 [R], tokens.
+        query_start_loc: int32 [R + 1].
+    """

@@ -1,4 +1,4 @@
-"""The digest of the native sources: built into the library, compared when it is loaded. Standard library only."""
+"""The digest of the native sources, built into the library and compared when it is loaded. Standard library only."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,7 @@ SUFFIXES = {".h", ".cpp"}
 
 
 def build_hash(folder: Path) -> str:
-    """Return 16 hex digits that change with every source of `folder`; tests and benchmarks are not part of it."""
+    """Return 16 hexadecimal digits that change with every source below `folder`, but not with those in `tests`."""
     result = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in SUFFIXES and "tests" not in path.relative_to(folder).parts:

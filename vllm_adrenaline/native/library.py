@@ -1,4 +1,4 @@
-"""The native library, to be imported from here: checked (loader.py), able to read tensors, typed (_native.pyi)."""
+"""The native library, ready for use: checked (loader.py), able to read tensors, typed (_native.pyi). Import it here."""
 
 import torch
 

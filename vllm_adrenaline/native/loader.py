@@ -1,5 +1,8 @@
-"""The native library (csrc/, built by setup.py): loaded here, and refused when it is missing or was built from other
-sources than those in the checkout. Who uses it imports it from library.py."""
+"""The loader of the native library (csrc/, built by setup.py).
+
+It refuses a library that is missing, or that was built from other sources than those of the checkout. Who uses the
+library imports it from library.py.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.native.build_hash import build_hash
 
 BUILD = "pip install --no-build-isolation --editable ."
+"""The command that builds the library."""
 
 
 def load() -> ModuleType:
-    """Return the library; raises AdrenalineError with the command that mends it."""
+    """Return the library. Raises AdrenalineError with the command that mends it, if it is missing or stale."""
     sources = Path(__file__).parent.parent.parent / "csrc"
     try:
         library = importlib.import_module("vllm_adrenaline.native._native")

@@ -1,1 +1,1 @@
-"""What runs inside the prefill engine: KV sharing, lending of blocks, supervision of the attention executors."""
+"""What runs inside a prefill engine: scheduler, connector and worker, leases of KV blocks, and the executor pool."""

@@ -1,4 +1,4 @@
-"""The prefill engine's connector: finished prompts are stamped and offered, and the KV cache lies in shared memory."""
+"""The prefill engine's connector: it stamps and offers finished prompts, and puts the KV cache into shared memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class PrefillSchedulerSide(SchedulerSide):
-    """Offers finished prompts for claiming. The scheduler, which makes them, sets `leases` and `tuner`."""
+    """The scheduler side of a prefill engine's connector. It offers finished prompts for claiming.
+
+    Attributes:
+        leases, tuner: the scheduler's, which makes and sets them.
+    """
 
     leases: LeaseManager
     tuner: ShareTuner
@@ -42,7 +46,7 @@ class PrefillSchedulerSide(SchedulerSide):
     ) -> tuple[bool, dict[str, Any] | None]:
         is_held, params = super().request_finished(request, block_ids)
         if is_held:
-            self.tuner.prefilled(time.time() - request.arrival_time)
+            self.tuner.observe_ttft(time.time() - request.arrival_time)
             blocks = [self.leases.pool.blocks[index] for index in block_ids[0]]
             proof = prompt_hash(request.all_token_ids[: request.num_prompt_tokens])
             self.leases.offer(request.request_id, Offer(blocks, request.num_prompt_tokens, proof))
@@ -64,7 +68,7 @@ class PrefillSchedulerSide(SchedulerSide):
 
 
 class PrefillWorkerSide(WorkerSide):
-    """Lets prompts go when NIXL need not hold them any more."""
+    """The worker side of a prefill engine's connector. It ends NIXL's hold on prompts that were claimed or dropped."""
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
@@ -82,7 +86,11 @@ class PrefillWorkerSide(WorkerSide):
 
 
 class PrefillConnector(AdrenalineConnector):
-    """The connector of a prefill engine. `shared_kv`: in a worker, where its KV cache is once it is allocated."""
+    """The connector of a prefill engine.
+
+    Attributes:
+        shared_kv: in a worker, the memory of its KV cache; None before vLLM allocates it.
+    """
 
     scheduler_side, worker_side = PrefillSchedulerSide, PrefillWorkerSide
     shared_kv: SharedKVCache | None = None

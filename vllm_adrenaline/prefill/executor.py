@@ -1,4 +1,4 @@
-"""The prefill engine's vLLM executor: vLLM's own, plus one attention executor process beside each worker.
+"""The prefill engine's executor in vLLM's sense: vLLM's own, with an attention executor process beside each worker.
 
 Runs in the engine core process. Checked against vllm/v1/executor/multiproc_executor.py of 0.32 (run) and 0.33 (read).
 """
@@ -26,7 +26,7 @@ logger = logging.getLogger("vllm.adrenaline")
 
 
 class PrefillExecutor(MultiprocExecutor):
-    """Starts the attention executors once the workers have allocated their KV cache."""
+    """vLLM's multi-process executor, which starts attention executors once the workers have allocated KV caches."""
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         super().initialize_from_config(kv_cache_configs)

@@ -1,7 +1,7 @@
-"""The attention executors of a prefill engine: started, watched, started again, given their share, and stopped.
+"""The pool of a prefill engine's attention executors: it starts, watches, restarts and stops them, sets their share.
 
-Runs in the engine core process. vLLM's executor starts the pool and the scheduler asks it; the two do not know each
-other, so the process has one pool, which is set here.
+Runs in the engine core process. vLLM's executor starts the pool, and the scheduler asks it. The two do not know each
+other, so the process has one pool, which `activate` sets.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from vllm_adrenaline.system.cores import ranges
 logger = logging.getLogger("vllm.adrenaline")
 
 START_TIMEOUT_S = 120.0
+"""How long an executor may take to start."""
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
+"""How long to wait before an executor is started again: after the first end, and at most."""
 HEALTHY_S = 60.0
-"""An executor that served for so long is started again as promptly as the first time."""
+"""An executor that served for so long is started again as promptly as after the first end."""
 REVOKE_S = 2.0
 """How long an executor may take to let go of a decode engine."""
 
@@ -40,7 +42,7 @@ REVOKE_S = 2.0
 def in_words(specs: Sequence[ExecutorSpec]) -> str:
     """Return what executors run on, in at most MAX_NAME characters.
 
-    The same for the same executors, different for others: decode engines keep their profiles by it.
+    Executors that run on the same have the same words, and no others have: decode engines keep their profiles by them.
     """
     text = "; ".join(f"{s.threads} thread(s) on cores {ranges(s.cpus)}, share {s.share:g}" for s in specs)
     if len(text) <= messages.MAX_NAME:
@@ -50,7 +52,12 @@ def in_words(specs: Sequence[ExecutorSpec]) -> str:
 
 
 class ExecutorProcess:
-    """One attention executor: started, read until it is ready, stopped."""
+    """The process of one attention executor.
+
+    Attributes:
+        spec: what it was told.
+        address: where it listens; empty until `wait_ready` returned.
+    """
 
     def __init__(self, spec: ExecutorSpec) -> None:
         self.spec = spec
@@ -71,7 +78,7 @@ class ExecutorProcess:
         return self._process.pid
 
     def wait_ready(self) -> None:
-        """Read the address it listens at; raises AdrenalineError when it ends or is silent for too long."""
+        """Wait until it serves, and set `address`. Raises AdrenalineError when it ends or needs START_TIMEOUT_S."""
         assert self._process.stdout is not None
         watchdog = threading.Timer(START_TIMEOUT_S, self._process.kill)
         watchdog.start()
@@ -95,7 +102,7 @@ class ExecutorProcess:
         self._process.wait()
 
     def stop(self) -> None:
-        """End it in an orderly way, within seconds."""
+        """End it with SIGTERM, or kill it when it takes longer than 5 s."""
         self._process.terminate()
         try:
             self._process.wait(timeout=5)
@@ -104,9 +111,15 @@ class ExecutorProcess:
 
 
 class ExecutorPool:
-    """All attention executors of one prefill engine, by rank. One that ends is started again, ever more slowly."""
+    """All attention executors of one prefill engine. One that ends is started again, ever more slowly.
+
+    Attributes:
+        processes: by rank.
+        share: of their device, 0 to 1, as it was set last.
+    """
 
     def __init__(self, specs: list[ExecutorSpec]) -> None:
+        """Start the executors, and wait until they serve. Raises AdrenalineError if one does not."""
         self.processes = [ExecutorProcess(spec) for spec in specs]
         for process in self.processes:
             process.wait_ready()
@@ -116,14 +129,14 @@ class ExecutorPool:
             threading.Thread(target=self._watch, args=(rank,), name=f"adrenaline-watch-{rank}", daemon=True).start()
 
     def _watch(self, rank: int) -> None:
-        backoff, ready = MIN_BACKOFF_S, time.monotonic()
+        backoff, ready_at = MIN_BACKOFF_S, time.monotonic()
         while True:
             code = self.processes[rank].wait()
             if self._stopping.is_set():
                 return
-            if time.monotonic() - ready > HEALTHY_S:
+            if time.monotonic() - ready_at > HEALTHY_S:
                 backoff = MIN_BACKOFF_S
-            ready = math.inf
+            ready_at = math.inf
             logger.error("attention executor %d ended with exit code %d: starting it again", rank, code)
             time.sleep(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF_S)
@@ -134,22 +147,22 @@ class ExecutorPool:
                     process.stop()
                     return
                 process.wait_ready()
-                ready = time.monotonic()
+                ready_at = time.monotonic()
             except (AdrenalineError, OSError):
                 logger.exception("attention executor %d did not come back", rank)
 
     @property
     def addresses(self) -> list[str]:
-        """Where the executors listen, by rank; empty for one that is not ready."""
+        """Where the executors listen, by rank; empty for one that was started again and does not serve yet."""
         return [process.address for process in self.processes]
 
     @property
     def share_in_words(self) -> str:
-        """What the executors run on."""
+        """What the executors run on (`in_words`)."""
         return in_words([process.spec for process in self.processes])
 
     def set_share(self, share: float) -> str:
-        """Give every executor this share of its cores, now and after a restart; return in words what they have."""
+        """Give every executor this share of its cores, now and after a restart. Return in words what they have."""
         self.share = share
         words = {priority.take_share(process.pid, share) for process in self.processes}
         for process in self.processes:
@@ -159,25 +172,25 @@ class ExecutorPool:
         return ", ".join(sorted(words))
 
     def kill(self, pids: Sequence[int]) -> None:
-        """Kill those executors that still run under one of `pids`, and wait for their end: then they write nothing.
+        """Kill the executors that still run under one of `pids`, and wait for their end: then they write nothing.
 
-        They are started again. A process that came in their place meanwhile is left alone.
+        They are started again. A process that has replaced one of them meanwhile is left alone.
         """
         for process in self.processes:
             if process.pid in pids:
                 process.kill()
 
     def revoke(self, engine: str) -> None:
-        """Have no executor attend for a decode engine any more; return when none can write for it.
+        """Have no executor attend for a decode engine any more. Return when none can write for it.
 
-        An executor that does not acknowledge within REVOKE_S is killed: nobody knows what it still does. Others
-        go on. One that has no address yet was just started, and serves nobody.
+        An executor that does not acknowledge within REVOKE_S is killed: nobody knows what it still does. Others go on.
+        One that has no address yet was just started, and serves nobody.
         """
         with contextlib.ExitStack() as stack:
             asked = [(process, _ask_to_let_go(process, engine, stack)) for process in self.processes if process.address]
             deadline = time.monotonic() + REVOKE_S
             for process, socket in asked:
-                if socket is None or not _acknowledges(socket, engine, deadline):
+                if socket is None or not _await_acknowledgement(socket, engine, deadline):
                     logger.error("attention executor %d does not let go of decode engine %s", process.pid, engine)
                     process.kill()
 
@@ -190,6 +203,7 @@ class ExecutorPool:
 
 
 def _ask_to_let_go(process: ExecutorProcess, engine: str, stack: contextlib.ExitStack) -> zmq.Socket[bytes] | None:
+    """Ask an executor to let go of a decode engine. Return the socket for its answer, None if it cannot be asked."""
     try:
         socket = sockets.connect(process.address)
         stack.callback(socket.close)
@@ -200,7 +214,8 @@ def _ask_to_let_go(process: ExecutorProcess, engine: str, stack: contextlib.Exit
     return socket
 
 
-def _acknowledges(socket: zmq.Socket[bytes], engine: str, deadline: float) -> bool:
+def _await_acknowledgement(socket: zmq.Socket[bytes], engine: str, deadline: float) -> bool:
+    """Wait until an executor says that it has let go of `engine`; return whether it did by the deadline."""
     while socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
         with contextlib.suppress(msgspec.DecodeError):
             if messages.decode(b"".join(socket.recv_multipart())) == messages.Revoked(engine):
@@ -212,13 +227,13 @@ _active: ExecutorPool | None = None
 
 
 def activate(pool: ExecutorPool | None) -> None:
-    """Make `pool` the one of this process."""
+    """Make `pool` the pool of this process; None: it has none."""
     global _active
     _active = pool
 
 
 def active() -> ExecutorPool:
-    """Return the pool of this process; raises AdrenalineError while there is none."""
+    """Return the pool of this process. Raises AdrenalineError while there is none."""
     if _active is None:
         raise AdrenalineError("the attention executors are not started yet")
     return _active

@@ -1,7 +1,7 @@
-"""The prefill engine's books of what it lends: finished prompts and free blocks, to whom, until when.
+"""The lease manager of a prefill engine: which finished prompts and which free blocks decode engines have.
 
-Pure bookkeeping over vLLM's block pool: every claim and every lease is one reference on a block, so that whatever else
-holds the block (NIXL's own retention, another request, the prefix cache) is left alone. The caller holds the lock that
+It does nothing but keep books over vLLM's block pool. Every claim and every lease is one reference on a block. So
+whatever else holds the block (NIXL, another request, the prefix cache) is left alone. The caller holds the lock that
 guards the pool.
 """
 
@@ -26,7 +26,13 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class Offer:
-    """A finished prompt that a decode engine may claim: its blocks in order, how many tokens it has, and their hash."""
+    """A finished prompt that a decode engine may claim.
+
+    Attributes:
+        blocks: that hold its KV, in order.
+        num_tokens: of the prompt.
+        prompt_hash: of its tokens (kv/prompt_hash.py).
+    """
 
     blocks: list[Block]
     num_tokens: int
@@ -35,7 +41,13 @@ class Offer:
 
 @dataclass(eq=False)
 class LeaseHolder:
-    """What one decode engine has of ours, and when we last heard of it (seconds)."""
+    """What one decode engine has of ours.
+
+    Attributes:
+        last_heard: when it last said something, by the manager's clock (seconds).
+        claims: blocks of each prompt that it has claimed, by the prompt's name.
+        leased: blocks that it has leased, by index.
+    """
 
     last_heard: float
     claims: dict[str, list[Block]] = field(default_factory=dict)
@@ -48,7 +60,16 @@ class LeaseHolder:
 
 
 class LeaseManager:
-    """Offers, claims and leases of one prefill engine. `reserve`: free blocks never leased, for its own prompts."""
+    """The offers, claims and leases of one prefill engine.
+
+    Attributes:
+        pool: vLLM's block pool.
+        reserve: free blocks that are never leased, for the engine's own prompts.
+        expiry_s: a holder that is silent for so long loses what it has (seconds).
+        clock: returns the time, in seconds.
+        offers: finished prompts that can be claimed, by name.
+        holders: decode engines that may claim and lease, by connection.
+    """
 
     def __init__(self, pool: Pool, reserve: int, expiry_s: float, clock: Callable[[], float]) -> None:
         self.pool = pool
@@ -61,32 +82,32 @@ class LeaseManager:
         self._leaving: list[LeaseHolder] = []
 
     def offer(self, request_id: str, offer: Offer) -> None:
-        """Make a finished prompt claimable; something else keeps its blocks until `withdraw`."""
+        """Make a finished prompt claimable. Until `withdraw` something else must keep its blocks."""
         self.offers[request_id] = offer
 
     def withdraw(self, request_ids: Iterable[str]) -> None:
-        """These prompts' blocks are about to be let go: no new claims. Claims that were granted stay."""
+        """Grant no new claims of these prompts: their blocks are about to be let go. Claims that were granted stay."""
         for request_id in request_ids:
             self.offers.pop(request_id, None)
             self._let_go.discard(request_id)
 
     def drop(self, request_ids: Iterable[str]) -> None:
-        """Nobody will claim these prompts: what holds them for a reader may let go. Claimed ones are not touched."""
+        """Give up prompts that nobody will claim: what holds them for a reader may let go. Claimed ones stay."""
         for request_id in request_ids:
             if self.offers.pop(request_id, None) is not None:
                 self._let_go.add(request_id)
 
     def take_let_go(self) -> frozenset[str]:
-        """Return the prompts claimed or dropped since the last call: what else held them for a reader may let go."""
+        """Return the prompts claimed or dropped since the last call. What else holds them for a reader may let go."""
         let_go, self._let_go = frozenset(self._let_go), set()
         return let_go
 
     def join(self, holder: bytes) -> None:
-        """A decode engine says hello."""
+        """Let a decode engine claim and lease from now on."""
         self.holders.setdefault(holder, LeaseHolder(self.clock()))
 
     def note_sign_of_life(self, holder: bytes) -> bool:
-        """Note a sign of life; return False for one that we do not know (any more)."""
+        """Note that a holder said something. Return False for one that we do not know, or not any more."""
         known = self.holders.get(holder)
         if known is None:
             return False
@@ -94,7 +115,7 @@ class LeaseManager:
         return True
 
     def claim(self, holder: bytes, request_id: str) -> Offer | None:
-        """Keep an offered prompt for `holder`; return it, or None when it is not on offer (any more).
+        """Keep an offered prompt for `holder` and return it; None when it is not on offer, or not any more.
 
         An offer can be claimed once: a second claim of the same prompt is a mistake or an attack.
         """
@@ -108,7 +129,7 @@ class LeaseManager:
         return offer
 
     def lease(self, holder: bytes, want: int) -> list[int]:
-        """Lend up to `want` free blocks; return their indices. Never digs into the reserve."""
+        """Lend up to `want` free blocks, and none of the reserve; return their indices."""
         known = self.holders.get(holder)
         if known is None:
             return []
@@ -118,7 +139,7 @@ class LeaseManager:
         return [block.block_id for block in blocks]
 
     def release(self, holder: bytes, request_ids: Iterable[str], blocks: Iterable[int]) -> None:
-        """Take back claims and leased blocks. What `holder` does not have is ignored: it may have expired."""
+        """Take back claims and leased blocks. What `holder` does not have is ignored, for it may have expired."""
         known = self.holders.get(holder)
         if known is None:
             return
@@ -128,12 +149,12 @@ class LeaseManager:
         self.pool.free_blocks([block for index in blocks if (block := known.leased.pop(index, None)) is not None])
 
     def silent(self) -> list[bytes]:
-        """Return the holders that were silent for `expiry_s`."""
+        """Return the holders that have been silent for longer than `expiry_s`."""
         deadline = self.clock() - self.expiry_s
         return [name for name, known in self.holders.items() if known.last_heard < deadline]
 
     def leave(self, holder: bytes) -> LeaseHolder | None:
-        """Forget a holder. Return what it has, which stays out until `evict`; None: nothing."""
+        """Forget a holder. Return what it has, which stays lent until `evict`; None if it has nothing."""
         known = self.holders.pop(holder, None)
         if known is None or not known.has_blocks:
             return None
@@ -149,6 +170,6 @@ class LeaseManager:
 
     @property
     def lent(self) -> tuple[int, int]:
-        """Return how many claims and how many leased blocks are out."""
+        """How many claims and how many leased blocks decode engines have, those that left included."""
         known = [*self.holders.values(), *self._leaving]
         return sum(len(b.claims) for b in known), sum(len(b.leased) for b in known)

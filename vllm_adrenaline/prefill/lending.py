@@ -1,8 +1,8 @@
-"""What a prefill engine answers decode engines: claims and leases, its load, and the end of executors that failed.
+"""The handler of a prefill engine's control server: it grants claims and leases, and tells decode engines the load.
 
-The control thread calls this (control/server.py). It shares the block pool with vLLM's scheduler thread. `lock` is the
-fence between the two: the scheduler holds it while it schedules or frees, the control thread for the microseconds that
-a claim or a lease takes.
+The control thread calls it (control/server.py), and shares the block pool with vLLM's scheduler thread. `lock` guards
+the pool. The scheduler holds it while it schedules or frees, the control thread for the microseconds that a claim or a
+lease takes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ class Lending:
     """The handler of a prefill engine's control server.
 
     Attributes:
-        leases: the books, guarded by `lock`.
+        leases: the lease manager.
+        lock: guards the block pool, and so the lease manager.
         make_welcome, make_load: return what this engine says of itself. The latter is called with the lock held.
-        adjust_share: called twice a second.
-        kill_executors: ends those executors that run under one of these process ids.
+        adjust_share: called at most twice a second.
+        kill_executors: ends the executors that run under one of these process ids.
         revoke: returns when no executor can write for the named decode engine any more.
-        heartbeats: what each decode engine said last of itself, by its connection.
+        heartbeats: what each decode engine last said of itself, by its connection.
     """
 
     leases: LeaseManager
@@ -52,29 +53,30 @@ class Lending:
             self.leases.join(peer)
 
     def note_sign_of_life(self, peer: bytes) -> bool:
-        """Note that a decode engine said something; return False for one that we do not know (any more)."""
+        """Note that a decode engine said something. Return False for one that we do not know, or not any more."""
         with self.lock:
             return self.leases.note_sign_of_life(peer)
 
     def silent(self) -> list[bytes]:
-        """Return the decode engines that were silent for a lease."""
+        """Return the decode engines that have been silent for a lease."""
         with self.lock:
             return self.leases.silent()
 
     def leave(self, peer: bytes, engine: str) -> Callable[[], None] | None:
-        """Forget a decode engine; return what takes back the blocks it has, once no executor writes for it."""
+        """Forget a decode engine. Return a function that takes back its blocks; None if it has none."""
         self.heartbeats.pop(peer, None)
         with self.lock:
             left = self.leases.leave(peer)
         return None if left is None else functools.partial(self._take_back, left, engine)
 
     def _take_back(self, left: LeaseHolder, engine: str) -> None:
+        """Wait until no executor can write for a decode engine that left, then take back its blocks."""
         self.revoke(engine)
         with self.lock:
             self.leases.evict(left)
 
     def answer(self, peer: bytes, message: messages.AnyMessage) -> messages.Message | None:
-        """Carry out a message; return the answer to it, None for one that has none."""
+        """Carry out a message; return the answer, None for a message that has none."""
         if isinstance(message, messages.KillExecutors):
             self.kill_executors(message.pids)
             return None
@@ -82,6 +84,7 @@ class Lending:
             return self._lend(peer, message)
 
     def _lend(self, peer: bytes, message: messages.AnyMessage) -> messages.Message | None:
+        """Carry out a message that needs the lock, which is held; return the answer, if there is one."""
         leases = self.leases
         if isinstance(message, messages.Claim):
             offer = leases.claim(peer, message.request)

@@ -1,4 +1,4 @@
-"""The profile of a prefill engine: how long prompts of some sizes take."""
+"""Measuring the profile of a prefill engine: how long prompts of some sizes take."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.adrenaline")
 
 PROMPTS = (32, 128, 512, 2048)
-"""Tokens of the prompts that are measured, as far as the engine takes such long ones."""
+"""Tokens of the prompts that are measured. The longest that the engine takes at once stands for those beyond it."""
 
 
 def measure(config: VllmConfig, options: Options, runner: Any) -> None:
-    """Measure how long a prefill engine takes for prompts of some sizes, unless it is known."""
+    """Measure how long some prompts take and store that, unless there is a profile already. All ranks call at once."""
     wanted = profiling.key(config, options, ())
-    if profiling.is_known(wanted):
+    if profiling.agree_on_known(wanted):
         return
     attention = profiling.attention_of(config)
     most = min(config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len)

@@ -1,4 +1,4 @@
-"""The prefill engine's scheduler: vLLM's, under a lock that lets the control thread lend blocks in between.
+"""The prefill engine's scheduler: vLLM's, under a lock, so that the control thread can lend blocks between its steps.
 
 Checked against vllm/v1/core/sched/scheduler.py of 0.32 (run) and 0.33 (read).
 """
@@ -30,7 +30,16 @@ from vllm_adrenaline.prefill.utilization import PrefillUtilization
 
 
 class PrefillScheduler(Scheduler):
-    """Every entry that may touch the block pool holds `kv_lock`; uncontended, that costs nothing."""
+    """vLLM's scheduler with a lease manager and a control server.
+
+    Every method that may touch the block pool holds `kv_lock`. Where nobody else wants it, that costs next to nothing.
+
+    Attributes:
+        kv_lock: guards the block pool.
+        leases: the lease manager.
+        lending: the handler of the control server.
+        control: the control server.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         wait_without_spinning()
@@ -57,7 +66,7 @@ class PrefillScheduler(Scheduler):
             revoke=lambda engine: executor_pool.active().revoke(engine),
         )
         self.control = ControlServer(options.listen_address, identity_of(self.vllm_config), self.lending)
-        self._busy = PrefillUtilization(time.monotonic)
+        self._utilization = PrefillUtilization(time.monotonic)
         known = profile.cached(profiling.key(self.vllm_config, options, ()))
         objectives = Objectives(options.ttft_slo_ms / 1000 or None, options.tpot_slo_ms / 1000 or None)
         prefill = known.prefill if known is not None else []
@@ -77,28 +86,31 @@ class PrefillScheduler(Scheduler):
         )
 
     def _adjust_share(self) -> None:
-        """Called by the control thread, which alone changes `heartbeats`."""
+        """Let the tuner adjust the executors' share. The control thread calls it, which alone changes `heartbeats`."""
         beats = self.lending.heartbeats.values()
         self.connector.connector_scheduler.tuner.update(beat.tpot for beat in beats)
 
     def _load(self) -> messages.Load:
-        """Called by the control thread, which holds the lock."""
+        """Return what this engine says of its load. The control thread calls it, and holds the lock."""
         pool = self.kv_cache_manager.block_pool
         free = pool.get_num_free_blocks()
         return messages.Load(
             total=pool.num_gpu_blocks,
             free=free,
             reserve=self.leases.reserve,
-            busy=self._busy.share(),
+            busy=self._utilization.share(),
             recalls=self._needed_by_next() > free,
         )
 
     def _needed_by_next(self) -> int:
-        """Return how many blocks the next waiting prompt needs, 0 when none waits."""
+        """Return how many blocks the next waiting prompt needs; 0 when none waits."""
         return cdiv(self.waiting.peek_request().num_tokens, self.block_size) if self.waiting else 0
 
     def _pause_for_growth(self, asked: PauseState) -> PauseState:
-        """Let new prompts wait if they are to (placement/prefill_admission.py): vLLM's own pause, for one step."""
+        """Return the pause state of the next step: vLLM's own pause of new prompts, if they are to wait.
+
+        Whether they are is decided in placement/prefill_admission.py. `asked` is the state that vLLM was told to be in.
+        """
         needed = self._needed_by_next()
         if asked != PauseState.UNPAUSED or not needed:
             return asked
@@ -120,11 +132,11 @@ class PrefillScheduler(Scheduler):
         with self.kv_lock, compat.paused(self, self._pause_for_growth(self.pause_state)):
             output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:
-            self._busy.begin()
+            self._utilization.begin()
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        self._busy.end()
+        self._utilization.end()
         with self.kv_lock:
             return super().update_from_output(*args, **kwargs)
 

@@ -4,10 +4,14 @@ from collections import deque
 from collections.abc import Callable
 
 WINDOW_S = 1.0
+"""The time over which the share is taken."""
 
 
 class PrefillUtilization:
-    """`begin` and `end` around every step that computes; `share` at any time, from any thread."""
+    """The share of the last WINDOW_S in which an engine computed.
+
+    Every step that computes calls `begin` and `end`. Any thread may ask for the `share`.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -15,11 +19,11 @@ class PrefillUtilization:
         self._spans: deque[tuple[float, float]] = deque(maxlen=4096)
 
     def begin(self) -> None:
-        """A step begins."""
+        """Note that a step begins."""
         self._since = self._clock()
 
     def end(self) -> None:
-        """The step, if one had begun, is done."""
+        """Note that the step is done, if one has begun."""
         if self._since is not None:
             self._spans.append((self._since, self._clock()))
             self._since = None

@@ -1,4 +1,4 @@
-"""The prefill engine's worker: vLLM's CPU worker, which can say where its KV cache is.
+"""The prefill engine's worker: vLLM's CPU worker, which can tell where its KV cache is.
 
 Checked against vllm/v1/worker/cpu_worker.py of 0.32 (run) and 0.33 (read).
 """
@@ -24,7 +24,11 @@ from vllm_adrenaline.prefill import profiling
 
 
 class PrefillWorker(CPUWorker):
-    """Adds one remote call, `export_kv`; see vllm_adrenaline/compat/sampling.py for what else differs."""
+    """vLLM's CPU worker with one more remote call, `export_kv`.
+
+    It also stays on its cores (compat/worker_cores.py), measures a profile when it starts, and samples as described in
+    compat/sampling.py.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settle_worker()
@@ -32,7 +36,7 @@ class PrefillWorker(CPUWorker):
         super().__init__(*args, **kwargs)
 
     def compile_or_warm_up_model(self) -> Any:
-        """Measure before: vLLM ends its warm-up with a fresh random seed."""
+        """Measure, then warm up. In this order, for vLLM ends its warm-up with a fresh random seed."""
         profiling.measure(self.vllm_config, Options.of(self.vllm_config), self.model_runner)
         return super().compile_or_warm_up_model()
 
@@ -41,7 +45,11 @@ class PrefillWorker(CPUWorker):
             return super().sample_tokens(grammar_output)
 
     def export_kv(self) -> dict[str, Any]:
-        """Return a KVExport (as plain data: it crosses vLLM's own worker RPC) of this worker's KV cache."""
+        """Return the KVExport of this worker's KV cache, as plain data, for it crosses vLLM's own worker RPC.
+
+        Raises:
+            AdrenalineError: the model's attention or its KV cache is of a kind that executors cannot attend.
+        """
         settle_worker()
         connector = get_kv_transfer_group()
         shared = connector.shared_kv

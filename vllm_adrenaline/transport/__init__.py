@@ -1,1 +1,1 @@
-"""The data plane: the per-layer path of q, k, v and attention output."""
+"""The data plane: how q, k, v go to executors in each layer, and how attention output comes back."""

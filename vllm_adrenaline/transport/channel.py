@@ -1,7 +1,7 @@
-"""What a transport of the data plane does for the decode worker. Shared memory implements it; CUDA IPC and NCCL will.
+"""The interface of a transport of the data plane, as the decode worker sees it. Shared memory implements it (shm.py).
 
-Per step: one `begin` with the plans of all executors; per layer: one `send` and one `receive`, whatever the number of
-executors. None raises because of a peer: a late or dead one is a returned bit.
+A step has one `begin`, with the plans of all executors. A layer has one `send` and one `receive`, however many
+executors there are. None of them raises because of an executor: one that is late or has ended is a bit of the result.
 """
 
 from collections.abc import Mapping
@@ -15,32 +15,41 @@ class DecodeChannel(Protocol):
 
     @property
     def counters(self) -> tuple[int, int, int]:
-        """Rows x layers, layers, and nanoseconds spent on them, that the executor says it attended."""
+        """What the executor says that it attended: rows x layers, layers, and nanoseconds spent on them."""
 
     @property
     def is_closed(self) -> bool:
-        """Whether the executor has closed the channel: it serves it no more, and writes nothing for it."""
+        """Whether the executor has closed the channel: it serves the channel no more, and writes nothing for it."""
 
     def close(self) -> None:
-        """Let go of the memory; never fails."""
+        """Let go of the memory. Never fails; may be called twice."""
 
 
 Channel = TypeVar("Channel", bound=DecodeChannel, contravariant=True)
 
 
 class StepTransport(Protocol[Channel]):
-    """All channels of a decode worker, as its steps use them."""
+    """All channels of a decode worker, as one step after the other uses them."""
 
     def begin(self, split: Any, channels: Mapping[int, Channel | None]) -> None:
-        """Start a step: publish each executor's part of the split batch (SplitRows.handle) and wake it. `channels`: of
-        all executors in the split; the rows of one that is None become zero."""
+        """Begin a step: publish each executor's part of the batch, and wake the executor.
+
+        Args:
+            split: the split batch, SplitRows.handle.
+            channels: by executor, for all executors of the split. None for one that is not there: its rows become zero.
+        """
 
     def send(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Pack the plans' rows of query [T, Hq, D], key and value [T, Hk, D] for all executors; wait for none."""
+        """Send the offloaded rows of query [T, Hq, D], key and value [T, Hk, D] to their executors. Waits for none."""
 
     def receive(self, layer: int, output: torch.Tensor) -> int:
-        """Put the layer's attention output into the plans' rows of output [T, Hq, D]; return who failed, as bits."""
+        """Wait for the layer's attention output and write it into the offloaded rows of `output` [T, Hq, D].
+
+        Returns:
+            The executors that failed in this layer, as bits. Their rows are zero, in this layer and the rest of the
+            step.
+        """
 
     @property
     def times_ns(self) -> tuple[int, int]:
-        """Nanoseconds of local attention (between send and receive), and of waiting after it, since the start."""
+        """Nanoseconds since the start: between send and receive (local attention), and of waiting in receive."""

@@ -1,7 +1,7 @@
-"""The shared-memory transport: one anonymous memory file (memfd) per decode worker and executor.
+"""The shared-memory transport: one anonymous memory file (memfd) for each pair of decode worker and executor.
 
-A memfd has no name: nothing is left behind, however the processes end. The peer opens it through /proc/PID/fd. What
-lies in it, how it is announced and waited for: csrc/shm. Here it becomes tensors.
+A memfd has no name, so nothing is left behind, however the processes end. The executor opens it through /proc/PID/fd.
+What lies in it, and how that is announced and waited for, is in csrc/shm. Here it becomes tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from vllm_adrenaline.system import memory_file
 
 @dataclass(frozen=True)
 class Shape:
-    """What a channel is sized for: R rows, T tokens, W blocks in a row, and the model's heads."""
+    """What a channel is sized for.
+
+    Attributes:
+        max_rows, max_tokens, max_blocks: of a step: R rows, T tokens, and W blocks in a row.
+        num_heads, num_kv_heads, head_size: of a worker: Hq, Hk and D.
+        dtype: of q, k, v and output.
+    """
 
     max_rows: int
     max_tokens: int
@@ -33,16 +39,22 @@ class Shape:
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """Return what csrc/shm/layout.h calls a Shape: counts, then bytes of a row of q, of k or v, and of output."""
+        """What csrc/shm/layout.h calls a Shape: the counts, then the bytes of a row of q, of k or v, and of output."""
         head = self.head_size * self.dtype.itemsize
         row = self.num_heads * head
         return self.max_rows, self.max_tokens, self.max_blocks, row, self.num_kv_heads * head, row
 
 
 class Memory:
-    """A mapped channel; `address` is where it begins."""
+    """A channel's memory file, mapped into this process.
+
+    Attributes:
+        layout: where its parts begin, by name, and its size as "total"; all in bytes.
+        address: where it begins in this process.
+    """
 
     def __init__(self, fd: int, shape: Shape) -> None:
+        """Map the file, whose size must be right and fixed. Raises AdrenalineError otherwise."""
         self.layout = library.layout(*shape.sizes)
         total = self.layout["total"]
         memory_file.check(fd, total, "the channel")
@@ -50,13 +62,19 @@ class Memory:
         self.address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
 
     def array(self, part: str, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return one part as a tensor."""
+        """Return the part of this name as a tensor of these sizes."""
         flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(sizes), offset=self.layout[part])
         return flat.view(sizes)
 
 
 class ShmDecodeChannel:
-    """The decode worker's end. It makes the memory; `epoch` tells its life from any other's."""
+    """The decode worker's end of a channel. It makes the memory.
+
+    Attributes:
+        epoch: the number of this channel's life, drawn at random: it tells its announcements from any other's.
+        fd: the memory file; -1 once it is closed.
+        end: the native end.
+    """
 
     def __init__(self, shape: Shape) -> None:
         self.epoch = 1 + secrets.randbelow(library.MAX_EPOCH)
@@ -69,7 +87,13 @@ class ShmDecodeChannel:
             raise
 
     def watch(self, pidfd: int, timeout_s: float, shared_core: bool) -> None:
-        """Say whose answers are awaited, how long at most, and whether spinning would keep it from its core."""
+        """Say who answers. To be called before the first step.
+
+        Args:
+            pidfd: of the executor, so that its end ends every wait; -1: it is not watched.
+            timeout_s: how long a layer's output is waited for at most, in seconds.
+            shared_core: whether the executor may run on our core, which spinning would keep from it.
+        """
         self.end.watch(pidfd, int(timeout_s * 1e9), shared_core)
 
     @property
@@ -81,14 +105,14 @@ class ShmDecodeChannel:
         return self.end.is_closed()
 
     def close(self) -> None:
-        """Close the file; the memory goes with the last reference to this channel."""
+        """Close the file. The memory goes with the last reference to this channel."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
 class ShmSteps:
-    """The steps of a decode worker over all its channels: StepTransport. One native call per layer and direction."""
+    """The steps of a decode worker over all its channels: a StepTransport. A layer is one native call each way."""
 
     def __init__(self, shape: Shape) -> None:
         self._steps = library.Steps(*shape.sizes[3:5])
@@ -108,10 +132,27 @@ class ShmSteps:
 
 
 class ShmExecutorChannel:
-    """The executor's end: views of its own copy of the plan, and of the slots, taken once a step."""
+    """The executor's end of a channel, as tensors: its own copy of the step's plan, and the slots of q, k, v and out.
+
+    Attributes:
+        next_layer: announces that the output of the layer before is in its slot, waits until q, k, v of the next are,
+            and returns its number. None: that was the last one, or the step is to be left.
+    """
 
     def __init__(self, fd: int, shape: Shape, epoch: int, shared_core: bool, num_layers: int, timeout_s: float) -> None:
-        """`timeout_s`: how long a layer is waited for at most."""
+        """Map the channel.
+
+        Args:
+            fd: the memory file, which the caller may close afterwards.
+            shape, epoch: as on the decode worker's end.
+            shared_core: whether others may want our core, from which spinning would keep them.
+            num_layers: of the model.
+            timeout_s: how long a layer is waited for at most, in seconds.
+
+        Raises:
+            AdrenalineError: the file has another size, or can shrink.
+            RuntimeError: it is no channel of this version.
+        """
         memory = Memory(fd, shape)
         self._memory = memory
         r, t, d = shape.max_rows, shape.max_tokens, shape.head_size
@@ -128,8 +169,7 @@ class ShmExecutorChannel:
         self._end = library.ExecutorEnd(
             memory.address, shape.sizes, epoch, num_layers, timeout_ns, shared_core, starts, lens, table, numbers
         )
-        # next_layer(): announce that the output of the layer before is in its slot; wait until q, k, v of the next are;
-        # return its number. None: that was the last one, or the step is to be left.
+        # Bound here, so that a layer costs no Python frame.
         self.next_layer = self._end.next_layer
         self._tokens = {
             "slot_mapping": slots,
@@ -141,11 +181,14 @@ class ShmExecutorChannel:
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
 
     def next_step(self) -> tuple[int, int, dict[str, torch.Tensor]] | None:
-        """Sleep until a step plan comes; return its number, how many rows it has, and its arrays with the q, k, v and
-        out slots, of padded size: rows beyond have no token, tokens beyond no slot.
+        """Sleep until a step's plan comes.
 
-        None: the channel was stopped. Raises RuntimeError when the plan does not fit the channel: nothing of it may be
-        believed then.
+        Returns:
+            The step's number, its rows, and its tensors by name: those of the plan, and the slots q, k, v and out. They
+            are padded: rows beyond the step's have no token, tokens beyond have no slot. None: the channel was stopped.
+
+        Raises:
+            RuntimeError: the plan does not fit the channel. Nothing of it may be believed then.
         """
         found = self._end.next_step()
         if found is None:
@@ -155,7 +198,7 @@ class ShmExecutorChannel:
         return step, rows, views or self._view(padded_rows, padded_tokens)
 
     def _view(self, rows: int, tokens: int) -> dict[str, torch.Tensor]:
-        """Sizes are few (csrc/shm/layout.h, bucket), so views are made once for each."""
+        """Make and keep the tensors of a padded size. Sizes are few (csrc/shm/layout.h, bucket)."""
         arrays = {"query_start_loc": self._query_start_loc[: rows + 1]}
         arrays |= {name: array[:rows] for name, array in self._rows.items()}
         arrays |= {name: array[:tokens] for name, array in self._tokens.items()}
@@ -167,5 +210,5 @@ class ShmExecutorChannel:
         self._end.stop()
 
     def close(self) -> None:
-        """Tell the decode worker that nothing is written for it any more. The thread that serves it says so."""
+        """Tell the decode worker that nothing is written for it any more. Only the thread that serves it may say so."""
         self._end.close()

@@ -1,4 +1,7 @@
-"""Split a batch by place: what vLLM's stock kernel may see, and the rows of every executor. One native pass a step."""
+"""A batch split by the pool of its KV: what vLLM's stock kernel may see, and the rows of every executor.
+
+The split is one native pass a step (csrc/plan/split.h).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,14 @@ from vllm_adrenaline.native.library import library
 
 @dataclass(frozen=True)
 class SplitRows:
-    """A batch split by place. `local_*` are what vLLM's stock kernel may see; `handle` is the transport's."""
+    """A batch split by pool.
+
+    Attributes:
+        local_block_table, local_seq_lens: what vLLM's stock kernel may see, int32 [R, W] and int32 [R].
+        executors: those that have rows in the batch.
+        has_local: whether there are local rows.
+        handle: the native split, for the transport.
+    """
 
     local_block_table: torch.Tensor
     local_seq_lens: torch.Tensor
@@ -20,7 +30,7 @@ class SplitRows:
     handle: library.Split
 
     def rows(self, executor: int) -> list[int]:
-        """Return the rows of the batch that one of `executors` attends."""
+        """Return the numbers of the rows that an executor attends. It must be one of `executors`."""
         return self.handle.rows(executor)
 
 
@@ -32,12 +42,21 @@ def split_rows(
     received_rows: list[int],
     block_size: int,
 ) -> SplitRows:
-    """Split a batch of R requests by the place of their first block (csrc/plan/split.h).
+    """Split a batch of R requests by the pool of their first block.
 
-    block_table: int32 [R, W] of KV space ids. query_start_loc: int32 [R + 1]. seq_lens: int32 [R]. slot_mapping: int64
-    [T or more]. received_rows: rows whose (one) token's k and v are in the cache already. Masked for the stock kernel:
-    remote rows get block 0 and a sequence as long as their query; remote and received tokens lose their slot, in place.
-    Raises ValueError or RuntimeError for tensors that are no such batch.
+    For the stock kernel the rest is masked. Remote rows get block 0, and a sequence as long as their query. Tokens of
+    remote and of received rows lose their slot.
+
+    Args:
+        block_table: int32 [R, W], ids of the KV space.
+        query_start_loc: int32 [R + 1].
+        seq_lens: int32 [R], tokens.
+        slot_mapping: int64 [T or more]; changed in place.
+        received_rows: rows of one token whose k and v are in the cache already.
+        block_size: tokens of a block.
+
+    Raises:
+        ValueError, RuntimeError: the tensors are no such batch.
     """
     local_table, local_lens = block_table.new_empty(block_table.shape), seq_lens.new_empty(seq_lens.shape)
     handle, executors, has_local = library.split(
