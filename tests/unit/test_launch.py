@@ -269,10 +269,12 @@ def test_shared_memory_that_was_there_before_or_is_anothers_is_left_alone(
     for path in (before, weights):
         path.write_bytes(bytes(4096))
     env = dict(os.environ)
-    command = [sys.executable, "-c", f"import time; time.sleep(2)\n{MAPS}", *map(str, (weights, before, others))]
+    wait = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)\n"
+    command = [sys.executable, "-c", wait + MAPS, *map(str, (weights, before, others))]
     process = EngineProcess("d", command, env, tmp_path / "log")
     others.write_bytes(bytes(4096))
     weights.touch()
+    (tmp_path / "go").touch()
     wait_until(lambda: process.log.read_text() == "mapped\n")
     process.remember_shared_memory()
     os.chown(others, 1, 1) if os.getuid() == 0 else monkeypatch.setattr(os, "getuid", lambda: -1)
@@ -332,7 +334,7 @@ def test_a_start_that_stands_still_is_given_up_with_the_reason(
     monkeypatch.setattr("vllm_adrenaline.launch.supervisor.STUCK_S", 1.0)
     spec = EngineCommand("decode", 1, [sys.executable, "-c", code])
     started = time.monotonic()
-    with pytest.raises(AdrenalineError) as error, Supervisor([spec], logs=tmp_path, silence_limit=4):
+    with pytest.raises(AdrenalineError) as error, Supervisor([spec], logs=tmp_path, silence_limit=2):
         pass
     assert time.monotonic() - started < 30
     assert str(error.value).startswith(reason)
