@@ -205,7 +205,8 @@ def eventually(condition: Callable[[], object], seconds: float = 5.0) -> None:
 
 
 @pytest.fixture
-def prefill(tmp_path: Path) -> Iterator[Prefill]:
+def prefill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prefill]:
+    monkeypatch.setattr("vllm_adrenaline.control.server.POLL_MS", 100)  # how long stopping it takes
     made = Prefill(f"ipc://{tmp_path}/c")
     yield made
     made.executors_hang.clear()

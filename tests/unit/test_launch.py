@@ -268,10 +268,12 @@ def test_shared_memory_that_was_there_before_or_is_anothers_is_left_alone(
     weights, before, others = (Path(f"/dev/shm/{n}{os.getpid()}") for n in ("weights-", "psm_before", "psm_others"))
     before.write_bytes(bytes(4096))
     env = dict(os.environ)
-    command = [sys.executable, "-c", f"import time; time.sleep(2)\n{MAPS}", *map(str, (weights, before, others))]
+    wait = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)\n"
+    command = [sys.executable, "-c", wait + MAPS, *map(str, (weights, before, others))]
     process = EngineProcess("d", command, env, tmp_path / "log")
     for path in (others, weights):  # made while the engine runs
         path.write_bytes(bytes(4096))
+    (tmp_path / "go").touch()
     wait_until(lambda: process.log.read_text() == "mapped\n")
     process.remember_shared_memory()
     os.chown(others, 1, 1) if os.getuid() == 0 else monkeypatch.setattr(os, "getuid", lambda: -1)
@@ -331,7 +333,7 @@ def test_a_start_that_stands_still_is_given_up_with_the_reason(
     monkeypatch.setattr("vllm_adrenaline.launch.supervisor.STUCK_S", 1.0)
     spec = EngineCommand("decode", 1, [sys.executable, "-c", code])
     started = time.monotonic()
-    with pytest.raises(AdrenalineError) as error, Supervisor([spec], logs=tmp_path, silence_limit=4):
+    with pytest.raises(AdrenalineError) as error, Supervisor([spec], logs=tmp_path, silence_limit=2):
         pass
     assert time.monotonic() - started < 30
     assert str(error.value).startswith(reason)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -31,13 +34,30 @@ PROGRAMS = {
     ("bench_channel", "plain"): ["-O2"],
 }
 """Options of the compiler for each program of csrc/tests."""
+DIGITS = 16
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """All programs, compiled at once."""
-    folder = tmp_path_factory.mktemp("programs")
+def programs(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """All programs, compiled at once, and kept for later runs with the same sources, options and compiler."""
+    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(f"{version}{FLAGS}{PROGRAMS}".encode())
+    for source in sorted((ROOT / "csrc").rglob("*.*")):
+        digest.update(f"{source}{source.read_text()}".encode())
+    cache: pytest.Cache | None = getattr(pytestconfig, "cache", None)  # none with -p no:cacheprovider
+    kept = cache.mkdir("programs") if cache else tmp_path_factory.mktemp("programs")
+    folder = kept / digest.hexdigest()[:DIGITS]
     made = {(name, kind): folder / f"{name}-{kind.split()[0]}" for name, kind in PROGRAMS}
+    if not folder.exists():
+        unfinished = Path(tempfile.mkdtemp(dir=kept))
+        compile_programs({key: unfinished / path.name for key, path in made.items()})
+        for old in kept.glob("?" * DIGITS):
+            shutil.rmtree(old)
+        unfinished.rename(folder)
+    return made
+
+
+def compile_programs(made: dict[tuple[str, str], Path]) -> None:
     compilers = [
         subprocess.Popen(
             ["g++", *FLAGS, *options, str(ROOT / "csrc" / "tests" / f"{name}.cpp"), "-o", str(made[name, kind])],
@@ -48,7 +68,6 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     ]
     said = [compiler.communicate()[1] for compiler in compilers]
     assert not any(compiler.returncode for compiler in compilers), "\n".join(said)
-    return made
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)

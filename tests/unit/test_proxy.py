@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -328,13 +329,19 @@ RELEASE = {"model": "m", "prompt": [0], "max_tokens": 1, "kv_transfer_params": P
 
 
 async def released(d: FakeEngine, count: int = 1) -> list[dict[str, Any]]:
-    """Return the requests by which a decode engine was told to give a prompt up, after a moment for more to come."""
-    for _ in range(200):
-        if len(found := [body for _, body, _ in d.seen if body["prompt"] == [0]]) >= count > 0:
-            break
+    """Return the requests by which a decode engine was told to give a prompt up.
+
+    `count` of them are waited for, and then a moment for more to come.
+    """
+
+    def found() -> list[dict[str, Any]]:
+        return [body for _, body, _ in d.seen if body["prompt"] == [0]]
+
+    deadline = time.monotonic() + 5
+    while len(found()) < count and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
-    await asyncio.sleep(0.2)
-    return [body for _, body, _ in d.seen if body["prompt"] == [0]] if count == 0 else found
+    await asyncio.sleep(0.3)
+    return found()
 
 
 @pytest.mark.parametrize("status", [400, 404, 500, 503])
