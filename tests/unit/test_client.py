@@ -109,7 +109,6 @@ def test_a_server_that_is_not_there_or_says_nothing_is_one_error(
     nobody = f"http://127.0.0.1:{reserve_ports(1)[0]}"
     with pytest.raises(AdrenalineError, match=f"^{nobody} does not answer: "):
         client.send(nobody, "m", [Request(0.0, "x", 3)])
-    monkeypatch.setattr(client, "SILENCE_S", 0.1)
     monkeypatch.setattr(Handler, "do_POST", lambda self: time.sleep(1))
     with pytest.raises(AdrenalineError, match=f"^{server.url} does not answer: "):
-        client.send(server.url, "m", [Request(0.0, "x", 3)])
+        client.send(server.url, "m", [Request(0.0, "x", 3)], silence_s=0.1)

@@ -233,7 +233,7 @@ class Executor:
 def pool_of(processes: list[Any]) -> executor_pool.ExecutorPool:
     """Return a pool of processes that were not started by it."""
     pool = object.__new__(executor_pool.ExecutorPool)
-    pool.processes = processes
+    pool.processes, pool._stopping = processes, threading.Event()
     return pool
 
 
@@ -266,6 +266,19 @@ def test_an_executor_that_cannot_even_be_asked_is_killed_and_the_others_are_aske
     monkeypatch.setattr(sockets, "connect", too_many_files)
     pool_of([first, second]).revoke("a")
     assert (first.killed, second.killed) == (True, False)
+
+
+def test_a_pool_that_is_stopped_has_nobody_who_could_write(tmp_path: Path) -> None:
+    """vLLM stops executors before the scheduler: what decode engines still ask for meanwhile is not an error."""
+    executor = Executor(f"ipc://{tmp_path}/0", lambda _: None)
+    executor.pid = 7
+    pool = pool_of([executor])
+    pool._stopping.set()
+    began = time.monotonic()
+    pool.kill([7])
+    pool.revoke("a")
+    assert time.monotonic() - began < 1
+    assert not executor.killed
 
 
 class Clock:

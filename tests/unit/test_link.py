@@ -45,14 +45,16 @@ def test_whatever_happens_an_executor_that_was_lost_is_looked_for_again(
 def test_a_worker_waits_for_an_executor_that_starts_and_not_for_one_that_refuses(tmp_path: Path) -> None:
     early = to(f"ipc://{tmp_path}/p")
     socket, address = sockets.bind(f"ipc://{tmp_path}/p")
-    answers = [b"\xff", messages.encode(messages.Load()), messages.encode(messages.Refused("another model"))]
+    starting = messages.Welcome("e", "h", 1, 1, executors=[""], executor_share="", lease_seconds=60.0)
+    said = [messages.Load(), starting, messages.Refused("another model")]
+    answers = [b"\xff", *map(messages.encode, said)]
 
     def serve() -> None:
         for answer in answers:
             peer, _ = socket.recv_multipart()
             socket.send_multipart([peer, answer])
 
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     began = time.monotonic()
     with pytest.raises(AdrenalineError, match="another model"):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from vllm_adrenaline.control.messages import Load
+from vllm_adrenaline.decode.admission import EngineAdmission
 from vllm_adrenaline.decode.blocks import RemotePool
 from vllm_adrenaline.decode.placement_queue import PlacementQueue
-from vllm_adrenaline.decode.placer import Placer
 from vllm_adrenaline.decode.request import RemoteRequest, progress_of
 from vllm_adrenaline.placement.batch import Batch
 from vllm_adrenaline.placement.costs import Costs
@@ -47,8 +47,8 @@ class Engine:
             waiting=0,
             beat=lambda: None,
         )
-        self.placer = Placer(options, COSTS, 100, BLOCK, max_rows=8)
-        self.waiting = PlacementQueue(self.placer, BLOCK)
+        self.admission = EngineAdmission(options, COSTS, 100, BLOCK, max_rows=8)
+        self.waiting = PlacementQueue(self.admission, BLOCK)
         self.pool = RemotePool(0, client)
         self.free, self.running = free, 0
 
@@ -73,8 +73,8 @@ class Engine:
         batch = Batch()
         for i in range(self.running):
             batch.add(progress_of(Request(f"running{i}", 160)), None)  # type: ignore[arg-type]
-        pools = self.placer.pools(self.free, [self.pool], frozenset())
-        offloaded = [each.request.request_id for each in self.waiting.place(pools, batch)]
+        pools = self.admission.pools(self.free, [self.pool], frozenset())
+        offloaded = [each.request.request_id for each in self.waiting.admit(pools, batch)]
         return offloaded, self.local()
 
 
@@ -90,9 +90,9 @@ def test_a_decision_is_made_anew_until_vllm_gives_the_blocks() -> None:
     engine.arrive(160)
     assert engine.step() == ([], ["r0"])
     assert engine.step() == ([], ["r0"])
-    assert engine.placer.admission.counts == {}
+    assert engine.admission.counts == {}
     engine.goes_local("r0")
-    assert engine.placer.admission.counts == {("local", "fits"): 1}
+    assert engine.admission.counts == {("local", "fits"): 1}
 
 
 def test_behind_a_request_that_waits_nobody_takes_local_memory() -> None:
@@ -100,9 +100,9 @@ def test_behind_a_request_that_waits_nobody_takes_local_memory() -> None:
     engine.running = 2
     engine.arrive(640, 16)
     assert engine.step() == ([], [])
-    assert engine.placer.admission.counts == {("wait", "executor_full"): 1}
+    assert engine.admission.counts == {("wait", "executor_full"): 1}
     engine.step()
-    assert engine.placer.admission.counts == {("wait", "executor_full"): 1}, "a wait is counted once"
+    assert engine.admission.counts == {("wait", "executor_full"): 1}, "a wait is counted once"
     engine.free = 90
     assert engine.step() == ([], ["r0", "r1"])
 
@@ -119,7 +119,7 @@ def test_a_fixed_ratio_decides_once_and_at_once() -> None:
     engine.arrive(160, 160, 160, 160)
     assert engine.step() == (["r1", "r3"], ["r0", "r2"])
     assert engine.step() == ([], ["r0", "r2"])
-    assert engine.placer.admission.counts == {("local", "ratio"): 2, ("offloaded", "ratio"): 2}
+    assert engine.admission.counts == {("local", "ratio"): 2, ("offloaded", "ratio"): 2}
 
 
 def test_a_request_that_may_not_use_cached_kv_is_local_and_counts_for_no_ratio() -> None:
@@ -127,7 +127,7 @@ def test_a_request_that_may_not_use_cached_kv_is_local_and_counts_for_no_ratio()
     (request,) = engine.arrive(160)
     request.skip_reading_prefix_cache = True
     assert engine.step() == ([], ["r0"])
-    assert engine.placer.admission.counts == {("local", "no_prefix_cache"): 1}
+    assert engine.admission.counts == {("local", "no_prefix_cache"): 1}
 
 
 def test_an_aborted_request_is_forgotten() -> None:
@@ -172,6 +172,6 @@ def test_what_a_prefill_engine_was_told_is_taken_back_when_the_ratio_changes_mea
 ) -> None:
     engine = Engine(before, free=0, remote_free=0)
     engine.arrive(320)
-    engine.placer.admission.set_ratio(after)
+    engine.admission.set_ratio(after)
     engine.waiting.drop("r0")
     assert engine.pool.client.waiting == 0

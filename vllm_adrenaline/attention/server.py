@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 
-import msgspec
 import torch
 import zmq
 
@@ -128,13 +127,11 @@ class Server:
             sockets.unbind(self._socket, self._address)
 
     def _serve_one(self) -> None:
-        frames = self._socket.recv_multipart()
-        try:
-            peer, frame = frames
-            message = messages.decode(frame)
-        except (ValueError, msgspec.DecodeError):
+        received = sockets.receive(self._socket)
+        if received is None:
             self.bad_frames += 1
             return
+        peer, message = received
         if isinstance(message, messages.Attach):
             try:
                 answer: messages.Message = self._attach(message)

@@ -23,6 +23,8 @@ from vllm_adrenaline.workload.text import words
 from vllm_adrenaline.workload.tiny_model import make_model
 
 # 48 KV blocks of 128 tokens for whoever decodes: fewer than all requests need at once.
+SILENCE_S = 300.0
+"""Seconds without a byte after which a system is given up. Nothing here may take so long."""
 DECODE_KV_BYTES = 48 * 2**19
 PREFILL_KV_BYTES = 128 * 2**19
 MODEL_NAME = "demo"
@@ -59,7 +61,7 @@ def _send(url: str, requests: Sequence[Request], label: str) -> list[Answer]:
         text = f"{label}: {came} of {total} tokens, {time.monotonic() - began:.0f} s"
         (line.keep if came >= total else line.show)(text)
 
-    return client.send(url, MODEL_NAME, requests, count)
+    return client.send(url, MODEL_NAME, requests, count, SILENCE_S)
 
 
 def _measure(

@@ -18,6 +18,7 @@ class Patch:
     Attributes:
         room: the file of this folder that does it, without its ending.
         targets: what is changed or relied on, as `module:attribute`, each to be found in a vLLM that we accept.
+        names: attributes of objects that are relied on; the source of the first target's module must have them.
         why: what vLLM does that cannot stay so.
         until: what vLLM or NIXL must have before the entry can go.
         checked: versions it was checked with, and how.
@@ -28,6 +29,7 @@ class Patch:
     why: str
     until: str
     checked: str = "0.32 run, 0.33 read"
+    names: tuple[str, ...] = ()
 
 
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -64,6 +66,7 @@ LEDGER = (
         (f"{NIXL}.base_worker:NixlBaseConnectorWorker",),
         "the prefill engine cannot end NIXL's hold on a prompt that is claimed or dropped",
         "NixlConnector has a method for it",
+        names=("self._reqs_to_send", "self._reqs_to_process"),
     ),
     Patch(
         "side_channel",
@@ -88,6 +91,7 @@ LEDGER = (
         ("vllm.v1.worker.gpu_model_runner:GPUModelRunner",),
         "a seeded request whose prompt takes several steps ends an engine on CPU; rows whose token is dropped draw",
         "vLLM sets generators back on every device, and lets one drop a row's token",
+        names=("self.discard_request_mask", "input_batch.generators"),
     ),
     Patch(
         "scheduler",
@@ -98,6 +102,20 @@ LEDGER = (
         ),
         "no method replaces the KV cache manager, lets a request migrate, leaves one out of a step, or pauses quietly",
         "vLLM's scheduler takes a manager class, and has methods for the rest",
+        names=("self._pause_state", "self.failed_recving_kv_req_ids", "next_decode_eligible_step", "self.current_step"),
+    ),
+    Patch(
+        "model_runner",
+        ("vllm.v1.worker.gpu_model_runner:GPUModelRunner._dummy_run",),
+        "no public method runs the model without requests, which is how steps are measured",
+        "vLLM's model runner has one",
+        "0.32 run",
+    ),
+    Patch(
+        "connector_metadata",
+        (f"{NIXL}.metadata:NixlConnectorMetadata",),
+        "a connector cannot send anything of its own to its workers beside NIXL's metadata",
+        "NixlConnector takes a subclass of its metadata",
     ),
     Patch(
         "cpu_metadata",

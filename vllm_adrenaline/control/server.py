@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-import msgspec
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
@@ -154,13 +153,16 @@ class ControlServer(threading.Thread):
             self._poller.unregister(pidfd)
             os.close(pidfd)
             del self._processes[pidfd]
-        engine = self._engines.pop(peer, None)
+        engine = self._engines.get(peer)
         if engine is None:
             return
         take_back = self.handler.leave(peer, engine)
+        del self._engines[peer]
         logger.warning("decode engine %s %s: taking back all it had borrowed", engine, why)
         if take_back is not None:
-            threading.Thread(target=self._run_take_back, args=(take_back, engine), daemon=True).start()
+            threading.Thread(
+                target=self._run_take_back, args=(take_back, engine), name="adrenaline-revoke", daemon=True
+            ).start()
 
     def _run_take_back(self, take_back: Callable[[], None], engine: str) -> None:
         try:
@@ -171,13 +173,11 @@ class ControlServer(threading.Thread):
     # Messages
 
     def _serve_one(self) -> None:
-        frames = self._socket.recv_multipart()
-        try:
-            peer, frame = frames
-            message = messages.decode(frame)
-        except (ValueError, msgspec.DecodeError):
+        received = sockets.receive(self._socket)
+        if received is None:
             self.bad_frames += 1
             return
+        peer, message = received
         try:
             answer = self._answer(peer, message)
         except Exception:

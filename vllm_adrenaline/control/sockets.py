@@ -131,6 +131,16 @@ def ask(socket: zmq.Socket[bytes], message: messages.Message, timeout_s: float) 
         return None
 
 
+def receive(socket: zmq.Socket[bytes]) -> tuple[bytes, messages.AnyMessage] | None:
+    """Return who says what on a ROUTER socket at which something has arrived. None: it is no message."""
+    frames = socket.recv_multipart()
+    try:
+        peer, frame = frames
+        return peer, messages.decode(frame)
+    except (ValueError, msgspec.DecodeError):
+        return None
+
+
 def answer(socket: zmq.Socket[bytes], peer: bytes, message: messages.Message) -> None:
     """Answer a peer of a ROUTER socket. One that is gone, or whose queue is full, gets no answer."""
     with contextlib.suppress(zmq.ZMQError):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
+from vllm_adrenaline.compat.connector_metadata import attach
 from vllm_adrenaline.engine.connector import AdrenalineConnector, SchedulerSide, WorkerSide
 
 if TYPE_CHECKING:
@@ -41,16 +42,14 @@ class DecodeSchedulerSide(SchedulerSide):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
         meta = super().build_connector_meta(scheduler_output)
-        # An attribute, not a subclass: NIXL makes this object itself and checks its type.
-        meta.received = self.table.take_received(scheduler_output)
-        return meta
+        return attach(meta, "received", self.table.take_received(scheduler_output))
 
     def request_finished(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         self.table.finished(request.request_id)
         if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
-            self.table.placer.lengths.ended(request.num_output_tokens)
+            self.table.admission.lengths.ended(request.num_output_tokens)
         return super().request_finished(request, block_ids)
 
     def take_counts(self) -> Mapping[str, float]:

@@ -122,6 +122,8 @@ class Link:
         if not isinstance(answer, messages.Welcome) or self._rank >= len(answer.executors):
             raise NoAnswer(f"the prefill engine at {self.address} does not answer")
         self.num_blocks, self.executor_share = answer.num_blocks, answer.executor_share
+        if not answer.executors[self._rank]:
+            raise NoAnswer(f"the attention executor {self._rank} of the prefill engine at {self.address} is starting")
         return answer.executors[self._rank]
 
     def fail(self) -> None:

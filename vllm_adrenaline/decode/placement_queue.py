@@ -13,17 +13,17 @@ from vllm_adrenaline.placement.policy import Placement
 from vllm_adrenaline.system.arithmetic import cdiv
 
 if TYPE_CHECKING:
-    from vllm_adrenaline.decode.placer import Placer
+    from vllm_adrenaline.decode.admission import EngineAdmission
     from vllm_adrenaline.decode.request import RemoteRequest
     from vllm_adrenaline.placement.batch import Batch
     from vllm_adrenaline.placement.pools import Pools
 
 
 class PlacementQueue:
-    """See the module. In the order in which their claims were granted."""
+    """The pending requests, in the order in which their claims were granted."""
 
-    def __init__(self, placer: Placer, block_size: int) -> None:
-        self._admission, self._block_size = placer.admission, block_size
+    def __init__(self, admission: EngineAdmission, block_size: int) -> None:
+        self._admission, self._block_size = admission, block_size
         self._pending: dict[str, RemoteRequest] = {}
         self._told: dict[str, int] = {}
 
@@ -55,7 +55,7 @@ class PlacementQueue:
         """It has local memory: count the decision that let it go on so."""
         self._admission.count_local(pending)
 
-    def place(self, pools: Pools, batch: Batch) -> Iterator[RemoteRequest]:
+    def admit(self, pools: Pools, batch: Batch) -> Iterator[RemoteRequest]:
         """Decide about requests that could run now; yield those that are to be offloaded. They have left the queue.
 
         What may go on locally has its `decision` set, and does so when vLLM gives it memory.

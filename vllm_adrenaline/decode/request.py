@@ -12,6 +12,9 @@ What becomes of a request when its prefill engine is lost depends on its state:
     OFFLOADED                       it is preempted, and recomputed on this engine
     PULLING                         what it has received is thrown away, and it is recomputed on this engine
     RECEIVED                        it goes on, for its KV is here
+
+When only its attention executor is lost, an OFFLOADED one is preempted and recomputed on this engine. The others do not
+notice: what they read is with the prefill engine.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.placement.batch import Progress
@@ -142,7 +145,13 @@ class RemoteRequest:
             logger.error("%s", message)
         self.state = state
 
-    # What is written into a request's kv_transfer_params once its claim is made. NIXL acts on them.
+    # Everything that is ever written into a request's kv_transfer_params on this engine. NIXL acts on them.
+
+    @staticmethod
+    def take_params(request: Request) -> Any:
+        """Return what a client wrote into a request's kv_transfer_params, and leave none of it to NIXL."""
+        params, request.kv_transfer_params = request.kv_transfer_params, None
+        return params
 
     def pull_nothing(self) -> None:
         """Have NIXL do nothing for this request."""

@@ -1,7 +1,7 @@
 """Everything the decode engine's scheduler knows about requests whose prompt is with a prefill engine.
 
 One table of them (decode/request.py says what can become of one), their claims and their leases. The scheduler is the
-only caller, from one thread. No decision is made here: the placer asks the policy, and vLLM's own allocation and
+only caller, from one thread. No decision is made here: admission asks the policy, and vLLM's own allocation and
 freeing drive the blocks.
 
 Every prompt is claimed as soon as its request arrives: from then on it is kept as long as we live, and we know what it
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.control.client import PrefillClient
 from vllm_adrenaline.decode import params
+from vllm_adrenaline.decode.admission import EngineAdmission
 from vllm_adrenaline.decode.blocks import RemoteBlock, RemotePool
 from vllm_adrenaline.decode.placement_queue import PlacementQueue
-from vllm_adrenaline.decode.placer import Placer
 from vllm_adrenaline.decode.remote_attention import Report
 from vllm_adrenaline.decode.request import RemoteRequest, State, progress_of
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
@@ -58,11 +58,11 @@ class RequestTable:
     """
 
     def __init__(
-        self, clients: list[PrefillClient], placer: Placer, block_size: int, tensor_parallel_size: int
+        self, clients: list[PrefillClient], admission: EngineAdmission, block_size: int, tensor_parallel_size: int
     ) -> None:
         self.pools = [RemotePool(executor, client) for executor, client in enumerate(clients)]
-        self.placer = placer
-        self.queue = PlacementQueue(placer, block_size)
+        self.admission = admission
+        self.queue = PlacementQueue(admission, block_size)
         self.requests: dict[str, RemoteRequest] = {}
         self._claims: dict[tuple[int, str], RemoteRequest] = {}  # asked for, or in use
         self._block_size, self._tp = block_size, tensor_parallel_size
@@ -73,7 +73,7 @@ class RequestTable:
 
     def arrived(self, request: Request) -> None:
         """Note a new request and claim its prompt; nothing of it is read or attended before the claim is granted."""
-        raw, request.kv_transfer_params = request.kv_transfer_params, None
+        raw = RemoteRequest.take_params(request)
         if not raw:
             return
         prompt = request.all_token_ids[: request.num_prompt_tokens]
@@ -104,9 +104,9 @@ class RequestTable:
                 batch.add(each.progress, None)
         return batch
 
-    def place_waiting(self, pools: Pools, batch: Batch) -> None:
+    def admit_pending(self, pools: Pools, batch: Batch) -> None:
         """Decide about requests that could run now."""
-        for placed in self.queue.place(pools, batch):
+        for placed in self.queue.admit(pools, batch):
             placed.pull_nothing()
             placed.become(State.OFFLOADED)
             self._counts["offloaded_requests"] += 1
@@ -312,21 +312,21 @@ class RequestTable:
 
     def observe_step(self, batch: Batch, report: Report | None, seconds: float) -> None:
         """Take what a step took; `seconds` is 0 when it computed prompts as well."""
-        self.placer.observe(batch, report, seconds, len(self.pools))
-        tpot = self.placer.note_step(seconds)
+        self.admission.observe(batch, report, seconds, len(self.pools))
+        tpot = self.admission.note_step(seconds)
         for pool in self.pools:
             pool.client.tpot = tpot
 
     def take_counts(self) -> dict[str, float]:
         """Return what was counted since the last call."""
         counts, self._counts = self._counts, defaultdict(float)
-        return {**counts, **self.placer.take_counts()}
+        return {**counts, **self.admission.take_metrics()}
 
     def gauges(self) -> dict[str, float]:
         """Return what placement believes at present, and what is held of the prefill engines' memory."""
         borrowed = sum(pool.borrowed for pool in self.pools)
         waiting = sum(pool.client.waiting for pool in self.pools)
-        return self.placer.gauges | {"borrowed_blocks": borrowed, "waiting_blocks": waiting}
+        return self.admission.gauges | {"borrowed_blocks": borrowed, "waiting_blocks": waiting}
 
     # Details
 

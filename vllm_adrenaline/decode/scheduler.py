@@ -20,8 +20,8 @@ from vllm_adrenaline.compat.message_queue import wait_without_spinning
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control.client import PrefillClient
 from vllm_adrenaline.decode import leases, profiling
+from vllm_adrenaline.decode.admission import EngineAdmission
 from vllm_adrenaline.decode.kv_manager import KVSpaceManager
-from vllm_adrenaline.decode.placer import Placer
 from vllm_adrenaline.decode.remote_attention import Report
 from vllm_adrenaline.decode.request_table import RequestTable
 from vllm_adrenaline.engine.identity import identity_of
@@ -51,8 +51,8 @@ class DecodeScheduler(Scheduler):
         blocks = self.kv_cache_manager.block_pool.num_gpu_blocks
         shares = [client.welcome.executor_share for client in self.clients if client.welcome is not None]
         costs = profiling.costs_of(self.vllm_config, options, shares)
-        placer = Placer(options, costs, blocks, self.block_size, self.max_num_running_reqs)
-        self.table = RequestTable(self.clients, placer, self.block_size, tensor_parallel_size)
+        admission = EngineAdmission(options, costs, blocks, self.block_size, self.max_num_running_reqs)
+        self.table = RequestTable(self.clients, admission, self.block_size, tensor_parallel_size)
         self.connector.connector_scheduler.table = self.table
         self._began, self._batch = 0.0, Batch()
         for manager in compat.replace_kv_managers(self, KVSpaceManager):
@@ -97,17 +97,17 @@ class DecodeScheduler(Scheduler):
 
     def _place(self) -> None:
         """Decide about waiting requests, and whether a running one migrates; once a step, before vLLM schedules."""
-        table, admission = self.table, self.table.placer.admission
+        table, admission = self.table, self.table.admission
         admission.begin_step(table.any_offloaded)
         if not admission.is_move_due and not table.queue:
             return
         batch = table.batch(self.running)
-        pools = table.placer.pools(self._spare(), table.pools, table.unavailable)
+        pools = admission.pools(self._spare(), table.pools, table.unavailable)
         if admission.is_move_due and (found := admission.choose_move(pools, batch, table.migratable())):
             migrating, reason = found
             if self._migrate(migrating.request, reason):
                 pools = pools.with_local_taken(self._blocks(migrating.request))
-        table.place_waiting(pools, batch)
+        table.admit_pending(pools, batch)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         table, output = self.table, model_runner_output.kv_connector_output
@@ -134,7 +134,7 @@ class DecodeScheduler(Scheduler):
         if request not in self.running or all(request is not other.request for other in table.migratable()):
             return False
         table.begin_migration(request, compat.take_blocks(self, request))
-        table.placer.admission.count_move(reason)
+        table.admission.count_move(reason)
         compat.preempt(self, request)
         compat.uncount_preemption(self, request)  # it is counted as moved
         return True

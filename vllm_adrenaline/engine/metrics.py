@@ -62,6 +62,8 @@ class AdrenalineStats(KVConnectorStats):
         stats = cls()
         if nixl is not None:
             stats.data["nixl"] = nixl.data
+        unknown = {name for name in counts if name not in COUNTERS and not name.startswith(PLACEMENTS)}
+        assert not unknown | (gauges.keys() - GAUGES.keys()), "a metric is described in COUNTERS or GAUGES first"
         stats.data["counts"] = {name: count for name, count in counts.items() if count}
         stats.data["gauges"] = dict(gauges)
         return None if stats.is_empty() else stats

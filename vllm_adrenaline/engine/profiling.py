@@ -22,6 +22,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.utils.math_utils import cdiv
 
 from vllm_adrenaline.attention.kernels import CpuAttention
+from vllm_adrenaline.compat.model_runner import run_dummy
 from vllm_adrenaline.compat.worker_cores import CORES_ENV
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.engine import profile
@@ -100,7 +101,7 @@ def step_seconds(runner: Any, sizes: Sequence[int], sample: bool) -> list[tuple[
     """
 
     def step(tokens: int) -> None:
-        hidden, _ = runner._dummy_run(tokens)
+        hidden = run_dummy(runner, tokens)
         if sample:
             # Greedy; vLLM's _dummy_sampler_run sorts the vocabulary for top-k and top-p, twice.
             runner.model.compute_logits(hidden).argmax(dim=-1)

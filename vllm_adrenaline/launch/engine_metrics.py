@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import urllib.request
+from collections.abc import Iterator
+from functools import cached_property
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from vllm_adrenaline.errors import AdrenalineError
 
@@ -12,26 +15,38 @@ KV_USED = "vllm:kv_cache_usage_perc"
 PLACEMENTS = "vllm:adrenaline_placements_total"
 
 
+def _samples(text: str) -> Iterator[Sample]:
+    return (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+
+
 class Snapshot:
     """The metrics of an engine at one moment.
 
-    `text` is the body of /metrics; ValueError is raised when it is something else. `values` has every metric by name,
-    added up over its labels.
+    `text` is the body of /metrics. What is read of it raises ValueError if it is something else.
     """
 
     def __init__(self, text: str) -> None:
-        self._samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        self.values: dict[str, float] = {}
-        for sample in self._samples:
-            self.values[sample.name] = self.values.get(sample.name, 0.0) + float(sample.value)
+        self._text = text
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """Every metric by name, added up over its labels."""
+        values: dict[str, float] = {}
+        for sample in _samples(self._text):
+            values[sample.name] = values.get(sample.name, 0.0) + float(sample.value)
+        return values
 
     def value(self, name: str) -> float:
-        """Return a metric; 0 if the engine does not have it."""
-        return self.values.get(name, 0.0)
+        """Return a metric, added up over its labels; 0 if the engine does not have it."""
+        return sum(value for _, value in self.labelled(name))
 
     def labelled(self, metric: str) -> list[tuple[dict[str, str], float]]:
-        """Return every sample of a metric with its labels."""
-        return [(dict(sample.labels), float(sample.value)) for sample in self._samples if sample.name == metric]
+        """Return every sample of a metric with its labels.
+
+        Only its own lines are parsed. A whole page takes 24 ms, on cores that the engines need.
+        """
+        lines = "".join(f"{line}\n" for line in self._text.splitlines() if line.startswith(metric))
+        return [(dict(each.labels), float(each.value)) for each in _samples(lines) if each.name == metric]
 
     def placements(self) -> dict[tuple[str, str], float]:
         """Return how often the plugin decided what, by placement and reason."""
@@ -48,7 +63,10 @@ class EngineMetrics:
         """Return all metrics. Raises AdrenalineError when no engine answers within ten seconds."""
         try:
             with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
-                return Snapshot(answer.read().decode())
+                text = answer.read().decode()
+            if "\nvllm:" not in text:
+                raise ValueError("what is there has no metrics of vLLM")
+            return Snapshot(text)
         except (OSError, ValueError) as error:
             raise AdrenalineError(f"no engine answers at {self.url}/metrics: {error}") from None
 

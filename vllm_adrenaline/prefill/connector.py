@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm_adrenaline.compat.connector_metadata import attach
 from vllm_adrenaline.compat.nixl_hold import end_hold
 from vllm_adrenaline.control.messages import MAX_NAME
 from vllm_adrenaline.engine.connector import AdrenalineConnector, SchedulerSide, WorkerSide
@@ -58,10 +59,7 @@ class PrefillSchedulerSide(SchedulerSide):
         self.leases.withdraw(connector_output.finished_sending or ())
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
-        meta = super().build_connector_meta(scheduler_output)
-        # An attribute, not a subclass: NIXL makes this object itself and checks its type.
-        meta.let_go = self.leases.take_let_go()
-        return meta
+        return attach(super().build_connector_meta(scheduler_output), "let_go", self.leases.take_let_go())
 
     def gauges(self) -> Mapping[str, float]:
         return {"executor_share": self.tuner.share}

@@ -55,6 +55,5 @@ class PrefillExecutor(MultiprocExecutor):
 
     def shutdown(self) -> None:
         with contextlib.suppress(AdrenalineError):  # the workers ended before there were any executors
-            executor_pool.active().stop()
-        executor_pool.activate(None)
+            executor_pool.active().stop()  # it stays the active one: the control thread serves for a moment more
         super().shutdown()

@@ -176,7 +176,7 @@ class ExecutorPool:
 
         They are started again. A process that has replaced one of them meanwhile is left alone.
         """
-        for process in self.processes:
+        for process in self._unstopped():
             if process.pid in pids:
                 process.kill()
 
@@ -187,12 +187,17 @@ class ExecutorPool:
         One that has no address yet was just started, and serves nobody.
         """
         with contextlib.ExitStack() as stack:
-            asked = [(process, _ask_to_let_go(process, engine, stack)) for process in self.processes if process.address]
+            ready = [process for process in self._unstopped() if process.address]
+            asked = [(process, _ask_to_let_go(process, engine, stack)) for process in ready]
             deadline = time.monotonic() + REVOKE_S
             for process, socket in asked:
                 if socket is None or not _await_acknowledgement(socket, engine, deadline):
                     logger.error("attention executor %d does not let go of decode engine %s", process.pid, engine)
                     process.kill()
+
+    def _unstopped(self) -> list[ExecutorProcess]:
+        """The executors that may run. After `stop` there are none, and so nothing that one of them could write."""
+        return [] if self._stopping.is_set() else self.processes
 
     def stop(self) -> None:
         """Stop all of them."""

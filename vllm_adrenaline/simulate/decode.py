@@ -24,7 +24,10 @@ IDLE_S = 0.001
 
 
 class Decode:
-    """See the module. `pull(now, row, remote_blocks)` starts a transfer whose end is told by `pulled`."""
+    """A decode engine in simulated time.
+
+    `pull(now, row, remote_blocks)` starts a transfer; `pulled` tells of its end.
+    """
 
     def __init__(self, setup: Setup, prefills: Sequence[Prefill], pull: Callable[[float, Row, int], None]) -> None:
         self.setup, self.prefills, self._pull = setup, prefills, pull

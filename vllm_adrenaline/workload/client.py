@@ -18,8 +18,7 @@ from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.workload.load import Request
 
 CONNECT_S = 10.0
-SILENCE_S = 300.0
-"""Seconds without a byte after which a server that accepted a request is given up."""
+"""Seconds after which a server that takes no connection is given up."""
 LONGEST_ERROR = 500
 """Characters of a server's error message that are shown."""
 
@@ -36,9 +35,12 @@ class Answer:
     tokens: list[int]
 
 
-def open_session() -> aiohttp.ClientSession:
-    """Return an HTTP session for any number of requests at once, however long they take."""
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
+def open_session(silence_s: float | None = None) -> aiohttp.ClientSession:
+    """Return an HTTP session for any number of requests at once, however long they take.
+
+    `silence_s`: seconds without a byte after which a server that accepted a request is given up; None: never.
+    """
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=silence_s)
     return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
 
 
@@ -99,22 +101,28 @@ async def _ask(
 
 
 async def _ask_all(
-    url: str, model: str, requests: Sequence[Request], on_tokens: Callable[[int], object]
+    url: str, model: str, requests: Sequence[Request], on_tokens: Callable[[int], object], silence_s: float | None
 ) -> list[Answer]:
-    async with open_session() as session:
+    async with open_session(silence_s) as session:
         start = time.monotonic()
         return await asyncio.gather(*(_ask(session, url, model, request, start, on_tokens) for request in requests))
 
 
 def send(
-    url: str, model: str, requests: Sequence[Request], on_tokens: Callable[[int], object] = lambda count: None
+    url: str,
+    model: str,
+    requests: Sequence[Request],
+    on_tokens: Callable[[int], object] = lambda count: None,
+    silence_s: float | None = None,
 ) -> list[Answer]:
     """Send each request when it is due, and return the answers in the order of the requests.
 
-    `on_tokens` is called with the number of tokens whenever some came. Raises AdrenalineError when the server at `url`
-    does not answer, answers with an error, or sends more or fewer tokens than a request asks for.
+    `on_tokens` is called with the number of tokens whenever some came. `silence_s` is as in `open_session`.
+
+    Raises AdrenalineError when the server at `url` does not answer, answers with an error, or sends more or fewer
+    tokens than a request asks for.
     """
     try:
-        return asyncio.run(_ask_all(url, model, requests, on_tokens))
+        return asyncio.run(_ask_all(url, model, requests, on_tokens, silence_s))
     except (aiohttp.ClientError, TimeoutError) as error:
         raise AdrenalineError(f"{url} does not answer: {error or type(error).__name__}") from None

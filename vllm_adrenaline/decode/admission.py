@@ -1,6 +1,6 @@
-"""Between the decode engine's scheduler and admission: vLLM's requests, pools and reports into plain numbers, and back.
+"""A decode engine's admission: the pure one, told in plain numbers what vLLM's scheduler, pools and reports say.
 
-What is decided, and when, is pure (placement/admission.py). The scheduler is the only caller, from one thread.
+What is decided, and when, is in placement/admission.py. The scheduler is the only caller, from one thread.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from vllm_adrenaline.placement.admission import Admission, Settings
 from vllm_adrenaline.placement.batch import Batch
-from vllm_adrenaline.placement.output_length import OutputLengths
 from vllm_adrenaline.placement.pools import ExecutorPool, LocalPool, Pools
 from vllm_adrenaline.system.statistics import percentile
 
@@ -26,25 +25,16 @@ TPOT_STEPS = 64
 """Steps over which the time per output token is told to prefill engines."""
 
 
-class Placer:
-    """Admission as the scheduler calls it, and what is reported of it.
-
-    Attributes:
-        admission: What decides, and what it has learned.
-    """
+class EngineAdmission(Admission):
+    """Admission with the eyes of a decode engine, and with the metrics that it reports."""
 
     def __init__(self, options: Options, costs: Costs, local_blocks: int, block_size: int, max_rows: int) -> None:
         settings = Settings(block_size, max_rows, options.offload_rule, options.tpot_slo_ms / 1000 or None)
-        self.admission = Admission(settings, costs, options.ratio)
+        super().__init__(settings, costs, options.ratio)
         self._local_blocks = local_blocks
-        self._steps: deque[float] = deque(maxlen=TPOT_STEPS)
-        self._batch = Batch()
+        self._step_seconds: deque[float] = deque(maxlen=TPOT_STEPS)
+        self._last_batch = Batch()
         self._remote_tokens = 0
-
-    @property
-    def lengths(self) -> OutputLengths:
-        """How long answers get."""
-        return self.admission.lengths
 
     def pools(self, free: int, remote: Sequence[RemotePool], unavailable: Collection[int]) -> Pools:
         """Return the memory of all engines as it is now.
@@ -74,28 +64,28 @@ class Placer:
     def note_step(self, seconds: float) -> float:
         """Note the length of a step of decodes; return the 90th percentile of the last TPOT_STEPS."""
         if seconds > 0:
-            self._steps.append(seconds)
-        return percentile(self._steps, 0.9)
+            self._step_seconds.append(seconds)
+        return percentile(self._step_seconds, 0.9)
 
     @property
     def gauges(self) -> dict[str, float]:
         """What is believed at present (vllm_adrenaline/engine/metrics.py, GAUGES)."""
-        costs, batch = self.admission.feedback.costs, self._batch
+        costs, batch = self.feedback.costs, self._last_batch
         return {
             "local_attention_seconds_per_token": costs.local,
             "remote_attention_seconds_per_token": max(costs.remote, default=0.0),
             "step_seconds_without_attention": costs.other(batch.rows),
-            "offload_bound_ratio": self.admission.bound,
+            "offload_bound_ratio": self.bound,
             "local_rows": batch.local.rows,
             "offloaded_rows": batch.rows - batch.local.rows,
         }
 
     def observe(self, batch: Batch, report: Report | None, seconds: float, executors: int) -> None:
         """Take a step that decoded `batch`; `seconds` is 0 when it computed prompts as well."""
-        self._batch = batch
+        self._last_batch = batch
         self._remote_tokens += sum(batch.remote_tokens(executors))
         times: Mapping[int, float] = report.remote if report is not None else {}
-        self.admission.observe_step(
+        self.observe_step(
             batch,
             total=seconds,
             local=report.local if report is not None else 0.0,
@@ -103,9 +93,9 @@ class Placer:
             exposed=report.exposed if report is not None else 0.0,
         )
 
-    def take_counts(self) -> dict[str, float]:
+    def take_metrics(self) -> dict[str, float]:
         """Return what was decided and attended since the last call, as counters (vllm_adrenaline/engine/metrics.py)."""
         tokens, self._remote_tokens = self._remote_tokens, 0
-        counts = self.admission.take_counts()
+        counts = self.take_counts()
         decided = {f"placements/{placement}/{reason}": float(count) for (placement, reason), count in counts.items()}
         return decided | {"remote_attention_tokens": float(tokens)}
