@@ -1,6 +1,6 @@
-"""A vLLM plugin of the benchmarks: a decode engine whose offload ratio is read from a file, to change it between runs.
+"""A vLLM plugin of benchmarks and tests: a decode engine's offload ratio is in a file, to change it between runs.
 
-Engines take a minute to start, so policies that are to be compared in turns share one. Found through PYTHONPATH;
+Engines take a minute to start, so what is to be compared in turns shares one. Found through PYTHONPATH;
 ADRENALINE_KNOB names the file: `auto` or a ratio.
 """
 

@@ -6,12 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import serve
+from tests.engine.conftest import Ended, Server
 from vllm_adrenaline.control import sockets
+from vllm_adrenaline.system.folders import runtime_folder
 
 DECODE = ["--plugin", "adrenaline", "--adrenaline-role", "decode"]
 PREFILL = ["--plugin", "adrenaline", "--adrenaline-role", "prefill"]
 NOBODY = ["--adrenaline-peers", "ipc:///tmp/adrenaline-nobody-is-here", "--adrenaline-connect-timeout", "1"]
+
+
+def reason(ended: Ended) -> str:
+    """Return the one sentence with which a server refused to start."""
+    assert ended.code != 0
+    said = [line for line in ended.output.splitlines() if line.startswith("adrenaline: ")]
+    assert len(said) == 1, ended.output[-2000:]
+    assert "Traceback" not in ended.output
+    return said[0]
 
 
 @pytest.mark.parametrize(
@@ -26,26 +36,24 @@ NOBODY = ["--adrenaline-peers", "ipc:///tmp/adrenaline-nobody-is-here", "--adren
         ([*PREFILL, "--scheduling-policy", "priority", "--kv-cache-dtype", "fp8"], "priority scheduling"),
     ],
 )
-def test_what_is_not_supported_is_refused_in_one_sentence(model: Path, flags: list[str], sentence: str) -> None:
-    code, output = serve("--model", str(model), "--dtype", "float32", "--max-model-len", "512", *flags)
-    assert code != 0
-    said = [line for line in output.splitlines() if line.startswith("adrenaline: ")]
-    assert len(said) == 1, output[-2000:]
-    assert sentence in said[0]
-    assert "Traceback" not in output
+def test_what_is_not_supported_is_refused_in_one_sentence(
+    server: Server, model: Path, flags: list[str], sentence: str
+) -> None:
+    ended = server.run("--model", str(model), "--dtype", "float32", "--max-model-len", "512", *flags)
+    assert sentence in reason(ended)
 
 
-def test_a_model_that_is_not_there_is_refused() -> None:
-    code, output = serve("--model", "/nowhere/model", *PREFILL)
-    assert code != 0
-    assert "adrenaline: there is no model at /nowhere/model" in output
-    assert "Traceback" not in output
+def test_a_model_that_is_not_there_is_refused(server: Server) -> None:
+    assert "adrenaline: there is no model at /nowhere/model" in reason(
+        server.run("--model", "/nowhere/model", *PREFILL)
+    )
 
 
-def test_an_address_in_use_is_refused(model: Path, short_tmp: Path) -> None:
-    socket, address = sockets.bind(f"ipc://{short_tmp}/taken")
-    code, output = serve("--model", str(model), "--max-model-len", "512", *PREFILL, "--adrenaline-listen", address)
+def test_an_address_in_use_is_refused(server: Server, model: Path) -> None:
+    folder = runtime_folder()
+    socket, address = sockets.bind(f"ipc://{folder}/taken")
+    listen = ["--adrenaline-listen", address]
+    ended = server.run("--model", str(model), "--max-model-len", "512", *PREFILL, *listen)
     sockets.unbind(socket, address)
-    assert code != 0
-    assert f"adrenaline: {address} is in use" in output
-    assert "Traceback" not in output
+    folder.rmdir()
+    assert f"adrenaline: {address} is in use" in reason(ended)

@@ -1,7 +1,9 @@
 """A vLLM plugin of the tests: a decode worker's transport whose messages come late, twice, reordered or not at all.
 
-It is found through PYTHONPATH and does its work at the announcements themselves (csrc/shm/layout.h). Environment:
-ADRENALINE_FAULTS names the file that counts what was done; ADRENALINE_FAULTS_LOSE is how many messages to lose.
+It is found through PYTHONPATH and does its work at the announcements themselves (csrc/shm/layout.h). ADRENALINE_FAULTS
+names the file that counts what was done. As long as there is another one beside it, with the suffix `.wanted`, there
+are faults, and executors are given up after TIMEOUT_S; that file says how many messages to lose. Else the transport is
+the one that it always is.
 """
 
 from __future__ import annotations
@@ -11,26 +13,58 @@ import os
 import random
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 SENT, DONE = (64 + 8) // 8, 128 // 8  # words of the header
 LATE_S = 0.003
+TIMEOUT_S = 1.0
 
 
 def register() -> None:
     """Replace the transport before the decode worker imports it."""
+    if "ADRENALINE_FAULTS" not in os.environ:
+        return
     import torch
 
     from vllm_adrenaline.transport import shm
+
+    counted = Path(os.environ["ADRENALINE_FAULTS"])
+    wanted = counted.with_suffix(".wanted")
+
+    class ImpatientChannel(shm.ShmDecodeChannel):
+        def watch(self, pidfd: int, timeout_s: float, shared_core: bool) -> None:
+            self.watched, self.impatient = (pidfd, timeout_s, shared_core), False
+            super().watch(*self.watched)
+
+        def be(self, impatient: bool) -> None:
+            if impatient != self.impatient:
+                pidfd, timeout_s, shared_core = self.watched
+                super().watch(pidfd, TIMEOUT_S if impatient else timeout_s, shared_core)
+                self.impatient = impatient
 
     class FaultySteps(shm.ShmSteps):
         def __init__(self, shape: shm.Shape) -> None:
             super().__init__(shape)
             self.whole_send, self.whole_receive = self.send, self.receive
-            self.send, self.receive = self.bad_send, self.bad_receive
             self.random = random.Random(1)
             self.done: Counter[str] = Counter()
-            self.to_lose = int(os.environ["ADRENALINE_FAULTS_LOSE"])
+            self.to_lose = 0
+
+        def begin(self, split: Any, channels: Mapping[int, shm.ShmDecodeChannel | None]) -> None:
+            """Begin a step; whether the next one has faults is decided now, for a plan has `send` before it begins."""
+            super().begin(split, channels)
+            faulty = wanted.exists()
+            for channel in self._channels:
+                if channel is not None:
+                    channel.be(impatient=faulty)
+            if faulty == (self.send == self.bad_send):
+                return
+            self.send, self.receive = self.whole_send, self.whole_receive
+            if faulty:
+                self.send, self.receive = self.bad_send, self.bad_receive
+                self.to_lose = int(wanted.read_text())
 
         def words(self) -> list[torch.Tensor]:
             maps = [channel._memory._map for channel in self._channels if channel is not None]
@@ -38,9 +72,9 @@ def register() -> None:
 
         def note(self, kind: str) -> None:
             self.done[kind] += 1
-            file = Path(os.environ["ADRENALINE_FAULTS"])
-            file.with_suffix(".new").write_text(json.dumps(self.done))
-            file.with_suffix(".new").rename(file)
+            new = counted.with_name(f"{counted.name}.new")
+            new.write_text(json.dumps(self.done))
+            new.rename(counted)
 
         def bad_send(self, layer: int, *qkv: torch.Tensor) -> None:
             kind = self.random.choice(["whole"] * 10 + ["late", "twice", "reordered", "lost"])
@@ -78,5 +112,4 @@ def register() -> None:
                     self.note("stale")
             return self.whole_receive(layer, output)
 
-    if "ADRENALINE_FAULTS" in os.environ:
-        shm.ShmSteps = FaultySteps
+    shm.ShmSteps, shm.ShmDecodeChannel = FaultySteps, ImpatientChannel
