@@ -33,6 +33,7 @@ import aiohttp
 import pytest
 
 from vllm_adrenaline.compat.worker_cores import CORES_ENV
+from vllm_adrenaline.engine.setup import PEERS_START_TOO
 from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics, Snapshot
 from vllm_adrenaline.launch.process import group_members
@@ -84,7 +85,7 @@ class Answer:
 
 
 class Client:
-    """Talks to one engine or front door."""
+    """Talks to one engine or proxy."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -187,7 +188,7 @@ class Faults:
 
 
 class Fleet:
-    """Engines by name, and a front door for each decode engine."""
+    """Engines by name, and a proxy for each decode engine."""
 
     def __init__(self, folder: Path, engines: dict[str, Engine], doors: dict[str, Client]) -> None:
         self.folder, self.engines, self.doors = folder, engines, doors
@@ -199,7 +200,7 @@ class Fleet:
         return self.engines[name]
 
     def door(self, decode: str, ratio: Ratio) -> Client:
-        """Return the front door: first the prefill engine, then this decode engine, which from now on offloads the
+        """Return the proxy: first the prefill engine, then this decode engine, which from now on offloads the
         share `ratio` of the requests it gets."""
         replace(knob(self.folder, decode), str(ratio))
         return self.doors[decode]
@@ -260,12 +261,13 @@ class Wanted:
         return flags
 
     def environment(self, folder: Path, name: str) -> dict[str, str]:
-        """Return what lets tests turn the engine's knob and make its data plane faulty."""
+        """Return what lets a decode engine start beside its peer, and tests turn its knob or break its data plane."""
         if self.role != "decode":
             return {}
         replace(knob(folder, name), str(self.ratio))
         path = [*map(str, PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {
+            PEERS_START_TOO: "1",
             "PYTHONPATH": os.pathsep.join(path),
             "ADRENALINE_KNOB": str(knob(folder, name)),
             "ADRENALINE_FAULTS": str(faults(folder, name)),
