@@ -27,6 +27,7 @@ import python_channel
 import report
 
 from vllm_adrenaline.kv import space
+from vllm_adrenaline.system.statistics import percentile
 from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps
 from vllm_adrenaline.transport.split import SplitRows, split_rows
 
@@ -205,10 +206,10 @@ def main() -> None:
     for label, share in (("p50", 0.5), ("p99", 0.99)):
         for name in ("floor", "channel", "native", "python"):
             result[f"{name}_us_{label}"] = {
-                str(rows): round(report.percentile(values, share), 3) for rows, values in times[name].items()
+                str(rows): round(percentile(values, share), 3) for rows, values in times[name].items()
             }
         for rows in rows_counts:
-            cells = [report.percentile(times[name][rows], share) for name in ("floor", "channel", "native", "python")]
+            cells = [percentile(times[name][rows], share) for name in ("floor", "channel", "native", "python")]
             print(f"{rows:>5} {label:9}" + "".join(f"{cell:9.2f}" for cell in cells) + f"   {cells[2] / cells[0]:.2f}")
     report.finish(result, args.json)
 
