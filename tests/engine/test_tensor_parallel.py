@@ -20,6 +20,9 @@ from tests.engine.conftest import (
 )
 from vllm_adrenaline.launch.process import group_members
 
+pytestmark = pytest.mark.extended
+"""Two engines of two ranks take a minute to start. What ranks must agree on is in tests/unit/test_ranks.py, too."""
+
 
 @pytest.fixture(scope="module")
 def engines(model: Path, plain: Plain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
