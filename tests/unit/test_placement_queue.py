@@ -66,7 +66,7 @@ class Engine:
         """vLLM gave it blocks."""
         waiting = self.waiting._pending[name]
         self.waiting.drop(name)
-        self.waiting.count_local(waiting)
+        self.admission.count_local(waiting)
 
     def step(self) -> tuple[list[str], list[str]]:
         """Decide; return who is offloaded and who may go on locally."""

@@ -51,10 +51,6 @@ class PlacementQueue:
             pending.pool.client.waiting -= told
             pending.pool.client.beat()  # not a quarter of a second later: prompts may wait for this
 
-    def count_local(self, pending: RemoteRequest) -> None:
-        """It has local memory: count the decision that let it go on so."""
-        self._admission.count_local(pending)
-
     def admit(self, pools: Pools, batch: Batch) -> Iterator[RemoteRequest]:
         """Decide about requests that could run now; yield those that are to be offloaded. They have left the queue.
 

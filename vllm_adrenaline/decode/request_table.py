@@ -134,7 +134,7 @@ class RequestTable:
             return
         if known.state is State.WAITING:
             self.queue.drop(known.name)
-            self.queue.count_local(known)
+            self.admission.count_local(known)
             self._counts["local_requests"] += 1
         if num_external_tokens == 0:
             self._leave(known)  # all of it was in the prefix cache: there is nothing to pull

@@ -22,7 +22,19 @@ from vllm_adrenaline.compat.side_channel import SideChannel
 from vllm_adrenaline.engine.metrics import AdrenalinePromMetrics, AdrenalineStats
 
 
-class SchedulerSide(NixlPullConnectorScheduler):
+class Reporting:
+    """A side of a connector that reports metrics; nothing, unless a role says otherwise."""
+
+    def take_counts(self) -> Mapping[str, float]:
+        """Return what was counted since the last call, by the names of COUNTERS (engine/metrics.py)."""
+        return {}
+
+    def gauges(self) -> Mapping[str, float]:
+        """Return what is true at present, by the names of GAUGES (engine/metrics.py)."""
+        return {}
+
+
+class SchedulerSide(Reporting, NixlPullConnectorScheduler):
     """The part of a connector that lives in the engine core, beside the scheduler.
 
     Attributes:
@@ -41,16 +53,8 @@ class SchedulerSide(NixlPullConnectorScheduler):
         self.side_channel.stop()
         super().shutdown()
 
-    def take_counts(self) -> Mapping[str, float]:
-        """Return what was counted since the last call, by the names of COUNTERS (engine/metrics.py)."""
-        return {}
 
-    def gauges(self) -> Mapping[str, float]:
-        """Return what is true at present, by the names of GAUGES (engine/metrics.py)."""
-        return {}
-
-
-class WorkerSide(NixlPullConnectorWorker):
+class WorkerSide(Reporting, NixlPullConnectorWorker):
     """The part of a connector that lives in a worker.
 
     Attributes:
@@ -64,14 +68,6 @@ class WorkerSide(NixlPullConnectorWorker):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self.kv_caches = kv_caches
         super().register_kv_caches(kv_caches)
-
-    def take_counts(self) -> Mapping[str, float]:
-        """Return what was counted since the last call, by the names of COUNTERS (engine/metrics.py)."""
-        return {}
-
-    def gauges(self) -> Mapping[str, float]:
-        """Return what is true at present: a worker knows of nothing."""
-        return {}
 
 
 class AdrenalineConnector(NixlBaseConnector):
@@ -96,7 +92,7 @@ class AdrenalineConnector(NixlBaseConnector):
         self.connector_worker.start_load_kv(self._connector_metadata)
 
     def get_kv_connector_stats(self) -> AdrenalineStats | None:
-        side: Any = self.connector_scheduler or self.connector_worker
+        side: Reporting = self.connector_scheduler or self.connector_worker
         return AdrenalineStats.merged(super().get_kv_connector_stats(), side.take_counts(), side.gauges())
 
     @classmethod

@@ -231,8 +231,8 @@ def _await_acknowledgement(socket: zmq.Socket[bytes], engine: str, deadline: flo
 _active: ExecutorPool | None = None
 
 
-def activate(pool: ExecutorPool | None) -> None:
-    """Make `pool` the pool of this process; None: it has none."""
+def activate(pool: ExecutorPool) -> None:
+    """Make `pool` the pool of this process, until it ends."""
     global _active
     _active = pool
 

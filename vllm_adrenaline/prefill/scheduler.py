@@ -56,25 +56,26 @@ class PrefillScheduler(Scheduler):
         self._growth_reserve = int(pool.num_gpu_blocks * options.growth_reserve)
         connector = self.connector.connector_scheduler
         connector.leases = self.leases
+        self._executors = executor_pool.active()
         self.lending = Lending(
             self.leases,
             self.kv_lock,
             make_welcome=self._welcome,
             make_load=self._load,
             adjust_share=self._adjust_share,
-            kill_executors=lambda pids: executor_pool.active().kill(pids),
-            revoke=lambda engine: executor_pool.active().revoke(engine),
+            kill_executors=self._executors.kill,
+            revoke=self._executors.revoke,
         )
         self.control = ControlServer(options.listen_address, identity_of(self.vllm_config), self.lending)
         self._utilization = PrefillUtilization(time.monotonic)
         known = profile.cached(profiling.key(self.vllm_config, options, ()))
         objectives = Objectives(options.ttft_slo_ms / 1000 or None, options.tpot_slo_ms / 1000 or None)
         prefill = known.prefill if known is not None else []
-        connector.tuner = ShareTuner(objectives, options.executor_share, prefill, executor_pool.active().set_share)
+        connector.tuner = ShareTuner(objectives, options.executor_share, prefill, self._executors.set_share)
         self.control.start()
 
     def _welcome(self) -> messages.Welcome:
-        nixl, executors = self.connector.connector_scheduler, executor_pool.active()
+        nixl, executors = self.connector.connector_scheduler, self._executors
         return messages.Welcome(
             engine_id=nixl.engine_id,
             nixl_host=nixl.side_channel_host,
