@@ -3,8 +3,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SOURCES := vllm_adrenaline tests tools benchmarks
-# Tests that start no engine run side by side. Those that do would only take the cores from each other.
-FAST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile tests/unit tests/schedulers
+# Tests that start no engine run side by side, one more than there are cores, for they often wait. Those that start
+# engines would only take the cores from each other.
+FAST := $(BIN)/pytest -n $(shell expr $$(nproc) + 1) --maxprocesses 5 --dist loadfile tests/unit tests/schedulers
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-fast lint format clean
