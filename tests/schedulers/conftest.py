@@ -58,7 +58,8 @@ class Prefill:
                     self.decode = name
                     self.refusal = None
                     self.greetings += 1
-                self._socket.send_multipart([name, messages.encode(self._welcome())])
+                member = f"member {self.greetings}" if message.borrows else ""
+                self._socket.send_multipart([name, messages.encode(self._welcome(member))])
             elif isinstance(message, messages.Heartbeat):
                 self.beat = message
                 if self.refusal is not None:
@@ -70,8 +71,9 @@ class Prefill:
                 self.inbox.put(message)
         sockets.unbind(self._socket, self.address)
 
-    def _welcome(self) -> messages.Welcome:
-        return messages.Welcome(ENGINE, "127.0.0.1", 5600, REMOTE_BLOCKS, [], "one thread", self.lease_seconds)
+    def _welcome(self, member: str) -> messages.Welcome:
+        lease = self.lease_seconds
+        return messages.Welcome(ENGINE, "127.0.0.1", 5600, REMOTE_BLOCKS, ["ipc:///x"], "one thread", lease, member)
 
     def say(self, *said: messages.Message) -> None:
         """Send messages to the decode engine, in one go."""

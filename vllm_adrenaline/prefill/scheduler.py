@@ -65,6 +65,7 @@ class PrefillScheduler(Scheduler):
             adjust_share=self._adjust_share,
             kill_executors=self._executors.kill,
             revoke=self._executors.revoke,
+            exports=self._executors.exports,
         )
         self.control = ControlServer(options.listen_address, identity_of(self.vllm_config), self.lending)
         self._utilization = PrefillUtilization(time.monotonic)
@@ -74,7 +75,7 @@ class PrefillScheduler(Scheduler):
         connector.tuner = ShareTuner(objectives, options.executor_share, prefill, self._executors.set_share)
         self.control.start()
 
-    def _welcome(self) -> messages.Welcome:
+    def _welcome(self, member: str) -> messages.Welcome:
         nixl, executors = self.connector.connector_scheduler, self._executors
         return messages.Welcome(
             engine_id=nixl.engine_id,
@@ -84,6 +85,7 @@ class PrefillScheduler(Scheduler):
             executors=executors.addresses,
             executor_share=executors.share_in_words,
             lease_seconds=self.leases.expiry_s,
+            member=member,
         )
 
     def _adjust_share(self) -> None:
