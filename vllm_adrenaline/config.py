@@ -66,10 +66,10 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pool: Annotated[
         Literal["remote", "mapped", "both"],
         _option(
-            "How KV cache that stays with a prefill engine is attended. `remote`: by its attention executors. `mapped`: "
-            "by the decode engine itself, which maps the prefill engine's memory; both run on one device, and nothing "
-            "is sent or moved. `both`: decided for each request. A prefill engine with `mapped` starts no executors. "
-            "Default: remote."
+            "How KV cache that stays with a prefill engine is attended. `remote`: by its attention executors. "
+            "`mapped`: by the decode engine itself, which maps the prefill engine's memory; both run on one device, "
+            "and nothing is sent or moved. `both`: decided for each request. A prefill engine with `mapped` starts no "
+            "executors. Default: remote."
         ),
     ] = "remote"
     offload_ratio: Annotated[

@@ -147,7 +147,7 @@ class NoAnswer(AdrenalineError):
 
 def _mismatch(kv: KVExport, own: dict[str, torch.Tensor]) -> str:
     """Return why a prefill worker's KV cache cannot lie behind ours; nothing if it can."""
-    blocks, heads, block_size, double = next(iter(own.values())).shape
+    _, heads, block_size, double = next(iter(own.values())).shape
     wanted = [heads, 2 * block_size, double // 2]
     if kv.shape[1:] != wanted or kv.strides[0] != math.prod(wanted):
         return f"a block there is {kv.shape[1:]} with {kv.strides[0]} elements between blocks, and here {wanted}"

@@ -166,9 +166,9 @@ class Admission:
     def admit(self, queue: Iterable[PendingT], pools: Pools, batch: Batch) -> list[tuple[PendingT, Decision]]:
         """Decide about pending requests, first come first served.
 
-        What is offloaded or mapped is counted here, and is so from now on. What may go local has its `decision` set: the
-        caller gives it local memory if there is some, and then calls `count_local`. If it gets none in this step it is
-        decided about anew in the next. A fixed ratio decides once and counts at once.
+        What is offloaded or mapped is counted here, and is so from now on. What may go local has its `decision` set:
+        the caller gives it local memory if there is some, and then calls `count_local`. If it gets none in this step it
+        is decided about anew in the next. A fixed ratio decides once and counts at once.
 
         Behind a request that waits nobody else gets local memory, nor memory of its executor.
 
