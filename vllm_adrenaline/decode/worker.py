@@ -42,6 +42,19 @@ class DecodeWorker(CPUWorker):
         super().__init__(*args, **kwargs)
         self.remote: remote_attention.RemoteAttention | None = None
 
+    def determine_available_memory(self) -> int:
+        """Return the bytes for our own KV cache. Where prefill engines' memory is mapped, one longest request's is enough.
+
+        It is for requests that cannot stay there. All other memory is the prefill engine's to give.
+        """
+        found = int(super().determine_available_memory())
+        if Options.of(self.vllm_config).uses_executors or self.cache_config.kv_cache_memory_bytes is not None:
+            return found
+        specs = self.model_runner.get_kv_cache_spec().values()
+        # A block more than the longest request fills: vLLM keeps one for itself.
+        enough = sum(spec.max_memory_usage_bytes(self.vllm_config) + spec.page_size_bytes for spec in specs)
+        return min(found, enough)
+
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
         settle_worker()
