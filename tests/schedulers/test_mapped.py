@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.schedulers.conftest import BLOCK, Decode, Prefill, eventually
-from tests.schedulers.test_decode import PROMPT, finish, granted, offloaded, params, released
+from tests.schedulers.test_decode import BLOCKS, PROMPT, finish, granted, params, released
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.decode.remote_attention import Report
 from vllm_adrenaline.kv.space import index_of, mapped_pool, pool_of
@@ -24,9 +24,24 @@ def let_go(prefill: Prefill) -> list[str]:
     return [message.member for message in prefill.heard if isinstance(message, messages.LetGo)]
 
 
+def placed(engine: Decode, prefill: Prefill, name: str = "prompt", max_tokens: int = 8) -> Any:
+    """Return a request that decodes over the prefill engine's KV cache and has made a token, whatever came before."""
+    request = engine.arrive(PROMPT, params(PROMPT, name), max_tokens=max_tokens)
+    engine.step()
+    eventually(lambda: any(isinstance(m, messages.Claim) and m.request == name for m in prefill.heard))
+    blocks = [10 * len(prefill.heard) + index for index in range(1, 5)]
+    prefill.say(granted(PROMPT, name, BLOCKS if name == "prompt" else blocks))
+    eventually(lambda: engine.step() and request.num_output_tokens)
+    while not prefill.inbox.empty():
+        if isinstance(prefill.inbox.queue[0], messages.Lease):
+            break
+        prefill.inbox.get()
+    return request
+
+
 def grown(engine: Decode, prefill: Prefill, tokens: int = 60) -> Any:
     """Return a mapped request with `tokens` to generate, of which its lease holds those of the next blocks."""
-    request = offloaded(engine, prefill, max_tokens=tokens)
+    request = placed(engine, prefill, max_tokens=tokens)
     want = prefill.expect(messages.Lease).want
     prefill.say(messages.Leased(list(range(100, 100 + want))))
     eventually(lambda: engine.step() and request.num_tokens > len(PROMPT) + BLOCK)
@@ -34,7 +49,7 @@ def grown(engine: Decode, prefill: Prefill, tokens: int = 60) -> Any:
 
 
 def test_a_mapped_request_takes_no_local_block_and_its_ids_say_where_it_is(decode: Any, prefill: Prefill) -> None:
-    engine = decode(pool="mapped")
+    engine = decode(pool="mapped", ratio="1")
     request = grown(engine, prefill)
     blocks = blocks_of(engine, request)
     assert {pool_of(block) for block in blocks} == {mapped_pool(0)}
@@ -52,9 +67,10 @@ def test_a_mapped_request_outlives_the_word_of_its_prefill_engine_and_then_lets_
     decode: Any, prefill: Prefill
 ) -> None:
     """The prefill engine takes nothing back before it hears so, for this engine may be in the middle of a step."""
-    engine = decode(pool="mapped")
+    engine = decode(pool="mapped", ratio="1")
     request = grown(engine, prefill)
     prefill.forget()
+    engine.step()
     other = engine.arrive(PROMPT, params(PROMPT, "other"))
     for _ in range(4):
         scheduled = engine.step()
@@ -68,22 +84,16 @@ def test_a_mapped_request_outlives_the_word_of_its_prefill_engine_and_then_lets_
     assert list(reads) == [other.request_id], "what comes meanwhile is not mapped: one life is mapped at a time"
     engine.abort(request)
     engine.abort(other)
+    engine.step(received={other.request_id})
     eventually(lambda: engine.step() and let_go(prefill) == ["member 1"])
-    third = offloaded(engine, prefill_after(prefill), "third")
+    third = placed(engine, prefill, "third")
     assert engine.step().kv_connector_metadata.members == {0: "member 2"}
     finish(engine, third)
     assert engine.free_blocks == engine.free
 
 
-def prefill_after(prefill: Prefill) -> Prefill:
-    """Return the same, with all that it was told so far forgotten."""
-    while not prefill.inbox.empty():
-        prefill.inbox.get()
-    return prefill
-
-
 def test_an_engine_that_has_nothing_to_let_go_of_says_nothing(decode: Any, prefill: Prefill) -> None:
-    engine = decode(pool="mapped")
+    engine = decode(pool="mapped", ratio="1")
     prefill.forget()
     for _ in range(5):
         engine.step()
@@ -94,7 +104,7 @@ def test_growth_that_nobody_leases_any_more_is_recomputed_here(
     decode: Any, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(starvation, "STARVE_S", 0.0)
-    engine = decode(pool="mapped")
+    engine = decode(pool="mapped", ratio="1")
     request = grown(engine, prefill, tokens=200)
     prefill.forget()
     computed = 0
@@ -115,8 +125,8 @@ def test_growth_that_nobody_leases_any_more_is_recomputed_here(
 def test_rows_of_memory_that_could_not_be_mapped_are_recomputed_without_their_token(
     decode: Any, prefill: Prefill
 ) -> None:
-    engine = decode(pool="mapped")
-    request = offloaded(engine, prefill)
+    engine = decode(pool="mapped", ratio="1")
+    request = placed(engine, prefill)
     tokens = request.num_output_tokens
     engine.step(Report(frozenset({mapped_pool(0)}), frozenset(), frozenset(), 0.0, {}, 0.0))
     assert request.num_output_tokens == tokens, "its token is worthless"
@@ -129,8 +139,7 @@ def test_rows_of_memory_that_could_not_be_mapped_are_recomputed_without_their_to
 
 def test_an_executor_that_fails_costs_mapped_requests_nothing(decode: Any, prefill: Prefill) -> None:
     engine = decode(pool="both", ratio="1")
-    remote = offloaded(engine, prefill)
-    mapped = offloaded(engine, prefill_after(prefill), "second")
+    remote, mapped = placed(engine, prefill), placed(engine, prefill, "second")
     kinds = {pool_of(blocks_of(engine, each)[0]) for each in (remote, mapped)}
     assert kinds == {1, mapped_pool(0)}
     tokens = mapped.num_output_tokens

@@ -382,7 +382,7 @@ def test_who_says_hello_again_before_all_is_taken_back_has_a_second_account(pref
     prefill.executors_hang.set()
     for _ in range(2):
         socket.send(messages.encode(messages.Leave()))
-        assert sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5) == WELCOME
+        assert isinstance(sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5), messages.Welcome)
         assert sockets.ask(socket, messages.Lease(2), 5) != messages.Leased([])
     assert prefill.pool.get_num_free_blocks() == 4
     prefill.executors_hang.clear()
@@ -446,7 +446,7 @@ def test_a_prompt_that_is_dropped_is_held_by_nobody_and_a_claimed_one_by_its_cla
 def test_a_prompt_can_be_claimed_once_and_only_after_hello(server: ControlServer) -> None:
     socket = sockets.connect(server.address)
     assert isinstance(sockets.ask(socket, messages.Claim("prompt"), 5), messages.Refused)
-    assert sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5) == WELCOME
+    assert isinstance(sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5), messages.Welcome)
     assert sockets.ask(socket, messages.Claim("prompt"), 5) == messages.Claimed("prompt", [], 7, b"d")
     assert sockets.ask(socket, messages.Claim("prompt"), 5) == messages.ClaimRejected("prompt")
     socket.close()

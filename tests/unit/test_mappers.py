@@ -59,8 +59,8 @@ def test_silence_is_no_end_while_a_worker_lives_for_it_would_wake_up_and_write(
     silent, other = mapping(prefill, "a", worker.pid), prefill.connect("b")
     worker.send_signal(signal.SIGSTOP)
     prefill.now = 100  # 60 s are a lease
-    assert isinstance(sockets.ask(other, messages.Heartbeat(), 5), messages.Refused), "the other one cannot write"
     eventually(lambda: prefill.pool.get_num_free_blocks() == 8)
+    assert isinstance(sockets.ask(other, messages.Heartbeat(), 5), messages.Refused), "the other one cannot write"
     assert sockets.ask(silent, messages.Heartbeat(), 5) == LOAD, "it has lost nothing"
     assert prefill.pool.get_num_free_blocks() == 8
 

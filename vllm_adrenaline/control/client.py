@@ -201,7 +201,7 @@ class PrefillClient(threading.Thread):
     def _end_life(self, why: str) -> None:
         """End the present life of the prefill engine, if it has one; what the scheduler hears last is Refused."""
         if self.welcome is not None:
-            logger.error("the prefill engine at %s %s: its requests are recomputed locally", self.address, why)
+            logger.error("the prefill engine at %s %s: what is not mapped is recomputed locally", self.address, why)
             self.answers.append((self._life, messages.Refused(why)))
             self.answered.set()
             self.welcome = None

@@ -52,12 +52,13 @@ def costs_of(config: VllmConfig, options: Options, executors: Sequence[str]) -> 
     )
     if found is None or found.costs is None:
         raise AdrenalineError("there is no profile of this decode engine; is the cache folder writable?")
+    if not executors:  # mapped memory is attended here
+        return msgspec.structs.replace(found.costs, remote=[found.costs.local] * peers)
     if len(found.costs.remote) != len(executors):
         raise AdrenalineError(
-            f"the profile is of {len(found.costs.remote)} executor(s), and there are {len(executors)} of peers"
+            f"the profile is of {len(found.costs.remote)} executor(s), and there are {len(executors)} peers"
         )
-    # Mapped memory is attended here.
-    return found.costs if executors else msgspec.structs.replace(found.costs, remote=[found.costs.local] * peers)
+    return found.costs
 
 
 def measure(config: VllmConfig, options: Options, runner: Any, remote: RemoteAttention) -> None:

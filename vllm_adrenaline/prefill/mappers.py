@@ -26,10 +26,12 @@ class Mappers:
     def add(self, member: str, pid: int) -> None:
         """Note that process `pid` maps the KV cache. Raises OSError if it has ended, or cannot be seen from here."""
         with self._lock:
-            workers = self._workers.setdefault(member, {})
-            if pid not in workers:
-                workers[pid] = os.pidfd_open(pid)
-            self._bells.setdefault(member, os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+            if pid in (workers := self._workers.get(member, {})):
+                return
+            pidfd = os.pidfd_open(pid)
+            if member not in self._bells:
+                self._bells[member] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._workers[member] = workers | {pid: pidfd}
 
     def may_write(self, member: str) -> bool:
         """Whether a worker of a member lives that has the KV cache mapped."""
