@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import pytest
 
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.workload.tiny_model import make_model
 
 M = TypeVar("M", bound=messages.Message)
@@ -40,6 +41,7 @@ class Prefill:
         self.decode = b""
         self.beat = messages.Heartbeat()
         self.greetings = 0
+        self.process = 0
         self._outbox: queue.Queue[list[bytes]] = queue.Queue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -73,7 +75,18 @@ class Prefill:
 
     def _welcome(self, member: str) -> messages.Welcome:
         lease = self.lease_seconds
-        return messages.Welcome(ENGINE, "127.0.0.1", 5600, REMOTE_BLOCKS, ["ipc:///x"], "one thread", lease, member)
+        return messages.Welcome(
+            ENGINE,
+            "127.0.0.1",
+            5600,
+            REMOTE_BLOCKS,
+            ["ipc:///x"],
+            "one thread",
+            lease,
+            member,
+            self.process,
+            process_space(),
+        )
 
     def say(self, *said: messages.Message) -> None:
         """Send messages to the decode engine, in one go."""

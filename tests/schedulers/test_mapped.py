@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import pytest
@@ -90,6 +91,20 @@ def test_a_mapped_request_outlives_the_word_of_its_prefill_engine_and_then_lets_
     assert engine.step().kv_connector_metadata.members == {0: "member 2"}
     finish(engine, third)
     assert engine.free_blocks == engine.free
+
+
+def test_a_prefill_engine_whose_process_ends_is_noticed_at_once(decode: Any, prefill: Prefill) -> None:
+    with subprocess.Popen(["sleep", "100"]) as process:
+        prefill.process = process.pid
+        engine = decode(pool="both", ratio="1")
+        remote, mapped = placed(engine, prefill), placed(engine, prefill, "second")
+        process.kill()
+        process.wait()
+        eventually(lambda: engine.step().num_scheduled_tokens.get(remote.request_id, 0) > 1)
+        assert engine.step().num_scheduled_tokens[mapped.request_id] == 1, "its memory is still there"
+        assert engine.count("fallback_requests") == 1
+        finish(engine, mapped)
+        finish(engine, remote)
 
 
 def test_an_engine_that_has_nothing_to_let_go_of_says_nothing(decode: Any, prefill: Prefill) -> None:

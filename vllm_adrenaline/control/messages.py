@@ -83,6 +83,8 @@ class Welcome(Message, frozen=True):
         executor_share: in words, what its executors run on. Profiles of decode engines are kept by it.
         lease_seconds: a decode engine that is silent for so long loses its claims and leases. One whose workers have
             this engine's KV cache mapped does not, for it could still write into them.
+        pid, process_space: the process whose end is the end of this engine, and who can see it under that id
+            (system/machine.py). 0: its end cannot be seen.
         member: names what the decode engine has here, from this hello on until it is parted with. Empty for one that
             does not borrow.
     """
@@ -95,6 +97,8 @@ class Welcome(Message, frozen=True):
     executor_share: Name
     lease_seconds: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
     member: Name = ""
+    pid: Count = 0
+    process_space: Name = ""
 
 
 class Refused(Message, frozen=True):

@@ -3,6 +3,7 @@
 Checked against vllm/v1/core/sched/scheduler.py of 0.32 (run) and 0.33 (read).
 """
 
+import os
 import threading
 import time
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.prefill.leases import LeaseManager
 from vllm_adrenaline.prefill.lending import Lending
 from vllm_adrenaline.prefill.utilization import PrefillUtilization
+from vllm_adrenaline.system.machine import process_space
 
 
 class PrefillScheduler(Scheduler):
@@ -86,6 +88,8 @@ class PrefillScheduler(Scheduler):
             executor_share=executors.share_in_words,
             lease_seconds=self.leases.expiry_s,
             member=member,
+            pid=os.getpid(),
+            process_space=process_space(),
         )
 
     def _adjust_share(self) -> None:
