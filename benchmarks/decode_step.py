@@ -46,7 +46,8 @@ from vllm.utils.math_utils import cdiv  # noqa: E402
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: E402
 
 from vllm_adrenaline.attention.kernels import CpuAttention  # noqa: E402
-from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport, LayerSpec  # noqa: E402
+from vllm_adrenaline.attention.spec import ExecutorSpec  # noqa: E402
+from vllm_adrenaline.control.kv_export import KVExport, LayerSpec  # noqa: E402
 from vllm_adrenaline.control.messages import PROTOCOL, Identity  # noqa: E402
 from vllm_adrenaline.decode.link import Link  # noqa: E402
 from vllm_adrenaline.decode.remote_attention import RemoteAttention, StepPlan  # noqa: E402
@@ -163,7 +164,7 @@ def main() -> None:
             executor.wait_ready()
             link = LocalLink(address, identity(), "benchmark", 0, NAMES, shape, 60.0)
             link.attach()
-            remote = RemoteAttention([link], ShmSteps(shape), NAMES, BLOCK, counts_rows=True)
+            remote = RemoteAttention([link], ShmSteps(shape), None, NAMES, BLOCK, counts_rows=True)
             model = Model(CpuAttention.mapped(ours.export, ours.export.fd, split_kv=True), remote)
             measure(model, repeats)
             link.close()

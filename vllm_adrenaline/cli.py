@@ -30,8 +30,8 @@ Start a prefill engine, a decode engine and an OpenAI-compatible proxy on this m
 together. Flags that are not listed here go to both engines, after MODEL, e.g. --max-model-len 8192 --dtype bfloat16.
 """
 UP_EPILOG = """\
-On a CPU the cores are halved between the engines, unless VLLM_CPU_OMP_THREADS_BIND is set. The logs of the engines are
-kept in ~/.cache/vllm-adrenaline/logs (or below $XDG_CACHE_HOME) for the last ten runs.
+On a CPU the cores are halved between the engines, unless --one-device or VLLM_CPU_OMP_THREADS_BIND is set. The logs of
+the engines are kept in ~/.cache/vllm-adrenaline/logs (or below $XDG_CACHE_HOME) for the last ten runs.
 """
 PROXY = """\
 Run the proxy alone, in front of engines that run already. Several engines of a kind are used in turn.
@@ -73,6 +73,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="auto|R",
         help="which requests have their decode attention offloaded: by load, or a fixed share, 0 to 1 "
         "(default: %(default)s)",
+    )
+    up.add_argument(
+        "--one-device",
+        action="store_true",
+        help="both engines on all cores and with one KV cache: the decode engine attends in the prefill engine's "
+        "memory, and nothing is sent or moved. Without it the cores are halved",
     )
     _address(up)
     for role in ("prefill", "decode"):

@@ -63,6 +63,15 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "ADDRESS[,ADDRESS...]",
         ),
     ] = ""
+    pool: Annotated[
+        Literal["remote", "mapped", "both"],
+        _option(
+            "How KV cache that stays with a prefill engine is attended. `remote`: by its attention executors. "
+            "`mapped`: by the decode engine itself, which maps the prefill engine's memory; both run on one device, "
+            "and nothing is sent or moved. `both`: decided for each request. A prefill engine with `mapped` starts no "
+            "executors. Default: remote."
+        ),
+    ] = "remote"
     offload_ratio: Annotated[
         str,
         _option(
@@ -188,6 +197,16 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def ratio(self) -> float | None:
         """The fixed share of requests to offload, 0 to 1; None for load-aware placement."""
         return ratio_of(f"{FLAG_PREFIX}offload-ratio", self.offload_ratio)
+
+    @property
+    def maps(self) -> bool:
+        """Whether decode engines map the memory of prefill engines."""
+        return self.pool != "remote"
+
+    @property
+    def uses_executors(self) -> bool:
+        """Whether there are attention executors."""
+        return self.pool != "mapped"
 
     @property
     def listen_address(self) -> str:

@@ -20,13 +20,13 @@ PyObject* list_of(const std::vector<T>& numbers) {
   return list;
 }
 
-// -> (split, executors, whether there are local rows)
+// -> (split, executors, whether there are local rows, how many rows are mapped, lost rows)
 PyObject* split_batch(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
-    PyObject *table, *starts, *lens, *received, *slots, *local_table, *local_lens;
+    PyObject *table, *starts, *lens, *received, *slots, *bases, *local_table, *local_lens;
     unsigned int block_size;
-    if (!PyArg_ParseTuple(args, "OOOO!OIOO", &table, &starts, &lens, &PyList_Type, &received, &slots, &block_size,
-                          &local_table, &local_lens) ||
+    if (!PyArg_ParseTuple(args, "OOOO!OIO!OO", &table, &starts, &lens, &PyList_Type, &received, &slots, &block_size,
+                          &PyList_Type, &bases, &local_table, &local_lens) ||
         !can_read_tensors())
       return nullptr;
     DLTensor t, s, l, m, lt, ll;
@@ -47,14 +47,22 @@ PyObject* split_batch(PyObject*, PyObject* args) {
       ADRENALINE_CHECK(row >= 0 && row < rows, "no such row");
       is_received[row] = true;
     }
+    std::vector<int64_t> mapped_bases;
+    for (Py_ssize_t i = 0; i < PyList_Size(bases); ++i) {
+      mapped_bases.push_back(PyLong_AsLongLong(PyList_GetItem(bases, i)));
+      ADRENALINE_CHECK(mapped_bases.back() >= plan::kNotMapped && mapped_bases.back() <= INT32_MAX - plan::kIndexMask,
+                       "no such base");
+    }
     const Batch batch{static_cast<uint32_t>(rows), static_cast<uint32_t>(t.shape[1]), table_data, t.strides[0],
                       starts_data, lens_data, slots_data, static_cast<uint32_t>(m.shape[0]), block_size};
-    auto result = std::make_unique<Split>(plan::split(batch, is_received, local_data, local_lens_data));
-    const bool has_local = result->has_local;
+    auto result = std::make_unique<Split>(plan::split(batch, is_received, mapped_bases, local_data, local_lens_data));
+    PyObject* has_local = result->has_local ? Py_True : Py_False;
+    const unsigned int num_mapped = result->num_mapped;
+    PyObject* lost = list_of(result->lost);
     std::vector<long> numbers;
     for (const auto& [executor, plan] : result->remote) numbers.push_back(executor);
     PyObject* executors = list_of(numbers);
-    return Py_BuildValue("NNO", make(std::move(result)), executors, has_local ? Py_True : Py_False);
+    return Py_BuildValue("NNOIN", make(std::move(result)), executors, has_local, num_mapped, lost);
   });
 }
 
@@ -75,7 +83,7 @@ PyMethodDef methods[] = {
 PyMethodDef functions[] = {
     {"split", split_batch, METH_VARARGS,
      "split($module, block_table, query_start_loc, seq_lens, received_rows, slot_mapping, block_size,\n"
-     "      local_block_table, local_seq_lens, /)\n--\n\n"},
+     "      mapped_bases, local_block_table, local_seq_lens, /)\n--\n\n"},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -85,6 +93,8 @@ int add_split(PyObject* module) {
   if (add_type<Split>(module, ADRENALINE_MODULE ".Split", methods, nullptr) != 0) return -1;
   if (PyModule_AddIntConstant(module, "INDEX_BITS", plan::kIndexBits) != 0) return -1;
   if (PyModule_AddIntConstant(module, "MAX_EXECUTORS", plan::kMaxExecutors) != 0) return -1;
+  if (PyModule_AddIntConstant(module, "MAPPED", plan::kMapped) != 0) return -1;
+  if (PyModule_AddIntConstant(module, "NOT_MAPPED", plan::kNotMapped) != 0) return -1;
   return PyModule_AddFunctions(module, functions);
 }
 

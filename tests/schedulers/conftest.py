@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import pytest
 
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.workload.tiny_model import make_model
 
 M = TypeVar("M", bound=messages.Message)
@@ -40,6 +41,7 @@ class Prefill:
         self.decode = b""
         self.beat = messages.Heartbeat()
         self.greetings = 0
+        self.process = 0
         self._outbox: queue.Queue[list[bytes]] = queue.Queue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -58,7 +60,8 @@ class Prefill:
                     self.decode = name
                     self.refusal = None
                     self.greetings += 1
-                self._socket.send_multipart([name, messages.encode(self._welcome())])
+                member = f"member {self.greetings}" if message.borrows else ""
+                self._socket.send_multipart([name, messages.encode(self._welcome(member))])
             elif isinstance(message, messages.Heartbeat):
                 self.beat = message
                 if self.refusal is not None:
@@ -70,8 +73,20 @@ class Prefill:
                 self.inbox.put(message)
         sockets.unbind(self._socket, self.address)
 
-    def _welcome(self) -> messages.Welcome:
-        return messages.Welcome(ENGINE, "127.0.0.1", 5600, REMOTE_BLOCKS, [], "one thread", self.lease_seconds)
+    def _welcome(self, member: str) -> messages.Welcome:
+        lease = self.lease_seconds
+        return messages.Welcome(
+            ENGINE,
+            "127.0.0.1",
+            5600,
+            REMOTE_BLOCKS,
+            ["ipc:///x"],
+            "one thread",
+            lease,
+            member,
+            self.process,
+            process_space(),
+        )
 
     def say(self, *said: messages.Message) -> None:
         """Send messages to the decode engine, in one go."""

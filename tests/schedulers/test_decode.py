@@ -12,6 +12,7 @@ from tests.unit.test_control import NESTED
 from vllm_adrenaline.control import client, messages
 from vllm_adrenaline.decode.remote_attention import Report
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
+from vllm_adrenaline.kv.space import remote_pool
 from vllm_adrenaline.kv.stamp import stamped
 from vllm_adrenaline.placement import starvation
 
@@ -77,7 +78,7 @@ def released(prefill: Prefill) -> list[str]:
 
 def failure(executor: int = 0, pid: int = 99) -> Report:
     """What a worker reports of a step in which an executor did not answer."""
-    return Report(frozenset({executor}), frozenset({pid}), frozenset({executor}), 0.0, {}, 0.0)
+    return Report(frozenset({remote_pool(executor)}), frozenset({pid}), frozenset({executor}), 0.0, {}, 0.0)
 
 
 def finish(decode: Decode, request: Any) -> None:

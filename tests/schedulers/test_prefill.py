@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import socket
 import threading
 import time
@@ -179,3 +180,52 @@ def test_prompts_that_would_take_what_offloaded_requests_grow_into_wait(prefill:
     assert engine.step().num_scheduled_tokens == {}
     engine.line.send(messages.encode(messages.Leave()))
     eventually(lambda: engine.step().num_scheduled_tokens == {waiting.request_id: len(PROMPT)})
+
+
+def test_both_sides_racing_for_the_last_block_never_get_the_same_one(
+    prefill: Callable[..., Prefill],
+) -> None:
+    """semi-PD's hazard: two workers ask how much memory is free, and both take it (arXiv 2504.19867, section 4)."""
+    engine = prefill(prefill_reserve=0.0, growth_reserve=0.0)
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    lent: set[int] = set()
+    stopping, wrong = threading.Event(), list[object]()
+
+    def borrow() -> None:
+        rng = random.Random(1)
+        while not stopping.is_set():
+            leased = engine.ask(messages.Lease(rng.choice([3, 64])))
+            assert isinstance(leased, messages.Leased)
+            if lent & set(leased.blocks):
+                wrong.append(leased)
+            lent.update(leased.blocks)
+            time.sleep(rng.choice([0, 0.005]))
+            back = rng.sample(sorted(lent), rng.randrange(len(lent) + 1))
+            lent.difference_update(back)
+            engine.line.send(messages.encode(messages.Release([], back)))
+
+    borrower = threading.Thread(target=borrow, daemon=True)
+    borrower.start()
+    full = computed = 0
+    for number in range(300):
+        request = engine.arrive([number % 500, *PROMPT], None, max_tokens=1)
+        for _ in range(5000):
+            scheduled = engine.schedule()
+            with engine.scheduler.kv_lock:
+                (mine,) = engine.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+                wrong += [block for block in mine if block in lent and pool.blocks[block].ref_cnt > 1]
+            full += not scheduled.num_scheduled_tokens
+            computed += bool(scheduled.num_scheduled_tokens)
+            engine.update(scheduled)
+            if request.is_finished():
+                break
+        assert request.is_finished(), "the prefill engine starves"
+    stopping.set()
+    borrower.join(5)
+    assert not borrower.is_alive()
+    assert wrong == []
+    assert full > 0, "memory never ran out: the test says nothing"
+    assert computed >= 300
+    engine.line.send(messages.encode(messages.Release([], sorted(lent))))
+    assert isinstance(engine.ask(messages.Heartbeat()), messages.Load)
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1

@@ -28,6 +28,7 @@ class Request:
     local_only: bool = False
     decision: Decision | None = None
     waited: bool = False
+    is_mapped: bool = False
 
     @property
     def progress(self) -> Progress:

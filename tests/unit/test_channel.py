@@ -412,7 +412,10 @@ def test_a_decode_worker_killed_at_any_point_leaves_the_executor_alive() -> None
         assert not thread.is_alive()
 
 
-rows = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5), st.integers(0, 90)), min_size=1, max_size=8)
+MAPPED_BASES = [1000, -1, 3000]
+"""Of three prefill engines; the memory of the second one is not mapped."""
+places = st.sampled_from([0, 1, 2, space.MAPPED, space.MAPPED + 1, space.MAPPED + 2, space.MAPPED + 3])
+rows = st.lists(st.tuples(places, st.integers(1, 5), st.integers(0, 90)), min_size=1, max_size=8)
 
 
 def sent(split: SplitRows, executor: int) -> tuple[int, dict[str, torch.Tensor]]:
@@ -445,11 +448,16 @@ def test_a_split_batch_masks_remote_rows_and_loses_no_token(
     slots = torch.arange(1000, 1000 + sum(queries) + 5)
     single = [row for row, query in enumerate(queries) if query == 1]
     received = data.draw(st.lists(st.sampled_from(single), unique=True)) if single else []
-    split = split_rows(table, starts, torch.tensor(lens, dtype=torch.int32), slots, received, BLOCK)
-    assert split.executors == sorted({place - 1 for place, _, _ in spec if place})
-    assert split.has_local == any(place == 0 for place, _, _ in spec)
+    split = split_rows(table, starts, torch.tensor(lens, dtype=torch.int32), slots, received, BLOCK, MAPPED_BASES)
+    base_of = {space.MAPPED + engine: base for engine, base in enumerate(MAPPED_BASES) if base >= 0}
+    assert split.executors == sorted({place - 1 for place, _, _ in spec if 0 < place < space.MAPPED})
+    assert split.has_local == any(place == 0 or place in base_of for place, _, _ in spec)
+    assert split.num_mapped == sum(place in base_of for place, _, _ in spec)
+    assert split.lost == [
+        row for row, (place, _, _) in enumerate(spec) if place >= space.MAPPED and place not in base_of
+    ]
     views = {executor: (split.rows(executor), *sent(split, executor)) for executor in split.executors}
-    masked = []
+    masked, moved = [], set()
     for row, (place, query, past) in enumerate(spec):
         tokens = range(int(starts[row]), int(starts[row + 1]))
         if place == 0:
@@ -457,9 +465,22 @@ def test_a_split_batch_masks_remote_rows_and_loses_no_token(
             assert split.local_seq_lens[row] == lens[row]
             masked += list(tokens) if row in received else []
             continue
+        if place in base_of:
+            wanted = [base_of[place] + space.index_of(each) for each in table[row].tolist()]
+            assert split.local_block_table[row].tolist() == wanted
+            assert split.local_seq_lens[row] == lens[row]
+            for offset, token in enumerate(tokens):
+                position = past + offset
+                slot = wanted[position // BLOCK] * BLOCK + position % BLOCK
+                assert slots[token] == (-1 if row in received else slot)
+            masked += list(tokens) if row in received else []
+            moved |= {*tokens}
+            continue
         masked += tokens
         assert not split.local_block_table[row].any()
         assert split.local_seq_lens[row] == query
+        if place >= space.MAPPED:
+            continue
         mine, count, plan = views[place - 1]
         assert count == len(mine)
         where = mine.index(row)
@@ -472,7 +493,7 @@ def test_a_split_batch_masks_remote_rows_and_loses_no_token(
             block = space.index_of(int(table[row, position // BLOCK]))
             assert slot == (-1 if row in received else block * BLOCK + position % BLOCK)
     assert [slot for slot in range(sum(queries)) if slots[slot] == -1] == masked
-    assert all(slots[i] == 1000 + i for i in range(len(slots)) if i not in masked)
+    assert all(slots[i] == 1000 + i for i in range(len(slots)) if i not in masked and i not in moved)
     for mine, count, plan in views.values():
         total = sum(queries[row] for row in mine)
         assert (plan["query_start_loc"][count:] == total).all()

@@ -167,13 +167,14 @@ class Prefill:
     def __init__(self, address: str) -> None:
         self.pool, self.now, self.revoked, self.killed = Pool(), 0.0, [], []
         self.executors_hang, self.ended = threading.Event(), []
+        self.members: dict[str, str] = {}
         self.leases = LeaseManager(self.pool, 0, 60, lambda: self.now)
         self.leases.offer("prompt", Offer([], 7, b"d"))
         self.tick: Callable[[], None] = bool
         self.lending = Lending(
             self.leases,
             threading.RLock(),
-            lambda: WELCOME,
+            lambda member: msgspec.structs.replace(WELCOME, member=member),
             lambda: LOAD,
             lambda: self.tick() or None,
             self.killed.extend,
@@ -190,7 +191,9 @@ class Prefill:
     def connect(self, engine: str, pid: int = 0) -> zmq.Socket[bytes]:
         """Return the line of a decode engine that has said hello and has leased two blocks."""
         socket = sockets.connect(self.control.address)
-        assert sockets.ask(socket, messages.Hello(IDENTITY, True, engine, pid), 5) == WELCOME
+        welcome = sockets.ask(socket, messages.Hello(IDENTITY, True, engine, pid), 5)
+        assert isinstance(welcome, messages.Welcome)
+        self.members[engine] = welcome.member
         leased = sockets.ask(socket, messages.Lease(2), 5)
         assert isinstance(leased, messages.Leased)
         assert len(leased.blocks) == 2
@@ -234,7 +237,7 @@ def test_the_server_survives_nonsense_and_counts_it(server: ControlServer) -> No
     ]
     for frames in nonsense:
         socket.send_multipart(frames)
-    assert sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5) == WELCOME
+    assert sockets.ask(socket, messages.Hello(IDENTITY, False, "a"), 5) == WELCOME
     assert server.bad_frames == len(nonsense)
     socket.close()
 
@@ -278,7 +281,7 @@ from vllm_adrenaline.control.server import ControlServer
 from vllm_adrenaline.prefill.leases import LeaseManager
 from vllm_adrenaline.prefill.lending import Lending
 leases = LeaseManager(Pool(), 0, 60, lambda: 0.0)
-calls = [lambda: WELCOME, lambda: LOAD, lambda: sys.exit("the reason"), lambda pids: None, lambda engine: None]
+calls = [lambda member: WELCOME, lambda: LOAD, lambda: sys.exit("the reason"), lambda pids: None, lambda engine: None]
 ControlServer(sys.argv[1], IDENTITY, Lending(leases, threading.RLock(), *calls)).start()
 threading.Event().wait(30)
 """
@@ -379,7 +382,7 @@ def test_who_says_hello_again_before_all_is_taken_back_has_a_second_account(pref
     prefill.executors_hang.set()
     for _ in range(2):
         socket.send(messages.encode(messages.Leave()))
-        assert sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5) == WELCOME
+        assert isinstance(sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5), messages.Welcome)
         assert sockets.ask(socket, messages.Lease(2), 5) != messages.Leased([])
     assert prefill.pool.get_num_free_blocks() == 4
     prefill.executors_hang.clear()
@@ -443,7 +446,7 @@ def test_a_prompt_that_is_dropped_is_held_by_nobody_and_a_claimed_one_by_its_cla
 def test_a_prompt_can_be_claimed_once_and_only_after_hello(server: ControlServer) -> None:
     socket = sockets.connect(server.address)
     assert isinstance(sockets.ask(socket, messages.Claim("prompt"), 5), messages.Refused)
-    assert sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5) == WELCOME
+    assert isinstance(sockets.ask(socket, messages.Hello(IDENTITY, True, "a"), 5), messages.Welcome)
     assert sockets.ask(socket, messages.Claim("prompt"), 5) == messages.Claimed("prompt", [], 7, b"d")
     assert sockets.ask(socket, messages.Claim("prompt"), 5) == messages.ClaimRejected("prompt")
     socket.close()

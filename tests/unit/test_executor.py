@@ -19,8 +19,9 @@ import zmq
 from tests.unit.test_control import IDENTITY, NESTED
 from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.server import Server
-from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport, LayerSpec
+from vllm_adrenaline.attention.spec import ExecutorSpec
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.space import remote_id
 from vllm_adrenaline.prefill import executor_pool

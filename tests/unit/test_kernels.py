@@ -12,7 +12,7 @@ import torch
 
 from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.server import check_plan
-from vllm_adrenaline.attention.spec import KVExport, LayerSpec
+from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.sharing import SharedKVCache
 from vllm_adrenaline.system import memory_file

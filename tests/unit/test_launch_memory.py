@@ -100,7 +100,19 @@ def test_both_engines_of_a_cluster_fit_this_machine(
     made = commands_of(monkeypatch, tmp_path)
     for command in made.values():
         assert float(command[command.index("--gpu-memory-utilization") + 1]) == pytest.approx(0.356, abs=0.002)
-    assert "the prefill and the decode engine may take 8.5 GiB each" in capsys.readouterr().out
+    assert "may take 8.5 GiB by the prefill engine and 8.5 GiB by the decode engine" in capsys.readouterr().out
+
+
+def test_on_one_device_the_prefill_engine_has_all_memory_but_the_decode_engines_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(GIB)
+    made = commands_of(monkeypatch, tmp_path, one_device=True)  # type: ignore[arg-type]
+    shares = {name: float(command[command.index("--gpu-memory-utilization") + 1]) for name, command in made.items()}
+    assert shares["decode"] == pytest.approx(3.2 / 24, abs=0.002)
+    assert sum(shares.values()) == pytest.approx(2 * 0.355, abs=0.002)
+    assert all(command[command.index("--adrenaline-pool") + 1] == "mapped" for command in made.values())
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,51 @@ def test_with_memory_to_spare_offloading_must_shorten_the_step() -> None:
     assert place(observed(decode=long), REQUEST).placement is Placement.LOCAL, "1 ms of 53 is noise"
 
 
+MAPPABLE = msgspec.structs.replace(ROOMY, available=False, mappable=True)
+
+
+def test_what_can_be_mapped_is_not_moved_while_the_prefill_engine_has_room() -> None:
+    assert place(observed(executor=MAPPABLE), REQUEST) == Decision(Placement.MAPPED, Reason.NO_TRANSFER)
+    assert place(observed(decode=FULL, executor=MAPPABLE), REQUEST) == Decision(Placement.MAPPED, Reason.LOCAL_FULL)
+
+
+def test_without_room_on_the_prefill_engine_it_is_pulled_and_with_none_here_either_it_waits() -> None:
+    full = msgspec.structs.replace(FULL, available=False, mappable=True)
+    assert place(observed(executor=full), REQUEST) == Decision(Placement.LOCAL, Reason.FITS)
+    assert place(observed(decode=FULL, executor=full), REQUEST) == Decision(Placement.WAIT, Reason.EXECUTOR_FULL)
+
+
+def test_of_an_executor_and_mapped_memory_the_one_with_the_shorter_step_is_taken() -> None:
+    both = msgspec.structs.replace(ROOMY, mappable=True)
+    long = engine(capacity=100_000, room=90_000, rows=8, tokens=20_000)
+    request = msgspec.structs.replace(REQUEST, tokens=4_000)
+    assert place(observed(decode=long, executor=both), request).placement is Placement.OFFLOADED
+    assert place(observed(executor=both), REQUEST).placement is Placement.MAPPED
+    busy = msgspec.structs.replace(both, busy=0.9)
+    assert place(observed(decode=long, executor=busy), request).placement is Placement.MAPPED
+
+
+@given(st.floats(0, 1), st.integers(0, 100))
+def test_a_fixed_share_is_divided_between_executor_and_mapped_memory(ratio: float, count: int) -> None:
+    both, counts = msgspec.structs.replace(ROOMY, mappable=True), dict.fromkeys(Placement, 0)
+    for decided in range(count):
+        offloaded, mapped = counts[Placement.OFFLOADED], counts[Placement.MAPPED]
+        state = observed(executor=both, ratio=ratio, decided=decided, offloaded=offloaded, mapped=mapped)
+        counts[place(state, REQUEST).placement] += 1
+    offloaded, mapped = counts[Placement.OFFLOADED], counts[Placement.MAPPED]
+    assert 0 <= offloaded - mapped <= 1
+    assert ratio * count - 1 < offloaded + mapped <= ratio * count + 1e-6
+
+
+def test_a_mapped_request_moves_only_when_its_prefill_engine_wants_the_memory() -> None:
+    slow = Costs(step=COSTS.step, local=2e-6, remote=[1e-3], exchange=1e-4)
+    mapped = msgspec.structs.replace(REQUEST, is_mapped=True)
+    decode = engine(capacity=100_000, room=90_000, rows=4, tokens=2_000)
+    assert move(observed(decode=decode, executor=MAPPABLE, costs=slow), [mapped]) is None
+    recalls = msgspec.structs.replace(MAPPABLE, recalls=True)
+    assert move(observed(decode=decode, executor=recalls, costs=slow), [mapped]) == (0, Reason.RECALLED)
+
+
 def test_a_busy_prefill_engine_is_left_alone_unless_memory_is_needed() -> None:
     long = engine(capacity=100_000, room=90_000, rows=8, tokens=20_000)
     busy = msgspec.structs.replace(ROOMY, busy=0.9)

@@ -39,7 +39,7 @@ class Engine:
     """A decode engine with `free` of 100 local blocks and a prefill engine with plenty."""
 
     def __init__(self, ratio: float | None, free: int, remote_free: int = 1000) -> None:
-        options: Any = SimpleNamespace(ratio=ratio, offload_rule="or", tpot_slo_ms=0.0)
+        options: Any = SimpleNamespace(ratio=ratio, offload_rule="or", tpot_slo_ms=0.0, maps=False, uses_executors=True)
         client: Any = SimpleNamespace(
             holds=lambda life, now: True,
             load=Load(total=2000, free=remote_free),
@@ -73,8 +73,8 @@ class Engine:
         batch = Batch()
         for i in range(self.running):
             batch.add(progress_of(Request(f"running{i}", 160)), None)  # type: ignore[arg-type]
-        pools = self.admission.pools(self.free, [self.pool], frozenset())
-        offloaded = [each.request.request_id for each in self.waiting.admit(pools, batch)]
+        pools = self.admission.pools(self.free, [self.pool], frozenset(), ())
+        offloaded = [each.request.request_id for each, _ in self.waiting.admit(pools, batch)]
         return offloaded, self.local()
 
 

@@ -23,6 +23,7 @@ from vllm_adrenaline.errors import AdrenalineError
 
 VALUES: dict[str, tuple[str, str, Any]] = {
     "role": ("decode", "decode", "decode"),
+    "pool": ("decode", "both", "both"),
     "listen": ("prefill", "ipc:///x", "ipc:///x"),
     "peers": ("decode", "ipc:///x,ipc:///y", "ipc:///x,ipc:///y"),
     "offload_ratio": ("decode", "0.25", "0.25"),

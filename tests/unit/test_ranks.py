@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_adrenaline.decode.remote_attention import RemoteAttention
-from vllm_adrenaline.kv.space import remote_id
+from vllm_adrenaline.kv.space import mapped_id, remote_id
 
 BLOCK = 32
 
@@ -22,12 +22,14 @@ class Ranks:
         self._barrier, self._asked = threading.Barrier(2), [torch.zeros(0)] * 2
         self._rank = threading.local()
         self.remotes = [self._remote(executors) for executors in away]
+        self.members: list[dict[int, str]] = [{}, {}]
         self.group: Any = SimpleNamespace(world_size=2, cpu_group="of the processors")
 
     def _remote(self, away: set[int]) -> RemoteAttention:
         links: list[Any] = [SimpleNamespace(channel=None if e in away else object()) for e in range(3)]
         transport: Any = SimpleNamespace(send=None, receive=None, begin=lambda *_: None, times_ns=(0, 0))
-        return RemoteAttention(links, transport, ["a"], BLOCK, counts_rows=False)
+        mapped: Any = SimpleNamespace(bases=[100, 200], ensure=lambda engine, member: member != "gone")
+        return RemoteAttention(links, transport, mapped, ["a"], BLOCK, counts_rows=False)
 
     def all_reduce(self, tensor: torch.Tensor, op: Any, group: Any) -> None:
         assert (op, group) == (torch.distributed.ReduceOp.MAX, self.group.cpu_group)
@@ -35,14 +37,18 @@ class Ranks:
         self._barrier.wait(5)
         tensor.copy_(torch.maximum(*self._asked))
 
-    def failed_rows(self, executor_of: list[int | None]) -> list[list[int]]:
-        """Return what each rank takes for failed in a step whose rows are attended by these executors, or locally."""
+    def failed_rows(self, executor_of: list[int | None], mapped: bool = False) -> list[list[int]]:
+        """Return what each rank takes for failed in a step whose rows are attended by these executors, or locally.
+
+        `mapped`: the rows beside executors are attended by the decode engine itself.
+        """
+        block = mapped_id if mapped else remote_id
         answers: list[list[int]] = [[], []]
 
         def run(rank: int) -> None:
             self._rank.number = rank
             remote, rows = self.remotes[rank], len(executor_of)
-            table = torch.tensor([[1 if e is None else remote_id(e, 1)] * 2 for e in executor_of], dtype=torch.int32)
+            table = torch.tensor([[1 if e is None else block(e, 1)] * 2 for e in executor_of], dtype=torch.int32)
             common = SimpleNamespace(
                 num_reqs=rows,
                 block_table_tensor=table,
@@ -51,7 +57,7 @@ class Ranks:
                 slot_mapping=torch.zeros(rows, dtype=torch.int64),
                 replace=lambda **_: None,
             )
-            remote.begin_step(frozenset(), {})
+            remote.begin_step(frozenset(), self.members[rank], {})
             remote.split(common)
             answers[rank] = remote.agree_on_failed_rows(self.group)
 
@@ -76,3 +82,12 @@ def test_all_ranks_agree_on_the_rows_that_failed_on_any_of_them(
     assert [sorted(rows) for rows in ranks.failed_rows([0, 1, None, None, 1])] == [failed, failed]
     ranks.remotes = [ranks._remote(set()) for _ in range(2)]
     assert ranks.failed_rows([None, None]) == [[], []], "nobody asks about a step that is local"
+
+
+def test_rows_whose_memory_one_rank_could_not_map_are_worthless_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks([set(), set()])
+    ranks.members = [{0: "here", 1: "here"}, {0: "here", 1: "gone"}]
+    monkeypatch.setattr(torch.distributed, "all_reduce", ranks.all_reduce)
+    assert ranks.failed_rows([0, 1, None, 1], mapped=True) == [[1, 3], [1, 3]]
+    ranks.members = [{0: "here"}] * 2
+    assert ranks.failed_rows([0, None], mapped=True) == [[], []]

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from vllm_adrenaline.attention import native_decode, operators
-from vllm_adrenaline.attention.spec import KVExport
 from vllm_adrenaline.compat.cpu_attention import allow_amx
+from vllm_adrenaline.control.kv_export import KVExport
 from vllm_adrenaline.kv.memory import map_kv
 from vllm_adrenaline.system import memory_file
 

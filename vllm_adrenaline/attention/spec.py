@@ -2,52 +2,11 @@
 
 import msgspec
 
+from vllm_adrenaline.control.kv_export import KVExport
 from vllm_adrenaline.control.messages import Identity
 
 READY = "adrenaline-executor-ready"
 """The word on stdout that says that the executor serves. The address at which it listens follows."""
-
-
-class LayerSpec(msgspec.Struct, frozen=True):
-    """One attention layer.
-
-    Attributes:
-        name: the layer's name in vLLM.
-        offset: where its KV cache begins in the memory file, in bytes.
-        scale: of the softmax.
-    """
-
-    name: str
-    offset: int
-    scale: float
-
-
-class KVExport(msgspec.Struct, frozen=True):
-    """One prefill worker's KV cache: a memory file of `size` bytes, and how to read it.
-
-    Attributes:
-        pid, fd: the worker's process, and the number of the open file in it.
-        size: of the file, in bytes.
-        shape, strides: of a layer's view [blocks, KV heads, 2 * block size, head size]; strides in elements. Keys are
-            in the first half of the third axis, values in the second, both packed as `isa` wants.
-        dtype: torch's name of it, as "bfloat16".
-        isa: vLLM's name of the layout.
-        num_heads: query heads.
-        layers: the attention layers, in the order of their numbers.
-        cpus, threads: the cores that the worker may use, and the number of its threads.
-    """
-
-    pid: int
-    fd: int
-    size: int
-    shape: list[int]
-    strides: list[int]
-    dtype: str
-    isa: str
-    num_heads: int
-    layers: list[LayerSpec]
-    cpus: list[int]
-    threads: int
 
 
 class ExecutorSpec(msgspec.Struct, frozen=True):

@@ -107,7 +107,9 @@ def budget(model: str) -> Budget:
     """Return what every system gets on this machine for a model."""
     size = MODELS[model]
     decode, prefill = split_cores(physical_cores())
-    return Budget(size.decode_blocks * size.block_bytes, size.prefill_blocks * size.block_bytes, decode, prefill)
+    least = MAX_LENGTH // BLOCK + 1  # and vLLM's null block
+    decode_bytes, prefill_bytes = size.decode_blocks * size.block_bytes, size.prefill_blocks * size.block_bytes
+    return Budget(decode_bytes, prefill_bytes, least * size.block_bytes, decode, prefill)
 
 
 def run(plan: Plan, folder: Path, say: Callable[[str], None], logs: Path | None = None) -> list[Run]:

@@ -28,15 +28,23 @@ ABOUT = {
     "vllm_one": "vLLM aggregated, one engine on all cores",
     "vllm_two": "vLLM aggregated, two engines in turn",
     "adrenaline_auto": "this plugin, placement by load",
+    "semi_pd": "this plugin, both phases on one device: all cores and one KV cache for both engines",
+    "adrenaline_all": "this plugin, both phases on one device, and executors beside the prefill engine",
 }
+POOLS = {"semi_pd": "mapped", "adrenaline_all": "both"}
+"""The systems on one device, and how they attend what stays with the prefill engine (--adrenaline-pool)."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every system gets: the bytes of KV memory and the cores of its decode and of its prefill side."""
+    """What every system gets: the bytes of KV memory and the cores of its decode and of its prefill side.
+
+    `least_bytes`: the KV memory that one longest request needs. On one device the decode engine has no more of its own.
+    """
 
     decode_bytes: int
     prefill_bytes: int
+    least_bytes: int
     decode_cores: str
     prefill_cores: str
 
@@ -82,6 +90,8 @@ class Systems:
     ) -> None:
         self._model, self._budget, self._args, self._runtime = str(model), budget, args, runtime_folder()
         stack.callback(shutil.rmtree, self._runtime, ignore_errors=True)
+        for name in POOLS:
+            (self._runtime / name).mkdir()
         self._specs: dict[str, EngineCommand] = {}
         wanted = {name: self._engines(name) for name in names}
         supervisor = stack.enter_context(Supervisor(list(self._specs.values()), logs=logs))
@@ -105,6 +115,13 @@ class Systems:
             total = b.decode_bytes + b.prefill_bytes
             cores = f"{b.decode_cores},{b.prefill_cores}"
             return [self._spec("vllm_one", total, cores, [])]
+        if name in POOLS:
+            rest, cores = b.decode_bytes + b.prefill_bytes - b.least_bytes, f"{b.decode_cores},{b.prefill_cores}"
+            flags = engine_command.adrenaline_args(self._runtime / name, "auto", POOLS[name])
+            return [
+                self._spec(f"adrenaline_{name}_prefill", rest, cores, flags["prefill"]),
+                self._spec(f"adrenaline_{name}_decode", b.least_bytes, cores, flags["decode"]),
+            ]
         if name == "vllm_two":
             half = (b.decode_bytes + b.prefill_bytes) // 2
             cores_of = (b.decode_cores, b.prefill_cores)

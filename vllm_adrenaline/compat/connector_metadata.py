@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 
-def attach(metadata: Any, name: str, value: frozenset[str]) -> Any:
-    """Let NIXL's metadata of a step carry a set of request ids as an attribute of this name; return the metadata.
+def attach(metadata: Any, name: str, value: Any) -> Any:
+    """Let NIXL's metadata of a step carry something of ours as an attribute of this name; return the metadata.
 
     Not a subclass: NIXL makes this object itself and checks its type.
     """

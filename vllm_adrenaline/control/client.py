@@ -18,6 +18,7 @@ import msgspec
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.system.machine import process_space
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -56,6 +57,7 @@ class PrefillClient(threading.Thread):
         self.bad_frames = 0
         self.answers: deque[tuple[int, messages.AnyMessage]] = deque()
         self.answered = threading.Event()
+        self._process_space = process_space()
         self._hello = messages.Hello(identity, borrows=True, engine=engine, pid=os.getpid())
         self._outbox: deque[tuple[int, messages.Message]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -115,7 +117,8 @@ class PrefillClient(threading.Thread):
         while not self._stopping:
             socket = sockets.connect(self.address)
             try:
-                self._talk(socket)
+                with contextlib.ExitStack() as stack:
+                    self._talk(socket, stack)
             except Exception:
                 logger.exception("the line to the prefill engine at %s broke; it is made anew", self.address)
                 self._end_life("cannot be talked to")
@@ -123,18 +126,39 @@ class PrefillClient(threading.Thread):
             finally:
                 socket.close(linger=int(1000 * RETRY_S) if self._stopping else 0)
 
-    def _talk(self, socket: zmq.Socket[bytes]) -> None:
-        """Say hello and serve both directions until the peer is silent, refuses us, or is another one than before."""
+    def _watch(self, welcome: messages.Welcome, stack: contextlib.ExitStack) -> int:
+        """Return a descriptor that is ready when the prefill engine's process has ended; -1 if we cannot see it."""
+        if welcome.pid and welcome.process_space == self._process_space:
+            with contextlib.suppress(OSError):
+                process = os.pidfd_open(welcome.pid)
+                stack.callback(os.close, process)
+                return process
+        return -1
+
+    def _talk(self, socket: zmq.Socket[bytes], stack: contextlib.ExitStack) -> None:
+        """Say hello and serve both directions until the peer ends, is silent, refuses us, or is another than before.
+
+        `stack` closes what is opened for it.
+        """
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(self._bell, zmq.POLLIN)
         self._said.clear()
         heard = said = self._say(socket, self._hello)
+        is_watched, process = False, -1
         while not self._stopping:
+            if self.welcome is not None and not is_watched:
+                is_watched = True
+                process = self._watch(self.welcome, stack)
+                if process >= 0:
+                    poller.register(process, zmq.POLLIN)
             ready = dict(poller.poll(int(BEAT_S * 1000)))
             now = time.monotonic()
             if self._bell in ready:
                 os.eventfd_read(self._bell)
+            if process in ready:
+                self._end_life("has ended")
+                return
             if socket in ready:
                 heard = now
                 if not self._hear(socket):
@@ -201,7 +225,7 @@ class PrefillClient(threading.Thread):
     def _end_life(self, why: str) -> None:
         """End the present life of the prefill engine, if it has one; what the scheduler hears last is Refused."""
         if self.welcome is not None:
-            logger.error("the prefill engine at %s %s: its requests are recomputed locally", self.address, why)
+            logger.error("the prefill engine at %s %s: what is not mapped is recomputed locally", self.address, why)
             self.answers.append((self._life, messages.Refused(why)))
             self.answered.set()
             self.welcome = None

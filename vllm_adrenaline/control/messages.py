@@ -8,7 +8,9 @@ from typing import Annotated
 
 import msgspec
 
-PROTOCOL = 6
+from vllm_adrenaline.control.kv_export import KVExport
+
+PROTOCOL = 7
 """Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
 
 MAX_FRAME = 1 << 20
@@ -76,9 +78,15 @@ class Welcome(Message, frozen=True):
         engine_id: names this life of the prefill engine.
         nixl_host, nixl_port: its NIXL side channel.
         num_blocks: blocks of its KV cache.
-        executors: where its attention executors listen, by rank; empty for one that does not serve yet.
+        executors: where its attention executors listen, by rank; empty for one that does not serve yet. An engine
+            without executors names none.
         executor_share: in words, what its executors run on. Profiles of decode engines are kept by it.
-        lease_seconds: a decode engine that is silent for so long loses its claims and leases.
+        lease_seconds: a decode engine that is silent for so long loses its claims and leases. One whose workers have
+            this engine's KV cache mapped does not, for it could still write into them.
+        pid, process_space: the process whose end is the end of this engine, and who can see it under that id
+            (system/machine.py). 0: its end cannot be seen.
+        member: names what the decode engine has here, from this hello on until it is parted with. Empty for one that
+            does not borrow.
     """
 
     engine_id: Name
@@ -88,6 +96,9 @@ class Welcome(Message, frozen=True):
     executors: Names
     executor_share: Name
     lease_seconds: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+    member: Name = ""
+    pid: Count = 0
+    process_space: Name = ""
 
 
 class Refused(Message, frozen=True):
@@ -188,6 +199,35 @@ class Load(Message, frozen=True):
     recalls: bool = False
 
 
+class Map(Message, frozen=True):
+    """Decode worker to prefill engine: let me map the KV cache of your worker `rank`.
+
+    Attributes:
+        identity: what must be equal on both sides.
+        rank: the worker's tensor-parallel rank, which must be the same on both sides.
+        member: what the decode engine has there, as in Welcome. Whatever belongs to it is not taken back before this
+            worker has ended, or the decode engine says LetGo. Empty: only tell me how large it is and how it is read.
+        pid: the worker's process.
+    """
+
+    identity: Identity
+    rank: Count
+    member: Name
+    pid: Count
+
+
+class Mappable(Message, frozen=True):
+    """Prefill engine to decode worker: the answer to Map."""
+
+    kv: KVExport
+
+
+class LetGo(Message, frozen=True):
+    """Decode to prefill engine: what I had as `member`, before you parted with me, is attended and written no more."""
+
+    member: Name
+
+
 class Attach(Message, frozen=True):
     """Decode worker to attention executor: map this channel and serve it.
 
@@ -251,6 +291,9 @@ AnyMessage = (
     | KillExecutors
     | Heartbeat
     | Load
+    | Map
+    | Mappable
+    | LetGo
     | Attach
     | Attached
     | Revoke

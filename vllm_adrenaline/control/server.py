@@ -29,11 +29,14 @@ FAILED = 70
 class Handler(Protocol):
     """What a prefill engine says and does. The control thread alone calls it. A peer is a connection."""
 
-    def welcome(self) -> messages.Welcome:
-        """Return the answer to a decode engine that fits. It is made anew each time, for executors may restart."""
+    def welcome(self, peer: bytes | None) -> messages.Welcome:
+        """Return the answer to a decode engine that fits. It is made anew each time, for executors may restart.
 
-    def join(self, peer: bytes) -> None:
-        """Let a peer claim and lease from now on."""
+        `peer`: who may claim and lease from now on; None for one that only asks.
+        """
+
+    def map(self, message: messages.Map) -> messages.Message:
+        """Let a decode worker map the KV cache; return where that is, or why not."""
 
     def note_sign_of_life(self, peer: bytes) -> bool:
         """Note that a peer said something; return False for one that has not joined, or has left."""
@@ -47,7 +50,7 @@ class Handler(Protocol):
     def leave(self, peer: bytes, engine: str) -> Callable[[], None] | None:
         """Forget a peer. Return a function that takes back the blocks it has; None if it has none.
 
-        The function is called in a thread of its own. It waits until no executor can write for `engine` any more. Other
+        The function is called in a thread of its own. It waits until nobody can write for `engine` any more. Other
         decode engines are answered meanwhile.
         """
 
@@ -137,7 +140,6 @@ class ControlServer(threading.Thread):
         """
         for other in [name for name, engine in self._engines.items() if engine == hello.engine and name != peer]:
             self._part_with(other, "came back")
-        self.handler.join(peer)
         if peer in self._engines:
             return
         self._engines[peer] = hello.engine
@@ -148,7 +150,7 @@ class ControlServer(threading.Thread):
                 self._poller.register(pidfd, zmq.POLLIN)
 
     def _part_with(self, peer: bytes, why: str) -> None:
-        """Take back what a decode engine had that is gone, or is taken to be, once no executor can write for it."""
+        """Take back what a decode engine had that is gone, or is taken to be, once nobody can write for it."""
         for pidfd in [fd for fd, name in self._processes.items() if name == peer]:
             self._poller.unregister(pidfd)
             os.close(pidfd)
@@ -189,6 +191,9 @@ class ControlServer(threading.Thread):
     def _answer(self, peer: bytes, message: messages.AnyMessage) -> messages.Message | None:
         if isinstance(message, messages.Hello):
             return self._greet(peer, message)
+        if isinstance(message, messages.Map):
+            reason = messages.mismatch(self.identity, message.identity, "prefill engine", "decode worker")
+            return self.handler.map(message) if reason is None else messages.Refused(reason)
         if not self.handler.note_sign_of_life(peer):
             return messages.Refused("unknown decode engine: say hello first")
         if isinstance(message, messages.Leave):
@@ -202,7 +207,6 @@ class ControlServer(threading.Thread):
             return messages.Refused(reason)
         if hello.borrows and not hello.engine:
             return messages.Refused("a decode engine that borrows says its name: what it has is taken back by it")
-        welcome = self.handler.welcome()
         if hello.borrows:
             self._join(peer, hello)
-        return welcome
+        return self.handler.welcome(peer if hello.borrows else None)

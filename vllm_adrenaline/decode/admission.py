@@ -26,17 +26,24 @@ TPOT_STEPS = 64
 
 
 class EngineAdmission(Admission):
-    """Admission with the eyes of a decode engine, and with the metrics that it reports."""
+    """Admission with the eyes of a decode engine, and with the metrics that it reports.
+
+    Attributes:
+        maps: whether this engine maps the memory of prefill engines.
+    """
 
     def __init__(self, options: Options, costs: Costs, local_blocks: int, block_size: int, max_rows: int) -> None:
         settings = Settings(block_size, max_rows, options.offload_rule, options.tpot_slo_ms / 1000 or None)
         super().__init__(settings, costs, options.ratio)
         self._local_blocks = local_blocks
+        self.maps, self._uses_executors = options.maps, options.uses_executors
         self._step_seconds: deque[float] = deque(maxlen=TPOT_STEPS)
         self._last_batch = Batch()
         self._remote_tokens = 0
 
-    def pools(self, free: int, remote: Sequence[RemotePool], unavailable: Collection[int]) -> Pools:
+    def pools(
+        self, free: int, remote: Sequence[RemotePool], unavailable: Collection[int], mappable: Collection[int]
+    ) -> Pools:
         """Return the memory of all engines as it is now.
 
         An executor is available if it answers, and if its prefill engine cannot have taken back what we have there.
@@ -45,6 +52,7 @@ class EngineAdmission(Admission):
             free: Free local blocks.
             remote: What we have of each prefill engine. The place in the list is the executor's number.
             unavailable: Executors that did not answer.
+            mappable: Prefill engines whose memory may be mapped.
         """
         now = time.monotonic()
         executors = [
@@ -53,7 +61,8 @@ class EngineAdmission(Admission):
                 free=pool.client.load.free,
                 reserve=pool.client.load.reserve,
                 leased=len(pool.free),
-                available=pool.executor not in unavailable and pool.holds(now),
+                available=self._uses_executors and pool.executor not in unavailable and pool.holds(now),
+                mappable=self.maps and pool.executor in mappable and pool.holds(now),
                 busy=pool.client.load.busy,
                 recalls=pool.client.load.recalls,
             )
@@ -77,7 +86,8 @@ class EngineAdmission(Admission):
             "step_seconds_without_attention": costs.other(batch.rows),
             "offload_bound_ratio": self.bound,
             "local_rows": batch.local.rows,
-            "offloaded_rows": batch.rows - batch.local.rows,
+            "mapped_rows": batch.mapped_rows,
+            "offloaded_rows": batch.rows - batch.local.rows - batch.mapped_rows,
         }
 
     def observe(self, batch: Batch, report: Report | None, seconds: float, executors: int) -> None:

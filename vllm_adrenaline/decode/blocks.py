@@ -38,7 +38,7 @@ class RemotePool:
     """What we have of one prefill engine's KV cache: claimed prompts, and leased blocks.
 
     A pool lasts one life of the prefill engine (control/client.py). When that is gone, or has taken everything back,
-    another pool replaces this one. What this one posts then is not sent, and what is given back to it is forgotten.
+    another pool replaces this one. What this one posts then is not sent.
 
     Attributes:
         executor: the number of the prefill engine, in the order of `--adrenaline-peers`.
@@ -46,7 +46,8 @@ class RemotePool:
         life: which life of it.
         free: leased blocks that no request has, by index.
         asked: how many blocks were asked for in a lease that is not answered yet.
-        available: False once the life is over.
+        available: False once the life is over. What mapped requests have of it then is used on, for it is still there.
+        member: what we are as a holder there (messages.Welcome); empty before a claim was granted.
     """
 
     def __init__(self, executor: int, client: PrefillClient, life: int = 0) -> None:
@@ -54,6 +55,7 @@ class RemotePool:
         self.free: list[int] = []
         self.asked = 0
         self.available = True
+        self.member = ""
         self._leased: set[int] = set()
         self._claimed: Counter[str] = Counter()
         self._done: list[str] = []
@@ -98,6 +100,7 @@ class RemotePool:
         if len(indices) != num_blocks:
             raise ValueError(f"{len(indices)} blocks for a prompt that fills {num_blocks}")
         self._claimed[claim] = len(indices)
+        self.member = self.peer.member if self.peer is not None else self.member
         return [RemoteBlock(space.remote_id(self.executor, i), self, claim) for i in indices]
 
     def add_leased(self, indices: Sequence[int]) -> None:
@@ -124,8 +127,6 @@ class RemotePool:
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """Take back blocks that a request does not need any more, as vLLM's BlockPool.free_blocks does."""
-        if not self.available:
-            return
         for block in ordered_blocks:
             assert isinstance(block, RemoteBlock)
             if block.claim is None:

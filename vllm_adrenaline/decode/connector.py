@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.request import RequestStatus
 
 from vllm_adrenaline.compat.connector_metadata import attach
+from vllm_adrenaline.config import Options
 from vllm_adrenaline.engine.connector import AdrenalineConnector, SchedulerSide, WorkerSide
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class DecodeSchedulerSide(SchedulerSide):
         super().update_state_after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
-        meta = super().build_connector_meta(scheduler_output)
+        meta = attach(super().build_connector_meta(scheduler_output), "members", self.table.members())
         return attach(meta, "received", self.table.take_received(scheduler_output))
 
     def request_finished(
@@ -76,6 +77,11 @@ class DecodeConnector(AdrenalineConnector):
     """The connector of a decode engine. Its worker's report of a step (remote_attention.Report) travels with vLLM's."""
 
     scheduler_side, worker_side = DecodeSchedulerSide, DecodeWorkerSide
+
+    @property
+    def shares_kv(self) -> bool:  # type: ignore[override]
+        """Whether our own KV cache is to lie in a memory file: to map others' behind it."""
+        return Options.of(self._vllm_config).maps
 
     def build_connector_worker_meta(self) -> Any:
         remote = self.connector_worker.remote

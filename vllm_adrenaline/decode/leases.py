@@ -21,13 +21,12 @@ LOOKAHEAD = 64
 
 
 def reserve(
-    known: Mapping[str, RemoteRequest], pools: Iterable[RemotePool], running: Sequence[Request], block_size: int
+    known: Mapping[str, RemoteRequest], running: Sequence[Request], block_size: int
 ) -> tuple[list[Request], list[Request]]:
     """Divide the free leased blocks among the running requests of a step.
 
     Args:
         known: all requests whose prompt is with a prefill engine, by id.
-        pools: of all prefill engines.
         running: requests in the order in which they get blocks.
         block_size: tokens of a block.
 
@@ -41,14 +40,18 @@ def reserve(
         for each in mine
         if each.state is State.OFFLOADED
     ]
-    waiting, leaving = reserve_growth(growing, {id(pool): len(pool.free) for pool in pools}, time.monotonic())
+    waiting, leaving = reserve_growth(growing, {id(each.pool): len(each.pool.free) for each in mine}, time.monotonic())
     return [each.request for each in waiting], [each.request for each in leaving]
 
 
 def adjust(known: Mapping[str, RemoteRequest], pools: Iterable[RemotePool], block_size: int) -> None:
     """Ask prefill engines for blocks that will be needed soon, and give back those that will not be.
 
-    The arguments are those of `reserve`. What is given back goes with the pools' next `settle`.
+    What is given back goes with the pools' next `settle`.
+
+    Args:
+        known, block_size: as for `reserve`.
+        pools: of all prefill engines.
     """
     for pool in pools:
         mine = [each for each in known.values() if each.pool is pool and each.state is State.OFFLOADED]

@@ -119,8 +119,13 @@ class Link:
         answer = sockets.ask_once(self.address, messages.Hello(self._identity, borrows=False), ANSWER_S)
         if isinstance(answer, messages.Refused):
             raise AdrenalineError(f"the prefill engine at {self.address} refuses us: {answer.reason}")
-        if not isinstance(answer, messages.Welcome) or self._rank >= len(answer.executors):
+        if not isinstance(answer, messages.Welcome):
             raise NoAnswer(f"the prefill engine at {self.address} does not answer")
+        if self._rank >= len(answer.executors):
+            raise AdrenalineError(
+                f"the prefill engine at {self.address} runs no attention executors: start it with --adrenaline-pool "
+                "remote or both, or this engine with --adrenaline-pool mapped"
+            )
         self.num_blocks, self.executor_share = answer.num_blocks, answer.executor_share
         if not answer.executors[self._rank]:
             raise NoAnswer(f"the attention executor {self._rank} of the prefill engine at {self.address} is starting")

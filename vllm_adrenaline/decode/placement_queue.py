@@ -51,12 +51,14 @@ class PlacementQueue:
             pending.pool.client.waiting -= told
             pending.pool.client.beat()  # not a quarter of a second later: prompts may wait for this
 
-    def admit(self, pools: Pools, batch: Batch) -> Iterator[RemoteRequest]:
-        """Decide about requests that could run now; yield those that are to be offloaded. They have left the queue.
+    def admit(self, pools: Pools, batch: Batch) -> Iterator[tuple[RemoteRequest, bool]]:
+        """Decide about requests that could run now; yield those whose KV stays where it is, and whether it is mapped.
+
+        They have left the queue.
 
         What may go on locally has its `decision` set, and does so when vLLM gives it memory.
         """
         for pending, decision in self._admission.admit(self._pending.values(), pools, batch):
-            if decision.placement is Placement.OFFLOADED:
+            if decision.placement in (Placement.OFFLOADED, Placement.MAPPED):
                 self.drop(pending.name)
-                yield pending
+                yield pending, decision.placement is Placement.MAPPED

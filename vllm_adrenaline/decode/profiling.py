@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.decode.remote_attention import StepPlan
@@ -39,8 +41,10 @@ def costs_of(config: VllmConfig, options: Options, executors: Sequence[str]) -> 
     Raises:
         AdrenalineError: there is no profile, or it is of another number of executors.
     """
+    peers = len(options.peer_addresses)
     if options.ratio is not None:
-        return Costs([(1, 0.0)], 0.0, [0.0] * len(executors))  # a fixed ratio asks nobody
+        return Costs([(1, 0.0)], 0.0, [0.0] * peers)  # a fixed ratio asks nobody
+    executors = executors if options.uses_executors else []
     found = (
         profile.load(Path(options.profile))
         if options.profile
@@ -48,6 +52,8 @@ def costs_of(config: VllmConfig, options: Options, executors: Sequence[str]) -> 
     )
     if found is None or found.costs is None:
         raise AdrenalineError("there is no profile of this decode engine; is the cache folder writable?")
+    if not executors:  # mapped memory is attended here
+        return msgspec.structs.replace(found.costs, remote=[found.costs.local] * peers)
     if len(found.costs.remote) != len(executors):
         raise AdrenalineError(
             f"the profile is of {len(found.costs.remote)} executor(s), and there are {len(executors)} peers"

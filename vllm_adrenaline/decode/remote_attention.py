@@ -1,4 +1,4 @@
-"""The decode worker's remote attention: it splits a step's rows by pool, and has executors attend the offloaded ones.
+"""The decode worker's remote attention: it splits a step's rows by pool, and has executors attend the remote ones.
 
 `split` is called once a step, by the metadata builder. `StepPlan.send` and `receive` are called once a layer.
 """
@@ -12,12 +12,14 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 
 from vllm_adrenaline.kv import space
+from vllm_adrenaline.native.library import library
 from vllm_adrenaline.transport.split import SplitRows, split_rows
 
 if TYPE_CHECKING:
     from vllm.distributed.parallel_state import GroupCoordinator
 
     from vllm_adrenaline.decode.link import Link
+    from vllm_adrenaline.decode.mapped_memory import MappedMemory
     from vllm_adrenaline.transport.channel import StepTransport
     from vllm_adrenaline.transport.shm import ShmDecodeChannel
 
@@ -30,13 +32,13 @@ ROWS, BUSY_NS = 0, 2
 class Report(KVConnectorWorkerMetadata):
     """What a worker tells the scheduler at the end of a step.
 
-    Times are seconds since the worker's last report. A step without offloaded rows adds nothing to them.
+    Times are seconds since the worker's last report. A step without remote rows adds nothing to them.
 
     Attributes:
-        failed: executors that failed in the step.
+        failed: pools whose rows are worthless in the step: their executor failed, or their memory is not mapped.
         pids: processes of failed executors that may still write, for they did not close their channel.
         unavailable: executors to which the worker is not attached.
-        local: local attention of steps with offloaded rows.
+        local: local attention of steps with remote rows.
         remote: attention of each executor that had any.
         exposed: waiting for executors with nothing else to do.
     """
@@ -89,10 +91,11 @@ class StepPlan:
 
 
 class RemoteAttention:
-    """The remote attention of one decode worker, over its links to all executors.
+    """The attention of one decode worker over KV that is not its own: by executors, and over mapped memory.
 
     Attributes:
-        links: by executor.
+        links: by executor; empty if this engine uses none.
+        mapped: the memory of prefill engines; None if none is mapped.
         transport: the data plane.
         layer_index: numbers of the attention layers, by name.
     """
@@ -101,6 +104,7 @@ class RemoteAttention:
         self,
         links: list[Link],
         transport: StepTransport[ShmDecodeChannel],
+        mapped: MappedMemory | None,
         layers: list[str],
         block_size: int,
         counts_rows: bool,
@@ -110,47 +114,67 @@ class RemoteAttention:
         Args:
             links: to each executor, attached.
             transport: the data plane.
+            mapped: the memory of prefill engines, laid out; None for none.
             layers: names of the attention layers, in the order of their numbers.
             block_size: tokens of a block.
-            counts_rows: whether this worker counts the rows that executors attend, as one rank of an engine does.
+            counts_rows: whether this worker counts the rows that are attended, as one rank of an engine does.
         """
-        self.links, self.transport = links, transport
+        self.links, self.transport, self.mapped = links, transport, mapped
         self.layer_index = {name: index for index, name in enumerate(layers)}
         self._block_size, self._counts_rows = block_size, counts_rows
         self._received: frozenset[str] = frozenset()
         self._row_of: dict[str, int] = {}
-        self._split: SplitRows | None = None
-        self._failed: set[int] = set()  # since the last report
+        self._members: dict[int, str] = {}
+        self._bases: list[int] = []
+        self._split: SplitRows | None = None  # of a step with remote or lost rows
+        self._first: torch.Tensor | None = None  # first block of each row, in a step whose rows are not all local
+        self._failed: set[int] = set()  # pools, since the last report
         self._failed_in_step: set[int] = set()
         self._hanging: set[int] = set()  # processes that may still write, since the last report
         self._ever_failed = False
+        self._mapped_rows = 0
         self._attended = [0] * len(links)
         self._busy_ns = [0] * len(links)
         self._times_ns = (0, 0)
 
-    def begin_step(self, received: frozenset[str], row_of: dict[str, int]) -> None:
+    def begin_step(self, received: frozenset[str], members: dict[int, str], row_of: dict[str, int]) -> None:
         """Note what the scheduler says of this step.
 
         Args:
             received: requests whose token's k and v are in the KV cache already (RequestTable.take_received).
+            members: what the mapped rows of each prefill engine belong to there (messages.Welcome, `member`).
             row_of: vLLM's live map of request to row. It is read in `split`.
         """
-        self._received, self._row_of, self._split = received, row_of, None
+        self._received, self._row_of, self._split, self._first = received, row_of, None, None
         self._failed_in_step = set()
+        if members != self._members:
+            self._members = members if self._map(members) else {}
+
+    def _map(self, members: dict[int, str]) -> bool:
+        """Have the memory of these members mapped; return whether all of it is. Rows of the rest are lost."""
+        if self.mapped is None:
+            return False
+        is_mapped = {engine: self.mapped.ensure(engine, member) for engine, member in members.items()}
+        self._bases = [
+            base if is_mapped.get(engine) else library.NOT_MAPPED for engine, base in enumerate(self.mapped.bases)
+        ]
+        return all(is_mapped.values())
 
     def split(self, common: Any) -> tuple[Any, StepPlan | None]:
-        """Split a step's rows, and begin the step if there are offloaded ones.
+        """Split a step's rows, and begin the step if there are remote ones.
 
         Args:
-            common: vLLM's CommonAttentionMetadata. Slots of offloaded and received tokens are masked in place.
+            common: vLLM's CommonAttentionMetadata. Slots of remote and received tokens are masked in place, and those
+                of mapped ones replaced.
 
         Returns:
-            The metadata as the stock kernel may see it, and the plan of the offloaded rows, None if there are none.
+            The metadata as the stock kernel may see it, and the plan of the remote rows, None if there are none.
         """
         rows = common.num_reqs
         table = common.block_table_tensor[:rows]
         received = [self._row_of[name] for name in self._received]
-        if not received and not bool((table[:, 0] >= space.MAX_BLOCKS).any()):
+        are_local = not bool((table[:, 0] >= space.MAX_BLOCKS).any())
+        if are_local and not received:
             return common, None
         # The slot mapping is changed in place: the same tensor is what vLLM hands to every layer's cache update.
         split = split_rows(
@@ -160,12 +184,19 @@ class RemoteAttention:
             common.slot_mapping,
             received,
             self._block_size,
+            self._bases,
         )
-        if not split.executors:
+        if are_local:
             return common, None
-        self._split = split
+        self._first = table[:, 0]
+        self._mapped_rows += split.num_mapped
         local = common.replace(block_table_tensor=split.local_block_table, seq_lens=split.local_seq_lens)
-        return local, StepPlan(self, split)
+        if not split.executors and not split.lost:
+            return local, None
+        self._split = split
+        for row in split.lost:
+            self._note(space.pool_of(int(table[row, 0])))
+        return local, StepPlan(self, split) if split.executors else None
 
     def note_failures(self, executors: int) -> None:
         """Note that these executors (as bits) failed in a layer, and give their channels up."""
@@ -178,28 +209,33 @@ class RemoteAttention:
 
     def note_failure(self, executor: int) -> None:
         """Note that the rows of an executor are worthless in this step."""
-        self._failed.add(executor)
-        self._failed_in_step.add(executor)
+        self._note(space.remote_pool(executor))
+
+    def _note(self, pool: int) -> None:
+        """Note that the rows of a pool are worthless in this step."""
+        self._failed.add(pool)
+        self._failed_in_step.add(pool)
         self._ever_failed = True
 
     def agree_on_failed_rows(self, group: GroupCoordinator) -> list[int]:
         """Agree with the other ranks of `group` on the rows of this step that are worthless, and return them.
 
-        A row is worthless if its executor failed on any rank. All ranks must call this together: the ranks communicate.
+        A row is worthless if its pool failed on any rank. All ranks must call this together: the ranks communicate.
         An executor attends for one rank. If ranks disagreed, their copies of a request's random generator would part.
         """
-        if self._split is None:
+        if self._first is None:
             return []
-        failed = torch.zeros(len(self.links), dtype=torch.int32)
+        failed = torch.zeros(space.NUM_POOLS, dtype=torch.int32)
         failed[list(self._failed_in_step)] = 1
         if group.world_size > 1:
             torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
-        return [row for e in self._split.executors if failed[e] for row in self._split.rows(e)]
+        pools: list[int] = (self._first >> space.INDEX_BITS).tolist()
+        return [row for row, pool in enumerate(pools) if failed[pool]]
 
     def take_report(self) -> Report | None:
         """Return what the scheduler must know, and begin the next report.
 
-        None for a step without offloaded rows, while no executor has ever failed.
+        None for a step without remote rows, while nothing has ever failed.
         """
         if self._split is None and not self._ever_failed:
             return None
@@ -212,8 +248,15 @@ class RemoteAttention:
         return Report(failed, pids, unavailable, local / 1e9, remote, exposed / 1e9)
 
     def take_counts(self) -> dict[str, int]:
-        """Return rows x layers attended since the last call, by the executors' own count; 0 unless we count rows."""
-        return {"remote_attention_rows": sum(self._take_growth(self._attended, ROWS)) if self._counts_rows else 0}
+        """Return rows x layers attended since the last call; none unless we count rows.
+
+        Remote ones are counted by the executors, mapped ones here.
+        """
+        if not self._counts_rows:
+            return {}
+        mapped, self._mapped_rows = self._mapped_rows * len(self.layer_index), 0
+        remote = sum(self._take_growth(self._attended, ROWS))
+        return {"remote_attention_rows": remote, "mapped_attention_rows": mapped}
 
     def _take_growth(self, seen: list[int], counter: int) -> list[int]:
         """Return by how much each executor's counter has grown since it was `seen`, and set `seen` to what it is now.

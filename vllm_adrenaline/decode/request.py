@@ -9,12 +9,14 @@
 What becomes of a request when its prefill engine is lost depends on its state:
 
     CLAIMING, WAITING, MIGRATING    it is computed on this engine
-    OFFLOADED                       it is preempted, and recomputed on this engine
+    OFFLOADED, remote               it is preempted, and recomputed on this engine
+    OFFLOADED, mapped               it goes on, for its memory is still there; without a block to grow into it is
+                                    preempted, and recomputed on this engine
     PULLING                         what it has received is thrown away, and it is recomputed on this engine
     RECEIVED                        it goes on, for its KV is here
 
-When only its attention executor is lost, an OFFLOADED one is preempted and recomputed on this engine. The others do not
-notice: what they read is with the prefill engine.
+When only its attention executor is lost, an OFFLOADED remote one is preempted and recomputed on this engine. The others
+do not notice: what they read is with the prefill engine.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class State(Enum):
     WAITING = "waiting"
     """Its prompt is kept for us. It is not decided yet where it decodes, or it waits for local memory."""
     OFFLOADED = "offloaded"
-    """Its KV stays on the prefill engine, where an attention executor attends."""
+    """Its KV stays on the prefill engine. It is remote: an attention executor attends; or mapped: this engine does."""
     MIGRATING = "migrating"
     """It was offloaded, and waits for local blocks into which its KV can be pulled."""
     PULLING = "pulling"
@@ -95,6 +97,7 @@ class RemoteRequest:
         held: how many remote blocks vLLM's books have.
         decision: why it may take local memory in this step; None if it may not.
         waited: whether it was counted as waiting.
+        is_mapped: once it is offloaded, whether this engine attends it.
         starved_since: since when it lacks a block to grow into; None if it lacks none.
         is_intact: False once something that is pulled may not have arrived.
     """
@@ -108,6 +111,7 @@ class RemoteRequest:
     held: int = 0
     decision: Decision | None = None
     waited: bool = False
+    is_mapped: bool = False
     starved_since: float | None = None
     is_intact: bool = True
 
@@ -122,6 +126,11 @@ class RemoteRequest:
     def executor(self) -> int:
         """Number of the executor beside its prompt."""
         return self.pool.executor
+
+    @property
+    def block_pool(self) -> int:
+        """The pool of its blocks (kv/space.py), once it is offloaded."""
+        return space.mapped_pool(self.executor) if self.is_mapped else space.remote_pool(self.executor)
 
     @property
     def progress(self) -> Progress:

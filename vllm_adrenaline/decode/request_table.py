@@ -25,6 +25,7 @@ from vllm_adrenaline.decode.blocks import RemoteBlock, RemotePool
 from vllm_adrenaline.decode.placement_queue import PlacementQueue
 from vllm_adrenaline.decode.remote_attention import Report
 from vllm_adrenaline.decode.request import RemoteRequest, State, progress_of
+from vllm_adrenaline.kv import space
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
 from vllm_adrenaline.placement.batch import Batch
 from vllm_adrenaline.placement.pools import Pools
@@ -65,6 +66,7 @@ class RequestTable:
         self.queue = PlacementQueue(admission, block_size)
         self.requests: dict[str, RemoteRequest] = {}
         self._claims: dict[tuple[int, str], RemoteRequest] = {}  # asked for, or in use
+        self._outlived: list[RemotePool] = []  # pools whose life is over, and of which mapped requests use blocks
         self._block_size, self._tp = block_size, tensor_parallel_size
         self.unavailable: frozenset[int] = frozenset()
         self._counts: dict[str, float] = defaultdict(float)
@@ -99,17 +101,18 @@ class RequestTable:
                 batch.add(progress_of(request), None)
         for each in known.values():
             if each.state is State.OFFLOADED:
-                batch.add(each.progress, each.pool.executor)
+                batch.add(each.progress, each.pool.executor, each.is_mapped)
             elif each.state in (State.MIGRATING, State.PULLING, State.RECEIVED):
                 batch.add(each.progress, None)
         return batch
 
     def admit_pending(self, pools: Pools, batch: Batch) -> None:
         """Decide about requests that could run now."""
-        for placed in self.queue.admit(pools, batch):
+        for placed, is_mapped in self.queue.admit(pools, batch):
             placed.pull_nothing()
+            placed.is_mapped = is_mapped
             placed.become(State.OFFLOADED)
-            self._counts["offloaded_requests"] += 1
+            self._counts["mapped_requests" if is_mapped else "offloaded_requests"] += 1
 
     def matched_tokens(self, request: Request, num_local: int) -> tuple[int | None, bool] | None:
         """Answer for KVConnector.get_num_new_matched_tokens; None when NIXL is to answer."""
@@ -160,6 +163,9 @@ class RequestTable:
         missing = needed - held - len(new)
         if missing > 0:
             new += offloaded.pool.take(missing)
+        if offloaded.is_mapped:
+            for block in new:
+                block.block_id = space.mapped_id(offloaded.executor, space.index_of(block.block_id))
         offloaded.held = held + len(new)
         return new
 
@@ -220,8 +226,24 @@ class RequestTable:
 
     def settle(self) -> None:
         """Tell the prefill engines what they may reuse. The last step's failures are reported by now."""
+        used = {id(each.pool) for each in self.requests.values()}
+        for pool in [pool for pool in self._outlived if id(pool) not in used]:
+            self._outlived.remove(pool)
+            self.pools[pool.executor].post(messages.LetGo(pool.member))
         for pool in self.pools:
             pool.settle()
+
+    def members(self) -> dict[int, str]:
+        """Return what the mapped requests of each prefill engine belong to there. Only one of its lives has any."""
+        return {
+            each.executor: each.pool.member
+            for each in self.requests.values()
+            if each.state is State.OFFLOADED and each.is_mapped
+        }
+
+    def can_map(self, pool: RemotePool) -> bool:
+        """Whether new requests of a pool may be mapped. A worker maps one life of a prefill engine at a time."""
+        return pool.available and all(other.executor != pool.executor for other in self._outlived)
 
     @property
     def unsettled(self) -> bool:
@@ -229,6 +251,7 @@ class RequestTable:
         return (
             any(each.state is State.LEFT for each in self._claims.values())
             or any(pool.unsettled for pool in self.pools)
+            or bool(self._outlived)
             or any(pool.leased and not self.any_offloaded for pool in self.pools)
         )
 
@@ -260,7 +283,8 @@ class RequestTable:
             report: ours: what executors did. None for a step without offloaded rows.
 
         Returns:
-            The offloaded requests whose executor failed: their token of this step is worthless.
+            The offloaded requests whose executor failed, or whose memory could not be mapped: their token of this step
+            is worthless.
         """
         if output is not None:
             self._consume_pulls(output)
@@ -300,14 +324,15 @@ class RequestTable:
 
         What was freed since is told them later (`settle`): an executor that hangs would write into it.
         """
-        for executor in report.failed:
+        failed = [executor for executor in range(len(self.pools)) if space.remote_pool(executor) in report.failed]
+        for executor in failed:
             self._counts["executor_failures"] += 1
             self.pools[executor].post(messages.KillExecutors(sorted(report.pids)))
-        self.unavailable |= report.failed
+        self.unavailable |= frozenset(failed)
         return [
             each.request
             for each in self.requests.values()
-            if each.state is State.OFFLOADED and each.pool.executor in report.failed
+            if each.state is State.OFFLOADED and each.block_pool in report.failed
         ]
 
     def observe_step(self, batch: Batch, report: Report | None, seconds: float) -> None:
@@ -392,9 +417,12 @@ class RequestTable:
     def _lose(self, pool: RemotePool, lost: Lost) -> None:
         """The prefill engine is gone, or has taken everything back (decode/request.py says what becomes of whom)."""
         pool.available = False
+        if pool.member and self.admission.maps:
+            self._outlived.append(pool)  # until nobody uses it, which `settle` finds out
         for known in [each for each in self._claims.values() if each.pool is pool]:
             if known.state is State.OFFLOADED:
-                lost.offloaded.append(known.request)  # leaves when its blocks are freed
+                if not known.is_mapped:
+                    lost.offloaded.append(known.request)  # leaves when its blocks are freed
                 continue
             if known.state is State.PULLING:
                 lost.pulled.append(known.request)

@@ -75,7 +75,7 @@ class DecodeScheduler(Scheduler):
             compat.recompute_pulled(self, request)
         self._place()
         if table.any_offloaded:
-            waiting, leaving = leases.reserve(table.requests, table.pools, self.running, self.block_size)
+            waiting, leaving = leases.reserve(table.requests, self.running, self.block_size)
             for request in leaving:
                 if self._blocks(request) > self._spare() or not self._migrate(request, Reason.STARVED):
                     self._move_to_local(request)
@@ -102,7 +102,8 @@ class DecodeScheduler(Scheduler):
         if not admission.is_move_due and not table.queue:
             return
         batch = table.batch(self.running)
-        pools = admission.pools(self._spare(), table.pools, table.unavailable)
+        mappable = [pool.executor for pool in table.pools if table.can_map(pool)]
+        pools = admission.pools(self._spare(), table.pools, table.unavailable, mappable)
         if admission.is_move_due and (found := admission.choose_move(pools, batch, table.migratable())):
             migrating, reason = found
             if self._migrate(migrating.request, reason):

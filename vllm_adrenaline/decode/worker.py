@@ -20,6 +20,7 @@ from vllm_adrenaline.compat.worker_cores import settle_worker
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.decode import backend, profiling, remote_attention
 from vllm_adrenaline.decode.link import Link
+from vllm_adrenaline.decode.mapped_memory import MappedMemory
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system.priority import come_first
@@ -27,10 +28,10 @@ from vllm_adrenaline.transport.shm import Shape, ShmSteps
 
 
 class DecodeWorker(CPUWorker):
-    """vLLM's CPU worker whose attention runs partly in attention executors.
+    """vLLM's CPU worker whose attention runs partly in attention executors, or over memory of prefill engines.
 
     Attributes:
-        remote: its remote attention; None before it is attached to the executors.
+        remote: its remote attention; None before it is attached to the executors, and has mapped what it maps.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,6 +41,19 @@ class DecodeWorker(CPUWorker):
         register_backend(AttentionBackendEnum.CPU_ATTN, backend.QUALNAME)
         super().__init__(*args, **kwargs)
         self.remote: remote_attention.RemoteAttention | None = None
+
+    def determine_available_memory(self) -> int:
+        """Return the bytes for our own KV cache: those of one longest request, where prefill engines' memory is mapped.
+
+        They are for requests that cannot stay there. All other memory is the prefill engine's to give.
+        """
+        found = int(super().determine_available_memory())
+        if Options.of(self.vllm_config).uses_executors or self.cache_config.kv_cache_memory_bytes is not None:
+            return found
+        specs = self.model_runner.get_kv_cache_spec().values()
+        # A block more than the longest request fills: vLLM keeps one for itself.
+        enough = sum(spec.max_memory_usage_bytes(self.vllm_config) + spec.page_size_bytes for spec in specs)
+        return min(found, enough)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
@@ -61,21 +75,30 @@ class DecodeWorker(CPUWorker):
         )
         identity = identity_of(config)
         engine = config.kv_transfer_config.engine_id
+        addresses = options.peer_addresses
         links = [
-            Link(a, identity, engine, self.rank, layers, shape, options.executor_timeout)
-            for a in options.peer_addresses
+            Link(address, identity, engine, self.rank, layers, shape, options.executor_timeout)
+            for address in (addresses if options.uses_executors else [])
         ]
         deadline = time.monotonic() + max(options.connect_timeout, 1.0)
         for link in links:
             link.attach_until(deadline)
+        connector = get_kv_transfer_group()
+        caches = {name: connector.connector_worker.kv_caches[name] for name in layers}
+        mapped = None
+        if options.maps:
+            mapped = MappedMemory(addresses, identity, self.rank)
+            shared = connector.shared_kv
+            mapped.open(caches, shared.fd, [shared.offset(cache) for cache in caches.values()], deadline)
+            caches = mapped.caches
         self.remote = remote_attention.RemoteAttention(
-            links, ShmSteps(shape), layers, config.cache_config.block_size, counts_rows=self.rank == 0
+            links, ShmSteps(shape), mapped, layers, config.cache_config.block_size, counts_rows=self.rank == 0
         )
         remote_attention.activate(self.remote)
-        connector = get_kv_transfer_group().connector_worker
-        connector.remote = self.remote
-        for name, cache in connector.kv_caches.items():
+        connector.connector_worker.remote = self.remote
+        for name, cache in caches.items():
             layer = config.compilation_config.static_forward_context[name]
+            layer.bind_kv_cache(cache)
             layer.impl.open(layer, cache)  # now, not in the first request's first step
 
     def compile_or_warm_up_model(self) -> Any:
@@ -86,8 +109,8 @@ class DecodeWorker(CPUWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self.remote is not None:
-            received = scheduler_output.kv_connector_metadata.received
-            self.remote.begin_step(received, self.model_runner.input_batch.req_id_to_index)
+            meta = scheduler_output.kv_connector_metadata
+            self.remote.begin_step(meta.received, meta.members, self.model_runner.input_batch.req_id_to_index)
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPu
 from vllm_adrenaline.compat.nixl_progress import pause_progress_thread
 from vllm_adrenaline.compat.side_channel import SideChannel
 from vllm_adrenaline.engine.metrics import AdrenalinePromMetrics, AdrenalineStats
+from vllm_adrenaline.kv.sharing import SharedKVCache
 
 
 class Reporting:
@@ -75,10 +76,14 @@ class AdrenalineConnector(NixlBaseConnector):
 
     Attributes:
         scheduler_side, worker_side: the classes of the two sides, which each role sets.
+        shares_kv: whether the worker's KV cache is to lie in a memory file.
+        shared_kv: that memory file, in a worker; None before vLLM has allocated it.
     """
 
     scheduler_side: type[SchedulerSide]
     worker_side: type[WorkerSide]
+    shares_kv: bool = True
+    shared_kv: SharedKVCache | None = None
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         pause_progress_thread()
@@ -87,6 +92,11 @@ class AdrenalineConnector(NixlBaseConnector):
             self.connector_scheduler = self.scheduler_side(vllm_config, self.engine_id, kv_cache_config)
         else:
             self.connector_worker = self.worker_side(vllm_config, self.engine_id, kv_cache_config)
+
+    def get_mem_pool_context(self) -> SharedKVCache | None:
+        if self.shares_kv:
+            self.shared_kv = SharedKVCache()
+        return self.shared_kv
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         self.connector_worker.start_load_kv(self._connector_metadata)

@@ -16,11 +16,13 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 
 COUNTERS = {
     "offloaded_requests": "Requests placed on an attention executor: their KV cache stays on the prefill engine.",
+    "mapped_requests": "Requests that are attended here over the prefill engine's memory, which is mapped.",
     "local_requests": "Requests whose prompt KV was pulled from the prefill engine.",
     "moved_requests": "Offloaded requests that went on on the decode engine, their KV cache pulled there.",
     "fallback_requests": "Requests that lost their KV cache on a prefill engine, or had to leave it; recomputed here.",
     "refused_params": "Requests whose kv_transfer_params are malformed, unknown or not theirs; computed here.",
     "remote_attention_rows": "Rows x layers attended by attention executors, as counted by the executors.",
+    "mapped_attention_rows": "Rows x layers attended here over mapped memory of prefill engines.",
     "executor_failures": "Failures of attention executors: one for each executor that failed in a step.",
     "remote_attention_tokens": "Tokens of context that executors attended, each token once a step.",
     "local_attention_seconds": "Seconds of local attention in steps with offloaded rows.",
@@ -37,7 +39,8 @@ GAUGES = {
     "executor_share": "What the attention executors of this prefill engine get of their device.",
     "borrowed_blocks": "KV blocks of prefill engines that are held here: of offloaded requests, and leased ahead.",
     "waiting_blocks": "KV blocks of prefill engines that hold prompts which wait here to be placed.",
-    "local_rows": "Requests in the batch whose attention runs on the decode engine.",
+    "local_rows": "Requests in the batch whose KV cache is the decode engine's own.",
+    "mapped_rows": "Requests in the batch that are attended here over mapped memory of prefill engines.",
     "offloaded_rows": "Requests in the batch whose attention runs on executors.",
 }
 

@@ -145,16 +145,22 @@ def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
         raise AdrenalineError(f"at most {MAX_EXECUTORS} prefill engines can be peers of one decode engine")
     hello = messages.Hello(identity_of(config), borrows=False)
     for address in options.peer_addresses:
-        if PEERS_START_TOO not in os.environ:
-            _await_welcome(address, hello, options.connect_timeout, say)
+        if PEERS_START_TOO in os.environ:
+            continue
+        welcome = _await_welcome(address, hello, options.connect_timeout, say)
+        if options.uses_executors and not welcome.executors:
+            raise AdrenalineError(
+                f"the prefill engine at {address} runs no attention executors: start it with --adrenaline-pool remote "
+                "or both, or this engine with --adrenaline-pool mapped"
+            )
 
 
-def _await_welcome(address: str, hello: messages.Hello, timeout_s: float, say: Any) -> None:
+def _await_welcome(address: str, hello: messages.Hello, timeout_s: float, say: Any) -> messages.Welcome:
     started = time.monotonic()
     while True:
         answer = sockets.ask_once(address, hello, timeout_s=min(2.0, max(timeout_s, 0.1)))
         if isinstance(answer, messages.Welcome):
-            return
+            return answer
         if isinstance(answer, messages.Refused):
             raise AdrenalineError(f"the prefill engine at {address} does not fit this decode engine: {answer.reason}")
         waited = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""A prefill worker's KV cache in memory that its attention executor can map.
+"""A worker's KV cache in memory that its attention executor, or another engine, can map.
 
 vLLM allocates the whole KV cache with one `torch.zeros(bytes, dtype=torch.int8)`, inside the context that the connector
 gives it (vllm/v1/worker/utils.py, allocate_kv_cache; 0.32 run, 0.33 read). That call is answered with the memory of a

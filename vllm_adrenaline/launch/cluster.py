@@ -30,7 +30,8 @@ class Cluster(Running):
 
     They serve requests inside of the context, and nothing of them is left after it. Extra flags of vLLM are in `args`
     for both engines, and in `prefill_args` and `decode_args` for one. `offload_ratio=None` leaves the plugin out: the
-    same cluster with vLLM's own disaggregation over NIXL. `port=0` chooses a free port. `url` is the proxy's address.
+    same cluster with vLLM's own disaggregation over NIXL. With `one_device` both engines have all cores, and the decode
+    engine decodes in the prefill engine's memory. `port=0` chooses a free port. `url` is the proxy's address.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Cluster(Running):
         model: str | Path,
         *,
         offload_ratio: str | float | None = "auto",
+        one_device: bool = False,
         host: str = "127.0.0.1",
         port: int = 0,
         args: Sequence[str] = (),
@@ -47,7 +49,7 @@ class Cluster(Running):
         logs: Path | None = None,
     ) -> None:
         self.model = os.path.expanduser(str(model)) if str(model).startswith("~") else str(model)
-        self.offload_ratio = offload_ratio
+        self.offload_ratio, self.one_device = offload_ratio, one_device
         self.host, self.port = host, port
         self._args = {"prefill": [*args, *prefill_args], "decode": [*args, *decode_args]}
         self._env = dict(env or {})
@@ -109,10 +111,12 @@ class Cluster(Running):
             flags = engine_command.nixl_args()
             env = engine_command.nixl_env(ports[2:])
         else:
-            flags = engine_command.adrenaline_args(runtime, self.offload_ratio)
+            pool = "mapped" if self.one_device else "remote"
+            flags = engine_command.adrenaline_args(runtime, self.offload_ratio, pool)
             env["decode"][PEERS_START_TOO] = "1"
         if versions.is_cpu_build() and CORES_ENV not in {**os.environ, **self._env}:
-            decode, prefill = cores.split_cores(cores.physical_cores())
+            physical = cores.physical_cores()
+            decode, prefill = (cores.ranges(physical),) * 2 if self.one_device else cores.split_cores(physical)
             env["decode"][CORES_ENV], env["prefill"][CORES_ENV] = decode, prefill
         for role, args in self._shared_memory({role: {**os.environ, **env[role], **self._env} for role in env}).items():
             flags[role] = [*flags[role], *args]
@@ -129,10 +133,13 @@ class Cluster(Running):
         if not free or not versions.is_cpu_build():
             return {}
         found = memory.read()
-        share = memory.utilization(found, len(env))
+        shares = dict.fromkeys(env, memory.utilization(found, len(env)))
+        if self.one_device:  # what the decode engine does not take of its half is the prefill engine's
+            decode = min(shares["decode"], memory.share_of_weights(self.model, found))
+            shares = {"prefill": shares["prefill"] + shares["decode"] - decode, "decode": decode}
+        taken = " and ".join(f"{shares[role] * found.total / memory.GIB:.1f} GiB by the {role} engine" for role in free)
         say(
-            f"memory: {found.available / memory.GIB:.1f} of {found.total / memory.GIB:.1f} GiB are available; the "
-            f"{' and the '.join(free)} engine may take {share * found.total / memory.GIB:.1f} GiB each for weights and "
-            f"KV cache (--gpu-memory-utilization {share:g})"
+            f"memory: {found.available / memory.GIB:.1f} of {found.total / memory.GIB:.1f} GiB are available, of which "
+            f"weights and KV cache may take {taken} (--gpu-memory-utilization)"
         )
-        return {role: ["--gpu-memory-utilization", f"{share:g}"] for role in free}
+        return {role: ["--gpu-memory-utilization", f"{shares[role]:.3f}"] for role in free}

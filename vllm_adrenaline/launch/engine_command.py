@@ -39,10 +39,13 @@ def vllm_server(
     return EngineCommand(name, port, argv, dict(env or {}))
 
 
-def adrenaline_args(runtime: Path, offload_ratio: str | float) -> dict[str, list[str]]:
-    """Return the plugin's flags by role. The engines meet at a Unix socket in the folder `runtime`."""
+def adrenaline_args(runtime: Path, offload_ratio: str | float, pool: str = "remote") -> dict[str, list[str]]:
+    """Return the plugin's flags by role. The engines meet at a Unix socket in the folder `runtime`.
+
+    `offload_ratio` and `pool` are what the flags of these names say.
+    """
     address = f"ipc://{runtime}/prefill"
-    common = ["--plugin", "adrenaline", "--adrenaline-role"]
+    common = ["--plugin", "adrenaline", "--adrenaline-pool", pool, "--adrenaline-role"]
     return {
         "prefill": [*common, "prefill", "--adrenaline-listen", address],
         "decode": [*common, "decode", "--adrenaline-peers", address, "--adrenaline-offload-ratio", str(offload_ratio)],

@@ -14,6 +14,8 @@ PROCESSES_BYTES = 2 * GIB
 SPARE = 0.08
 """Share of the memory that is left to others, as vLLM leaves it."""
 LEAST_BYTES = GIB
+WEIGHTS_FACTOR = 1.2
+"""What a worker takes for its weights, over the size of the checkpoint."""
 CHOSEN_BY_FLAG = ("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--num-gpu-blocks-override")
 CHOSEN_BY_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 UNLIMITED = 1 << 62
@@ -60,6 +62,15 @@ def is_chosen(args: Sequence[str], env: Mapping[str, str]) -> bool:
     return CHOSEN_BY_VARIABLE in env or any(
         arg.replace("_", "-").startswith(flag) for arg in args for flag in CHOSEN_BY_FLAG if arg.startswith("--")
     )
+
+
+def share_of_weights(model: str, memory: Memory) -> float:
+    """Return the part of the memory, 0 to 1, that an engine needs for its weights and hardly any KV cache.
+
+    It is 1 for a model that is not in a folder of this machine, for nobody knows its size.
+    """
+    sizes = [file.stat().st_size for file in Path(model).glob("*.safetensors")]
+    return (WEIGHTS_FACTOR * sum(sizes) + PROCESSES_BYTES) / memory.total if sizes else 1.0
 
 
 def utilization(memory: Memory, engines: int) -> float:

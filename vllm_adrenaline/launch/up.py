@@ -27,6 +27,7 @@ def run(options: Namespace, engine_args: Sequence[str]) -> int:
     cluster = Cluster(
         options.model,
         offload_ratio=options.offload_ratio,
+        one_device=options.one_device,
         host=options.host,
         port=options.port,
         args=engine_args,

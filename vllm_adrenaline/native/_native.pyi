@@ -14,6 +14,10 @@ INDEX_BITS: Final[int]
 """Bits of a block id below its pool (kv/space.py)."""
 MAX_EXECUTORS: Final[int]
 """Executors that a step may have."""
+MAPPED: Final[int]
+"""The first pool of mapped memory (kv/space.py)."""
+NOT_MAPPED: Final[int]
+"""What stands for the base of memory that is not mapped."""
 MAX_EPOCH: Final[int]
 """The greatest number of a channel's life. The smallest is 1."""
 GROUP: Final[int]
@@ -38,11 +42,13 @@ def split(
     received_rows: list[int],
     slot_mapping: torch.Tensor,
     block_size: int,
+    mapped_bases: list[int],
     local_block_table: torch.Tensor,
     local_seq_lens: torch.Tensor,
     /,
-) -> tuple[Split, list[int], bool]:
-    """Return the split of a batch, its executors, and whether it has local rows.
+) -> tuple[Split, list[int], bool, int, list[int]]:
+    """Return the split of a batch, its executors, whether the stock kernel has rows to attend, how many of those are
+    mapped, and the rows in memory that should be mapped and is not.
 
     Args:
         block_table: int32 [R, W], ids of the KV space; rows may lie further apart.
@@ -51,6 +57,7 @@ def split(
         received_rows: rows of one token whose k and v are in the cache already.
         slot_mapping: int64 [T or more]; changed in place.
         block_size: tokens of a block.
+        mapped_bases: by prefill engine, the number of its first block for the stock kernel, or NOT_MAPPED.
         local_block_table, local_seq_lens: int32 [R, W] and int32 [R]; filled with what the stock kernel may see.
     """
 

@@ -41,6 +41,10 @@ class Placeable(Protocol):
         """Number of the executor beside that prefill engine."""
 
     @property
+    def is_mapped(self) -> bool:
+        """Whether the decode engine attends it in the memory of that prefill engine."""
+
+    @property
     def progress(self) -> Progress:
         """How far it is."""
 
@@ -104,7 +108,7 @@ class Admission:
         self.feedback, self.lengths = Feedback(costs), OutputLengths()
         self.counts: Counter[tuple[str, str]] = Counter()
         self.bound = 0.0
-        self._decided = self._offloaded = 0
+        self._decided = self._offloaded = self._mapped = 0
         self._steps = 0
         self._is_move_due = False
 
@@ -115,7 +119,8 @@ class Admission:
 
     def set_ratio(self, ratio: float | None) -> None:
         """Change the fixed share. It holds for the requests from now on."""
-        self._ratio, self._decided, self._offloaded = ratio, 0, 0
+        self._ratio = ratio
+        self._decided = self._offloaded = self._mapped = 0
 
     # A step
 
@@ -161,9 +166,9 @@ class Admission:
     def admit(self, queue: Iterable[PendingT], pools: Pools, batch: Batch) -> list[tuple[PendingT, Decision]]:
         """Decide about pending requests, first come first served.
 
-        What is offloaded is counted here, and is offloaded from now on. What may go local has its `decision` set: the
-        caller gives it local memory if there is some, and then calls `count_local`. If it gets none in this step it is
-        decided about anew in the next. A fixed ratio decides once and counts at once.
+        What is offloaded or mapped is counted here, and is so from now on. What may go local has its `decision` set:
+        the caller gives it local memory if there is some, and then calls `count_local`. If it gets none in this step it
+        is decided about anew in the next. A fixed ratio decides once and counts at once.
 
         Behind a request that waits nobody else gets local memory, nor memory of its executor.
 
@@ -187,9 +192,9 @@ class Admission:
             if pending.executor in full:
                 continue
             decision = self._decide(pools, batch, pending)
-            if decision.placement is Placement.OFFLOADED:
+            if decision.placement in (Placement.OFFLOADED, Placement.MAPPED):
                 self._count_placed(decision)
-                batch.add(pending.progress, pending.executor)
+                batch.add(pending.progress, pending.executor, decision.placement is Placement.MAPPED)
             elif decision.placement is Placement.WAIT:
                 is_blocked = True
                 full.add(pending.executor)
@@ -232,30 +237,33 @@ class Admission:
             exposed: How long there was nothing left to do but wait for executors.
         """
         tokens = batch.remote_tokens(len(remote))
-        self.feedback.observe(Step(batch.rows, batch.local.tokens, tokens, total, local, remote, exposed))
+        _, here = batch.attended_here
+        self.feedback.observe(Step(batch.rows, here, tokens, total, local, remote, exposed))
 
     # What the policy sees
 
     def observed(self, pools: Pools, batch: Batch) -> Observed:
         """Return the present state as the policy sees it."""
-        size, local = self._settings.block_size, batch.local
+        size = self._settings.block_size
+        rows, tokens = batch.attended_here
         decode = EngineState(
             capacity=pools.local.total * size,
-            memory=self._memory(pools.local.free, local),
-            rows=local.rows,
-            tokens=local.tokens,
+            memory=self._memory(pools.local.free, batch.local),
+            rows=rows,
+            tokens=tokens,
         )
         executors = [
             EngineState(
                 capacity=(pool.total - pool.reserve) * size,
-                memory=self._memory(pool.room, load),
-                rows=load.rows,
-                tokens=load.tokens,
+                memory=self._memory(pool.room, batch.remote[number], batch.mapped[number]),
+                rows=batch.remote[number].rows,
+                tokens=batch.remote[number].tokens,
                 available=pool.available,
+                mappable=pool.mappable,
                 busy=pool.busy,
                 recalls=pool.recalls,
             )
-            for pool, load in ((pool, batch.remote[number]) for number, pool in enumerate(pools.executors))
+            for number, pool in enumerate(pools.executors)
         ]
         return Observed(
             decode=decode,
@@ -267,13 +275,16 @@ class Admission:
             ratio=self._ratio,
             decided=self._decided,
             offloaded=self._offloaded,
+            mapped=self._mapped,
         )
 
-    def _memory(self, room: int, load: PlacementLoad) -> Memory:
-        for request in islice(load.requests, len(load.lengths), None):
-            load.blocks += self._blocks(request.tokens)
-            load.lengths.append((request.tokens, self._growth(request)))
-        return Memory(room + load.blocks, self._settings.block_size, load.lengths)
+    def _memory(self, room: int, *loads: PlacementLoad) -> Memory:
+        for load in loads:
+            for request in islice(load.requests, len(load.lengths), None):
+                load.blocks += self._blocks(request.tokens)
+                load.lengths.append((request.tokens, self._growth(request)))
+        lengths = loads[0].lengths if len(loads) == 1 else [each for load in loads for each in load.lengths]
+        return Memory(room + sum(load.blocks for load in loads), self._settings.block_size, lengths)
 
     def _decide(self, pools: Pools, batch: Batch, pending: Pending) -> Decision:
         if pending.local_only:
@@ -283,7 +294,7 @@ class Admission:
     def _candidate(self, request: Placeable) -> Candidate:
         progress = request.progress
         final = progress.prompt + progress.max_output
-        return Candidate(request.executor, progress.tokens, self._growth(progress), final)
+        return Candidate(request.executor, progress.tokens, self._growth(progress), final, request.is_mapped)
 
     def _growth(self, progress: Progress) -> int:
         return self.lengths.expected_growth(progress.output, progress.max_output)
@@ -296,6 +307,7 @@ class Admission:
         if decision.reason is not Reason.NO_CACHE:
             self._decided += 1
             self._offloaded += decision.placement is Placement.OFFLOADED
+            self._mapped += decision.placement is Placement.MAPPED
 
     def _count(self, what: str, reason: Reason) -> None:
         self.counts[what, reason.value] += 1

@@ -29,7 +29,7 @@ class Progress(msgspec.Struct, frozen=True):
 
 @dataclass
 class PlacementLoad:
-    """The part of a batch that one pool attends.
+    """The part of a batch whose KV is in one pool.
 
     Most batches are only counted. So `blocks` and `lengths` follow when a decision needs them.
 
@@ -53,21 +53,41 @@ class PlacementLoad:
 
 @dataclass
 class Batch:
-    """All requests that hold KV memory of the decode engine or of an executor."""
+    """All requests that hold KV memory of the decode engine or of a prefill engine.
+
+    Attributes:
+        local: Those in the decode engine's own memory.
+        remote: Those that executors attend, by executor.
+        mapped: Those that the decode engine attends in the memory of a prefill engine, by the same number.
+    """
 
     local: PlacementLoad = field(default_factory=PlacementLoad)
     remote: dict[int, PlacementLoad] = field(default_factory=lambda: defaultdict(PlacementLoad))
+    mapped: dict[int, PlacementLoad] = field(default_factory=lambda: defaultdict(PlacementLoad))
 
-    def add(self, request: Progress, executor: int | None) -> None:
-        """Add a request, which an executor attends or, for None, the decode engine itself."""
-        load = self.local if executor is None else self.remote[executor]
+    def add(self, request: Progress, executor: int | None, is_mapped: bool = False) -> None:
+        """Add a request in the memory beside an executor or, for None, of the decode engine."""
+        load = self.local if executor is None else (self.mapped if is_mapped else self.remote)[executor]
         load.requests.append(request)
         load.tokens += request.tokens
 
     @property
     def rows(self) -> int:
         """How many requests there are."""
-        return self.local.rows + sum(load.rows for load in self.remote.values())
+        return self.local.rows + self.mapped_rows + sum(load.rows for load in self.remote.values())
+
+    @property
+    def mapped_rows(self) -> int:
+        """How many of them are mapped."""
+        return sum(load.rows for load in self.mapped.values())
+
+    @property
+    def attended_here(self) -> tuple[int, int]:
+        """Rows and tokens of context that the decode engine attends itself: local and mapped ones."""
+        return (
+            self.local.rows + self.mapped_rows,
+            self.local.tokens + sum(load.tokens for load in self.mapped.values()),
+        )
 
     def remote_tokens(self, executors: int) -> list[int]:
         """Return the tokens of context of the first `executors` executors."""

@@ -1,9 +1,10 @@
 """Where a request's decode attention runs: pure functions from observed state to a decision.
 
-The rules, in order (docs/placement.md): offload only to an available executor; with a fixed ratio, keep it; else
-stay local while the decode engine has memory, unless offloading makes the step clearly shorter and the prefill engine
-has the time; offload what does not fit while remote attention hides under local attention (placement/bounds.py);
-beyond that, while a larger batch is clearly worth it; otherwise wait, as in vLLM.
+The rules, in order (docs/placement.md): offload only to an available executor, map only memory that may be mapped; with
+a fixed ratio, keep it; else offload what makes the step clearly shorter, if the prefill engine has the time; map what
+the prefill engine's memory has room for; else stay local while the decode engine has memory; offload what does not fit
+while remote attention hides under local attention (placement/bounds.py); beyond that, while a larger batch is clearly
+worth it; otherwise wait, as in vLLM.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Placement(Enum):
 
     LOCAL = "local"
     OFFLOADED = "offloaded"
+    MAPPED = "mapped"
     WAIT = "wait"
 
 
@@ -47,6 +49,7 @@ class Reason(Enum):
     EXECUTOR_AWAY = "executor_away"
     FITS = "fits"
     SHORTER_STEP = "shorter_step"
+    NO_TRANSFER = "no_transfer"
     LOCAL_FULL = "local_full"
     THROUGHPUT = "throughput"
     OVER_BOUND = "over_bound"
@@ -69,9 +72,10 @@ class EngineState(msgspec.Struct, frozen=True):
     Attributes:
         capacity: The KV memory there is, in tokens.
         memory: What its requests have and could get of that.
-        rows: How many requests it attends.
+        rows: How many requests it attends: the decode engine local and mapped ones.
         tokens: Tokens of context that they have.
         available: Whether it answers.
+        mappable: Whether the decode engine may attend its memory itself.
         busy: Share of its time, 0 to 1, that its prefill engine computes.
         recalls: Whether its prefill engine asks for memory back.
     """
@@ -81,6 +85,7 @@ class EngineState(msgspec.Struct, frozen=True):
     rows: int
     tokens: int
     available: bool = True
+    mappable: bool = False
     busy: float = 0.0
     recalls: bool = False
 
@@ -97,7 +102,8 @@ class Observed(msgspec.Struct, frozen=True):
         max_rows: The largest batch.
         ratio: The fixed share of requests to offload, 0 to 1; None for placement by load.
         decided: Requests placed so far.
-        offloaded: How many of those were offloaded.
+        offloaded: How many of those were offloaded to an executor.
+        mapped: How many of those were mapped.
     """
 
     decode: EngineState
@@ -109,6 +115,7 @@ class Observed(msgspec.Struct, frozen=True):
     ratio: float | None = None
     decided: int = 0
     offloaded: int = 0
+    mapped: int = 0
 
     @property
     def rows(self) -> int:
@@ -134,12 +141,14 @@ class Candidate(msgspec.Struct, frozen=True):
         tokens: What it has.
         growth: How many more are expected.
         final: What it has at its end at the very most.
+        is_mapped: Whether it is mapped already.
     """
 
     executor: int
     tokens: int
     growth: int
     final: int
+    is_mapped: bool = False
 
 
 def bound(o: Observed, executor: int) -> float:
@@ -152,27 +161,40 @@ def bound(o: Observed, executor: int) -> float:
 def place(o: Observed, request: Candidate) -> Decision:
     """Decide about one request; see the module."""
     executor = o.executors[request.executor]
-    if not executor.available:
+    if not executor.available and not executor.mappable:
         return Decision(Placement.LOCAL, Reason.EXECUTOR_AWAY)
     if o.ratio is not None:
-        quota = o.ratio * (o.decided + 1)
-        return Decision(Placement.OFFLOADED if o.offloaded + 1 <= quota + 1e-9 else Placement.LOCAL, Reason.RATIO)
+        return Decision(_by_ratio(o, executor, o.ratio), Reason.RATIO)
     own = cdiv(request.tokens, executor.memory.block_size)
     has_room = executor.memory.fits(request.tokens, request.growth, own)
     # An empty decode engine takes any request: vLLM has checked that it fits, and waiting would be for ever.
     if o.decode.rows == 0 or o.decode.memory.fits(request.tokens, request.growth):
-        if has_room and _shortens(o, request):
+        if has_room and executor.available and _shortens(o, request):
             return Decision(Placement.OFFLOADED, Reason.SHORTER_STEP)
+        if has_room and executor.mappable:
+            return Decision(Placement.MAPPED, Reason.NO_TRANSFER)
         return Decision(Placement.LOCAL, Reason.FITS)
     if not has_room:
         return Decision(Placement.WAIT, Reason.EXECUTOR_FULL)
+    if executor.mappable and not (executor.available and _shortens(o, request)):
+        return Decision(Placement.MAPPED, Reason.LOCAL_FULL)
     local = (o.decode.rows, o.decode.tokens)
     limit = bound(o, request.executor)
     if bounds.within(o.rule, (executor.rows, executor.tokens), request.tokens, request.final, local, limit):
         return Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
+    if executor.mappable:
+        return Decision(Placement.MAPPED, Reason.LOCAL_FULL)
     if _is_worth(o, request):
         return Decision(Placement.OFFLOADED, Reason.THROUGHPUT)
     return Decision(Placement.WAIT, Reason.OVER_BOUND)
+
+
+def _by_ratio(o: Observed, executor: EngineState, ratio: float) -> Placement:
+    """Return the placement that keeps a fixed ratio. Who may be offloaded and mapped is so by turns."""
+    if o.offloaded + o.mapped + 1 > ratio * (o.decided + 1) + 1e-9:
+        return Placement.LOCAL
+    is_mapped = executor.mappable and (not executor.available or o.mapped < o.offloaded)
+    return Placement.MAPPED if is_mapped else Placement.OFFLOADED
 
 
 def move(o: Observed, offloaded: Sequence[Candidate]) -> tuple[int, Reason] | None:
@@ -186,7 +208,8 @@ def move(o: Observed, offloaded: Sequence[Candidate]) -> tuple[int, Reason] | No
     if recalled:
         return max(recalled)[1], Reason.RECALLED
     now = _seconds(o)
-    gains = [(gain, i) for i, r in fits if (gain := now - _seconds(o, moved=r)) * r.growth > now]
+    remote = [(i, r) for i, r in fits if not r.is_mapped]
+    gains = [(gain, i) for i, r in remote if (gain := now - _seconds(o, moved=r)) * r.growth > now]
     gain, index = max(gains, default=(0.0, -1))
     return (index, Reason.EXECUTOR_SLOW) if gain > MOVE_GAIN * now else None
 

@@ -15,7 +15,7 @@ class LocalPool(msgspec.Struct, frozen=True):
 
 
 class ExecutorPool(msgspec.Struct, frozen=True):
-    """KV memory of a prefill engine, as its executor can use it. All sizes are blocks.
+    """KV memory of a prefill engine, as its executor or the decode engine can use it. All sizes are blocks.
 
     Attributes:
         total: What the prefill engine has.
@@ -23,6 +23,7 @@ class ExecutorPool(msgspec.Struct, frozen=True):
         reserve: What it never lends.
         leased: Blocks that are lent to us already and that no request uses yet.
         available: Whether the executor answers.
+        mappable: Whether the decode engine may attend it itself.
         busy: Share of its time, 0 to 1, that the prefill engine computes.
         recalls: Whether the prefill engine asks for memory back.
     """
@@ -32,6 +33,7 @@ class ExecutorPool(msgspec.Struct, frozen=True):
     reserve: int
     leased: int = 0
     available: bool = True
+    mappable: bool = False
     busy: float = 0.0
     recalls: bool = False
 

@@ -11,7 +11,6 @@ from vllm_adrenaline.compat.nixl_hold import end_hold
 from vllm_adrenaline.control.messages import MAX_NAME
 from vllm_adrenaline.engine.connector import AdrenalineConnector, SchedulerSide, WorkerSide
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
-from vllm_adrenaline.kv.sharing import SharedKVCache
 from vllm_adrenaline.kv.stamp import stamped
 from vllm_adrenaline.prefill.leases import LeaseManager, Offer
 
@@ -84,15 +83,6 @@ class PrefillWorkerSide(WorkerSide):
 
 
 class PrefillConnector(AdrenalineConnector):
-    """The connector of a prefill engine.
-
-    Attributes:
-        shared_kv: in a worker, the memory of its KV cache; None before vLLM allocates it.
-    """
+    """The connector of a prefill engine. Its KV cache is shared with executors, and with decode engines that map it."""
 
     scheduler_side, worker_side = PrefillSchedulerSide, PrefillWorkerSide
-    shared_kv: SharedKVCache | None = None
-
-    def get_mem_pool_context(self) -> Any:
-        self.shared_kv = SharedKVCache()
-        return self.shared_kv

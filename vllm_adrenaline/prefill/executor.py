@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from vllm_adrenaline.attention.spec import ExecutorSpec, KVExport
+from vllm_adrenaline.attention.spec import ExecutorSpec
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import sockets
+from vllm_adrenaline.control.kv_export import KVExport
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill import executor_pool
@@ -49,9 +50,10 @@ class PrefillExecutor(MultiprocExecutor):
                 share=options.executor_share,
             )
             for rank, export in enumerate(exports)
+            if options.uses_executors
         ]
         logger.info("starting %d attention executor(s)", len(specs))
-        executor_pool.activate(ExecutorPool(specs))
+        executor_pool.activate(ExecutorPool(specs, exports))
 
     def shutdown(self) -> None:
         with contextlib.suppress(AdrenalineError):  # the workers ended before there were any executors

@@ -22,6 +22,7 @@ import zmq
 
 from vllm_adrenaline.attention.spec import READY, ExecutorSpec
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control.kv_export import KVExport
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system import priority
 from vllm_adrenaline.system.child import dying_with_parent
@@ -114,12 +115,14 @@ class ExecutorPool:
     """All attention executors of one prefill engine. One that ends is started again, ever more slowly.
 
     Attributes:
-        processes: by rank.
+        processes: by rank; empty for an engine without executors.
+        exports: the KV caches of the prefill engine's workers, by rank.
         share: of their device, 0 to 1, as it was set last.
     """
 
-    def __init__(self, specs: list[ExecutorSpec]) -> None:
+    def __init__(self, specs: list[ExecutorSpec], exports: Sequence[KVExport] = ()) -> None:
         """Start the executors, and wait until they serve. Raises AdrenalineError if one does not."""
+        self.exports = exports
         self.processes = [ExecutorProcess(spec) for spec in specs]
         for process in self.processes:
             process.wait_ready()

@@ -5,6 +5,7 @@ whatever else holds the block (NIXL, another request, the prefix cache) is left 
 guards the pool.
 """
 
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -45,11 +46,13 @@ class LeaseHolder:
 
     Attributes:
         last_heard: when it last said something, by the manager's clock (seconds).
+        member: names what it has here, for ever: nothing else ever had or will have this name.
         claims: blocks of each prompt that it has claimed, by the prompt's name.
         leased: blocks that it has leased, by index.
     """
 
     last_heard: float
+    member: str = field(default_factory=lambda: uuid.uuid4().hex)
     claims: dict[str, list[Block]] = field(default_factory=dict)
     leased: dict[int, Block] = field(default_factory=dict)
 
@@ -102,9 +105,13 @@ class LeaseManager:
         let_go, self._let_go = frozenset(self._let_go), set()
         return let_go
 
-    def join(self, holder: bytes) -> None:
-        """Let a decode engine claim and lease from now on."""
-        self.holders.setdefault(holder, LeaseHolder(self.clock()))
+    def join(self, holder: bytes) -> str:
+        """Let a decode engine claim and lease from now on; return what it is as a holder (LeaseHolder.member)."""
+        return self.holders.setdefault(holder, LeaseHolder(self.clock())).member
+
+    def is_member(self, member: str) -> bool:
+        """Whether a decode engine has this name now, and has not left."""
+        return any(known.member == member for known in self.holders.values())
 
     def note_sign_of_life(self, holder: bytes) -> bool:
         """Note that a holder said something. Return False for one that we do not know, or not any more."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vllm_adrenaline.control import messages
+from vllm_adrenaline.control.kv_export import KVExport
 from vllm_adrenaline.prefill.leases import LeaseHolder, LeaseManager
+from vllm_adrenaline.prefill.mappers import Mappers
 
 
 @dataclass
@@ -23,34 +25,38 @@ class Lending:
     Attributes:
         leases: the lease manager.
         lock: guards the block pool, and so the lease manager.
-        make_welcome, make_load: return what this engine says of itself. The latter is called with the lock held.
+        make_welcome, make_load: return what this engine says of itself; the former to a holder with this name, the
+            latter with the lock held.
+        exports: where the KV cache of each worker is, by rank.
         adjust_share: called at most twice a second.
         kill_executors: ends the executors that run under one of these process ids.
         revoke: returns when no executor can write for the named decode engine any more.
+        mappers: who has the KV cache mapped.
         heartbeats: what each decode engine last said of itself, by its connection.
     """
 
     leases: LeaseManager
     lock: threading.RLock
-    make_welcome: Callable[[], messages.Welcome]
+    make_welcome: Callable[[str], messages.Welcome]
     make_load: Callable[[], messages.Load]
     adjust_share: Callable[[], None]
     kill_executors: Callable[[list[int]], None]
     revoke: Callable[[str], None]
+    exports: Sequence[KVExport] = ()
+    mappers: Mappers = field(default_factory=Mappers)
     heartbeats: dict[bytes, messages.Heartbeat] = field(default_factory=dict)
 
-    def welcome(self) -> messages.Welcome:
-        """Return what this engine says to a decode engine that fits."""
-        return self.make_welcome()
+    def welcome(self, peer: bytes | None) -> messages.Welcome:
+        """Return what this engine says to a decode engine that fits. One that is to claim and lease joins by it."""
+        if peer is None:
+            return self.make_welcome("")
+        with self.lock:
+            member = self.leases.join(peer)
+        return self.make_welcome(member)
 
     def tick(self) -> None:
         """Adjust the executors' share."""
         self.adjust_share()
-
-    def join(self, peer: bytes) -> None:
-        """Let a decode engine claim and lease."""
-        with self.lock:
-            self.leases.join(peer)
 
     def note_sign_of_life(self, peer: bytes) -> bool:
         """Note that a decode engine said something. Return False for one that we do not know, or not any more."""
@@ -58,9 +64,24 @@ class Lending:
             return self.leases.note_sign_of_life(peer)
 
     def silent(self) -> list[bytes]:
-        """Return the decode engines that have been silent for a lease."""
+        """Return the decode engines that have been silent for a lease, and that cannot write here any more."""
         with self.lock:
-            return self.leases.silent()
+            silent = [(peer, self.leases.holders[peer].member) for peer in self.leases.silent()]
+        return [peer for peer, member in silent if not self.mappers.may_write(member)]
+
+    def map(self, message: messages.Map) -> messages.Message:
+        """Let a decode worker map the KV cache of a rank; return where it is, or why not."""
+        if message.rank >= len(self.exports):
+            return messages.Refused(f"there is no rank {message.rank} here")
+        if message.member:
+            with self.lock:
+                if not self.leases.is_member(message.member):
+                    return messages.Refused("what the decode engine had here is not kept for it any more")
+                try:
+                    self.mappers.add(message.member, message.pid)
+                except OSError as error:
+                    return messages.Refused(f"process {message.pid} of the decode worker cannot be seen: {error}")
+        return messages.Mappable(self.exports[message.rank])
 
     def leave(self, peer: bytes, engine: str) -> Callable[[], None] | None:
         """Forget a decode engine. Return a function that takes back its blocks; None if it has none."""
@@ -70,8 +91,9 @@ class Lending:
         return None if left is None else functools.partial(self._take_back, left, engine)
 
     def _take_back(self, left: LeaseHolder, engine: str) -> None:
-        """Wait until no executor can write for a decode engine that left, then take back its blocks."""
+        """Wait until nobody can write for a decode engine that left, then take back its blocks."""
         self.revoke(engine)
+        self.mappers.wait(left.member)
         with self.lock:
             self.leases.evict(left)
 
@@ -98,6 +120,8 @@ class Lending:
             leases.drop(message.requests)
         if isinstance(message, messages.Release):
             leases.release(peer, message.requests, message.blocks)
+        if isinstance(message, messages.LetGo):
+            self.mappers.let_go(message.member)
         if isinstance(message, messages.Heartbeat):
             self.heartbeats[peer] = message
             return self.make_load()

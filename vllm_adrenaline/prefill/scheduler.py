@@ -3,6 +3,7 @@
 Checked against vllm/v1/core/sched/scheduler.py of 0.32 (run) and 0.33 (read).
 """
 
+import os
 import threading
 import time
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.prefill.leases import LeaseManager
 from vllm_adrenaline.prefill.lending import Lending
 from vllm_adrenaline.prefill.utilization import PrefillUtilization
+from vllm_adrenaline.system.machine import process_space
 
 
 class PrefillScheduler(Scheduler):
@@ -65,6 +67,7 @@ class PrefillScheduler(Scheduler):
             adjust_share=self._adjust_share,
             kill_executors=self._executors.kill,
             revoke=self._executors.revoke,
+            exports=self._executors.exports,
         )
         self.control = ControlServer(options.listen_address, identity_of(self.vllm_config), self.lending)
         self._utilization = PrefillUtilization(time.monotonic)
@@ -74,7 +77,7 @@ class PrefillScheduler(Scheduler):
         connector.tuner = ShareTuner(objectives, options.executor_share, prefill, self._executors.set_share)
         self.control.start()
 
-    def _welcome(self) -> messages.Welcome:
+    def _welcome(self, member: str) -> messages.Welcome:
         nixl, executors = self.connector.connector_scheduler, self._executors
         return messages.Welcome(
             engine_id=nixl.engine_id,
@@ -84,6 +87,9 @@ class PrefillScheduler(Scheduler):
             executors=executors.addresses,
             executor_share=executors.share_in_words,
             lease_seconds=self.leases.expiry_s,
+            member=member,
+            pid=os.getpid(),
+            process_space=process_space(),
         )
 
     def _adjust_share(self) -> None:

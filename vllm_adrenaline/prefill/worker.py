@@ -14,11 +14,11 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_adrenaline.attention.spec import KVExport, LayerSpec
 from vllm_adrenaline.compat.cpu_attention import allow_amx
 from vllm_adrenaline.compat.sampling import without_generators
 from vllm_adrenaline.compat.worker_cores import settle_worker
 from vllm_adrenaline.config import Options
+from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill import profiling
 

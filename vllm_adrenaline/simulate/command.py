@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--block-size", type=int, default=128, metavar="TOKENS", help="tokens in a KV block (default: %(default)s)")
     add("--max-rows", type=int, default=256, metavar="N", help="largest batch (default: %(default)s)")
     add("--offload-ratio", default="0,auto", metavar="R[,R...]", help="auto or shares, 0 to 1 (default: %(default)s)")
+    add("--pool", choices=["remote", "mapped", "both"], default="remote", help="as --adrenaline-pool")
     add("--rule", choices=["or", "and", "c1", "c2"], default="or", help="as --adrenaline-offload-rule")
     add("--tpot-slo-ms", type=float, default=0.0, metavar="MS", help="as --adrenaline-tpot-slo-ms (default: none)")
     add("--overhead-ms", type=float, default=3.0, metavar="MS", help="of the engine, each step (default: %(default)s)")
@@ -71,7 +72,8 @@ def model_of(options: argparse.Namespace) -> Model:
     costs, prefill = found["decode"].costs, found["prefill"].prefill
     if costs is None or not prefill:
         raise AdrenalineError("--profile must be of a decode engine, and --prefill-profile of a prefill engine")
-    costs = msgspec.structs.replace(costs, remote=[costs.remote[i % len(costs.remote)] for i in range(options.prefill)])
+    executors = costs.remote or [costs.local]  # an engine that maps all has measured none
+    costs = msgspec.structs.replace(costs, remote=[executors[i % len(executors)] for i in range(options.prefill)])
     overheads = (options.overhead_ms / 1000, options.row_overhead_ms / 1000)
     return Model(costs, prefill, *overheads, options.pull_us / 1e6, shared=not options.isolated)
 
@@ -112,6 +114,7 @@ def _setup(options: argparse.Namespace, model: Model, ratio: str) -> Setup:
         options.decode_blocks,
         options.block_size,
         options.max_rows,
+        options.pool,
         share,
         options.rule,
         options.tpot_slo_ms / 1000 or None,

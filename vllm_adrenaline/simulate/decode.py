@@ -94,10 +94,10 @@ class Decode:
     def _seconds(self) -> float:
         """Return what the step takes, and note what is observed of it."""
         model, executors = self.setup.model, len(self.prefills)
-        local = sum(row.tokens for row in self._active if row.where is None)
+        local = sum(row.tokens for row in self._active if row.where is None or row.is_mapped)
         rows, tokens = [0] * executors, [0] * executors
         for row in self._active:
-            if row.where is not None:
+            if row.where is not None and not row.is_mapped:
                 rows[row.where] += 1
                 tokens[row.where] += row.tokens
         costs, remote = model.costs, list(zip(rows, tokens, strict=True))
@@ -132,9 +132,9 @@ class Decode:
                 self._move(*found)
                 pools = pools.with_local_taken(self._blocks(found[0].tokens))
         for row, decision in admission.admit(self._pending, pools, batch):
-            if decision.placement is Placement.OFFLOADED:
+            if decision.placement in (Placement.OFFLOADED, Placement.MAPPED):
                 self._leave_queue(row)
-                row.where = row.prefill
+                row.where, row.is_mapped = row.prefill, decision.placement is Placement.MAPPED
 
     def _placed(self) -> Iterator[Row]:
         """Yield the rows that hold memory here or beside a prefill engine, or are on their way to it."""
@@ -148,7 +148,7 @@ class Decode:
     def _load(self) -> Batch:
         batch = Batch()
         for row in self._placed():
-            batch.add(row.progress, row.where)
+            batch.add(row.progress, row.where, row.is_mapped)
         return batch
 
     def _pools(self, now: float) -> Pools:
@@ -157,6 +157,8 @@ class Decode:
                 total=engine.total,
                 free=engine.free,
                 reserve=engine.reserved,
+                available=self.setup.pool != "mapped",
+                mappable=self.setup.pool != "remote",
                 busy=engine.busy_share(now),
                 recalls=engine.recalls,
             )
@@ -173,7 +175,7 @@ class Decode:
         self.moved += 1
         self.admission.count_move(reason)
         self._running.remove(row)
-        row.where, row.moving = None, True
+        row.where, row.is_mapped, row.moving = None, False, True
         self._waiting.appendleft(row)
 
     # Memory, as vLLM's scheduler and decode/leases.py give it
@@ -261,6 +263,6 @@ class Decode:
     def _preempt(self, row: Row) -> None:
         self.preemptions += 1
         self._give_back(row)
-        row.where, row.recompute = None, True
+        row.where, row.is_mapped, row.recompute = None, False, True
         self._running.remove(row)
         self._waiting.appendleft(row)

@@ -27,7 +27,8 @@ class Row:
         prefill: Number of its prefill engine, and of the executor beside that.
         decode: Number of its decode engine.
         made: Tokens that it has generated.
-        where: The executor that attends it; None for the decode engine.
+        where: The prefill engine in whose memory its KV stays; None for the decode engine's.
+        is_mapped: Whether the decode engine attends it there.
         blocks: Blocks that it holds: of the decode engine if its KV is there, else of the prefill engine.
         recompute: Whether its KV is lost.
         moving: Whether it was offloaded and waits for local blocks.
@@ -45,6 +46,7 @@ class Row:
     decode: int
     made: int = 0
     where: int | None = None
+    is_mapped: bool = False
     blocks: int = 0
     recompute: bool = False
     moving: bool = False

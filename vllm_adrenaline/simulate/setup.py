@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vllm_adrenaline.placement.bounds import Rule
 from vllm_adrenaline.placement.costs import Costs
 from vllm_adrenaline.simulate.engines import Model
+
+Pool = Literal["remote", "mapped", "both"]
+"""What --adrenaline-pool may be."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Setup:
         decode_blocks: KV blocks of each decode engine.
         block_size: Tokens in a KV block.
         max_rows: The largest batch.
+        pool: How KV that stays with a prefill engine is attended (--adrenaline-pool).
         ratio: The fixed share of requests to offload, 0 to 1; None for placement by load.
         rule: How the paper's two conditions are combined.
         tpot_slo: Objective for the time per output token in seconds; None for no objective.
@@ -34,6 +39,7 @@ class Setup:
     decode_blocks: int = 1000
     block_size: int = 128
     max_rows: int = 256
+    pool: Pool = "remote"
     ratio: float | None = None
     rule: Rule = "or"
     tpot_slo: float | None = None

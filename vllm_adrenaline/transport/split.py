@@ -19,7 +19,9 @@ class SplitRows:
     Attributes:
         local_block_table, local_seq_lens: what vLLM's stock kernel may see, int32 [R, W] and int32 [R].
         executors: those that have rows in the batch.
-        has_local: whether there are local rows.
+        has_local: whether the stock kernel has rows to attend: local or mapped ones.
+        num_mapped: how many rows are mapped.
+        lost: rows in memory that should be mapped and is not.
         handle: the native split, for the transport.
     """
 
@@ -27,6 +29,8 @@ class SplitRows:
     local_seq_lens: torch.Tensor
     executors: list[int]
     has_local: bool
+    num_mapped: int
+    lost: list[int]
     handle: library.Split
 
     def rows(self, executor: int) -> list[int]:
@@ -41,11 +45,13 @@ def split_rows(
     slot_mapping: torch.Tensor,
     received_rows: list[int],
     block_size: int,
+    mapped_bases: list[int] | None = None,
 ) -> SplitRows:
     """Split a batch of R requests by the pool of their first block.
 
-    For the stock kernel the rest is masked. Remote rows get block 0, and a sequence as long as their query. Tokens of
-    remote and of received rows lose their slot.
+    The stock kernel sees local rows as they are, and mapped ones by the numbers that their blocks have behind the local
+    ones. The rest is masked for it. Remote and lost rows get block 0, and a sequence as long as their query. Tokens of
+    remote, lost and received rows lose their slot.
 
     Args:
         block_table: int32 [R, W], ids of the KV space.
@@ -54,12 +60,22 @@ def split_rows(
         slot_mapping: int64 [T or more]; changed in place.
         received_rows: rows of one token whose k and v are in the cache already.
         block_size: tokens of a block.
+        mapped_bases: by prefill engine, the number of its first block for the stock kernel, or library.NOT_MAPPED.
+            None: nothing is mapped.
 
     Raises:
         ValueError, RuntimeError: the tensors are no such batch.
     """
     local_table, local_lens = block_table.new_empty(block_table.shape), seq_lens.new_empty(seq_lens.shape)
-    handle, executors, has_local = library.split(
-        block_table, query_start_loc, seq_lens, received_rows, slot_mapping, block_size, local_table, local_lens
+    handle, executors, has_local, num_mapped, lost = library.split(
+        block_table,
+        query_start_loc,
+        seq_lens,
+        received_rows,
+        slot_mapping,
+        block_size,
+        mapped_bases or [],
+        local_table,
+        local_lens,
     )
-    return SplitRows(local_table, local_lens, executors, has_local, handle)
+    return SplitRows(local_table, local_lens, executors, has_local, num_mapped, lost, handle)

@@ -1,0 +1,126 @@
+"""Blocks of a decode engine that maps the KV cache are not taken back before it cannot write any more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from tests.unit.test_control import IDENTITY, LOAD, Prefill, eventually
+from tests.unit.test_mapped_memory import Cache
+from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.prefill.mappers import Mappers
+
+
+@pytest.fixture
+def worker() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "100"]) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def prefill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prefill]:
+    monkeypatch.setattr("vllm_adrenaline.control.server.POLL_MS", 50)
+    made = Prefill(f"ipc://{tmp_path}/c")
+    made.lending.exports = [Cache(4).export]
+    yield made
+    made.control.stop()
+
+
+def ask_to_map(prefill: Prefill, engine: str, pid: int) -> messages.AnyMessage | None:
+    message = messages.Map(IDENTITY, 0, prefill.members[engine], pid)
+    return sockets.ask_once(prefill.control.address, message, 5)
+
+
+def mapping(prefill: Prefill, engine: str, pid: int) -> zmq.Socket[bytes]:
+    """Return the line of a decode engine with two leased blocks, of which a worker has the KV cache mapped."""
+    line = prefill.connect(engine)
+    assert ask_to_map(prefill, engine, pid) == messages.Mappable(prefill.lending.exports[0])
+    return line
+
+
+def test_a_worker_is_told_where_the_cache_is_without_belonging_to_anything(prefill: Prefill) -> None:
+    answer = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 0, "", os.getpid()), 5)
+    assert answer == messages.Mappable(prefill.lending.exports[0])
+    other = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 1, "", os.getpid()), 5)
+    assert isinstance(other, messages.Refused)
+
+
+def test_silence_is_no_end_while_a_worker_lives_for_it_would_wake_up_and_write(
+    prefill: Prefill, worker: subprocess.Popen[bytes]
+) -> None:
+    silent, other = mapping(prefill, "a", worker.pid), prefill.connect("b")
+    worker.send_signal(signal.SIGSTOP)
+    prefill.now = 100  # 60 s are a lease
+    eventually(lambda: prefill.pool.get_num_free_blocks() == 8)
+    assert isinstance(sockets.ask(other, messages.Heartbeat(), 5), messages.Refused), "the other one cannot write"
+    assert sockets.ask(silent, messages.Heartbeat(), 5) == LOAD, "it has lost nothing"
+    assert prefill.pool.get_num_free_blocks() == 8
+
+
+def test_what_it_has_is_free_when_its_workers_have_ended(prefill: Prefill, worker: subprocess.Popen[bytes]) -> None:
+    with subprocess.Popen(["sleep", "100"]) as second:
+        line = mapping(prefill, "a", worker.pid)
+        ask_to_map(prefill, "a", second.pid)
+        line.send(messages.encode(messages.Leave()))
+        eventually(lambda: prefill.revoked == ["a"])
+        worker.kill()
+        worker.wait()
+        assert prefill.pool.get_num_free_blocks() == 8, "one of two ranks still lives"
+        second.kill()
+        second.wait()
+        eventually(lambda: prefill.pool.get_num_free_blocks() == 10)
+
+
+def test_a_decode_engine_that_comes_back_says_when_it_has_let_go(
+    prefill: Prefill, worker: subprocess.Popen[bytes]
+) -> None:
+    mapping(prefill, "a", worker.pid)
+    before = prefill.members["a"]
+    again = prefill.connect("a")
+    assert prefill.members["a"] != before
+    eventually(lambda: prefill.revoked == ["a"])
+    assert prefill.pool.get_num_free_blocks() == 6, "a step over the old blocks may still run"
+    refused = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 0, before, worker.pid), 5)
+    assert isinstance(refused, messages.Refused), "nobody joins what is about to be taken back"
+    again.send(messages.encode(messages.LetGo("nobody")))
+    again.send(messages.encode(messages.LetGo(before)))
+    eventually(lambda: prefill.pool.get_num_free_blocks() == 8)
+
+
+def test_who_maps_nothing_is_waited_for_by_nobody() -> None:
+    mappers = Mappers()
+    mappers.wait("nobody")
+    mappers.let_go("nobody")
+    assert not mappers.may_write("nobody")
+
+
+def test_letting_go_leaves_no_descriptor_behind(worker: subprocess.Popen[bytes]) -> None:
+    mappers = Mappers()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        mappers.add("a", worker.pid)
+        mappers.add("a", worker.pid)
+        waiting = threading.Thread(target=mappers.wait, args=("a",), daemon=True)
+        waiting.start()
+        assert mappers.may_write("a")
+        mappers.let_go("a")
+        waiting.join(5)
+        assert not waiting.is_alive()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_worker_that_has_ended_cannot_be_added() -> None:
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    mappers = Mappers()
+    with pytest.raises(OSError, match="No such process"):
+        mappers.add("a", ended.pid)
+    mappers.wait("a")

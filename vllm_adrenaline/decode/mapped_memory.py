@@ -1,0 +1,158 @@
+"""The KV caches of prefill engines on the same device, mapped behind this worker's own.
+
+In each layer one range of addresses holds the worker's own blocks, then those of every prefill engine. So the stock
+kernel takes local and mapped rows in one call, as rows of one cache. Nothing is copied, and nothing is written here but
+by the rows of a step. Who owns which block is in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import mmap
+import os
+import time
+from collections.abc import Sequence
+
+import torch
+
+from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control.kv_export import KVExport
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system import memory_file
+from vllm_adrenaline.system.address_range import AddressRange
+
+logger = logging.getLogger("vllm.adrenaline")
+
+ANSWER_S = 5.0
+"""How long a prefill engine's answer is waited for, in seconds."""
+SOON_S = 0.2
+"""Between two questions at start-up, in seconds."""
+
+
+class MappedMemory:
+    """The memory of all prefill engines of one decode worker.
+
+    Attributes:
+        bases: by prefill engine, the number of its first block for the stock kernel.
+        caches: the KV cache of each layer, own and mapped blocks: [blocks, KV heads, block size, 2 * head size].
+    """
+
+    def __init__(self, addresses: Sequence[str], identity: messages.Identity, rank: int) -> None:
+        self._addresses, self._identity, self._rank = addresses, identity, rank
+        self._members = [""] * len(addresses)
+        self._exports: list[KVExport] = []
+        self._ranges: list[AddressRange] = []
+        self._page = 0
+        self.bases: list[int] = []
+        self.caches: dict[str, torch.Tensor] = {}
+
+    def open(self, own: dict[str, torch.Tensor], fd: int, offsets: Sequence[int], deadline: float) -> None:
+        """Ask every prefill engine for its memory, and lay out the ranges.
+
+        Args:
+            own: this worker's KV cache by layer, [blocks, KV heads, block size, 2 * head size].
+            fd: the memory file in which all of them lie.
+            offsets: where each of them begins in it, in bytes.
+            deadline: until when prefill engines are waited for, in seconds (monotonic).
+
+        Raises:
+            AdrenalineError: a prefill engine does not answer, refuses, or its memory cannot be mapped behind ours.
+            OSError: there are not enough addresses.
+        """
+        first = next(iter(own.values()))
+        blocks = first.shape[0]
+        self._page = first[0].numel() * first.element_size()
+        if not all(cache.is_contiguous() for cache in own.values()):
+            raise AdrenalineError("this vLLM lays out its KV cache in a way that cannot be mapped (--adrenaline-pool)")
+        if self._page % mmap.PAGESIZE:
+            raise AdrenalineError(
+                f"a KV block of a layer has {self._page} bytes, and only whole pages of {mmap.PAGESIZE} can be mapped: "
+                "use a larger --block-size, or --adrenaline-pool remote"
+            )
+        self._exports = [self._first_answer(address, deadline) for address in self._addresses]
+        for address, kv in zip(self._addresses, self._exports, strict=True):
+            if reason := _mismatch(kv, own):
+                raise AdrenalineError(f"the KV cache of the prefill engine at {address} cannot be mapped: {reason}")
+        total = blocks
+        for kv in self._exports:
+            self.bases.append(total)
+            total += kv.shape[0]
+        for (name, cache), offset in zip(own.items(), offsets, strict=True):
+            addresses = AddressRange(total * self._page)
+            addresses.map(0, fd, offset, blocks * self._page)
+            self._ranges.append(addresses)
+            self.caches[name] = torch.frombuffer(addresses.buffer, dtype=cache.dtype).view(total, *cache.shape[1:])
+        for engine, kv in enumerate(self._exports):
+            try:
+                self._map(engine, kv)
+            except OSError as error:
+                raise AdrenalineError(
+                    f"the memory of the prefill engine at {self._addresses[engine]} cannot be mapped ({error}): with "
+                    "--adrenaline-pool mapped or both it must run on this host, under this user"
+                ) from None
+        logger.info("%d blocks of prefill engines are mapped behind %d own ones", total - blocks, blocks)
+
+    def ensure(self, engine: int, member: str) -> bool:
+        """Make sure that what we have as `member` at prefill engine `engine` is mapped, and is not taken back.
+
+        Returns:
+            False if it is not: the prefill engine is gone, or has parted with us. That is in the log.
+        """
+        if self._members[engine] == member:
+            return True
+        address = self._addresses[engine]
+        try:
+            kv = self._ask(address, member)
+            if kv.shape != self._exports[engine].shape or len(kv.layers) != len(self._ranges):
+                raise AdrenalineError("it has come back with another KV cache: start this engine again to map it")
+            self._map(engine, kv)
+        except (AdrenalineError, OSError) as error:
+            logger.error("the memory of the prefill engine at %s is not mapped: %s", address, error)
+            return False
+        self._members[engine] = member
+        return True
+
+    def _map(self, engine: int, kv: KVExport) -> None:
+        """Map the memory of a prefill engine where it belongs."""
+        fd = os.open(f"/proc/{kv.pid}/fd/{kv.fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            memory_file.check(fd, kv.size, "the prefill worker's KV cache")
+            for layer, addresses in zip(kv.layers, self._ranges, strict=True):
+                addresses.map(self.bases[engine] * self._page, fd, layer.offset, kv.shape[0] * self._page)
+        finally:
+            os.close(fd)
+
+    def _first_answer(self, address: str, deadline: float) -> KVExport:
+        while True:
+            try:
+                return self._ask(address, "")
+            except NoAnswer:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(SOON_S)
+
+    def _ask(self, address: str, member: str) -> KVExport:
+        answer = sockets.ask_once(address, messages.Map(self._identity, self._rank, member, os.getpid()), ANSWER_S)
+        if isinstance(answer, messages.Refused):
+            raise AdrenalineError(answer.reason)
+        if not isinstance(answer, messages.Mappable):
+            raise NoAnswer(f"no prefill engine answers at {address}")
+        return answer.kv
+
+
+class NoAnswer(AdrenalineError):
+    """A prefill engine does not answer. It may not have started yet."""
+
+
+def _mismatch(kv: KVExport, own: dict[str, torch.Tensor]) -> str:
+    """Return why a prefill worker's KV cache cannot lie behind ours; nothing if it can."""
+    _, heads, block_size, double = next(iter(own.values())).shape
+    wanted = [heads, 2 * block_size, double // 2]
+    if kv.shape[1:] != wanted or kv.strides[0] != math.prod(wanted):
+        return f"a block there is {kv.shape[1:]} with {kv.strides[0]} elements between blocks, and here {wanted}"
+    if [layer.name for layer in kv.layers] != list(own):
+        return "it has other layers than this engine"
+    if any(layer.offset % mmap.PAGESIZE for layer in kv.layers):
+        return "its layers do not begin at whole pages"
+    return ""
