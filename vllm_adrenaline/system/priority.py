@@ -46,6 +46,19 @@ def take_share(pid: int, share: float) -> str:
     return ORDINARY
 
 
+def require_permission() -> None:
+    """Raise PermissionError unless this process may give any niceness to processes of its user.
+
+    Without that permission a niceness only rises. What is taken from a process could not be given back.
+    """
+    before = os.getpriority(os.PRIO_PROCESS, 0)  # of this thread
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, -20)
+    except PermissionError:
+        raise PermissionError("priorities may not be raised here: it takes CAP_SYS_NICE, or ulimit -e 40") from None
+    os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
 def set_niceness(pid: int, niceness: int | None) -> None:
     """Give all threads of a process a niceness, or real-time priority for None. Raises PermissionError."""
     for thread in _threads(pid):
