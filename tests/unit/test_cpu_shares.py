@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -121,6 +122,50 @@ def test_workers_without_a_common_core_share_nothing_and_it_says_so_once(
     assert not device.advance()
     assert len(caplog.records) == 1
     assert niceness(prefill) == 0
+
+
+BUSY = [sys.executable, "-c", "while True: pass"]
+
+
+def seconds(pid: int) -> float:
+    """Return the CPU time of a process."""
+    with open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@needs_root
+@pytest.mark.parametrize("shares", [Shares(1.0, 0.25), Shares(0.5, 1.0)])
+def test_two_workers_that_want_the_same_core_get_their_parts_of_it(shares: Shares) -> None:
+    with subprocess.Popen(BUSY) as prefill, subprocess.Popen(BUSY) as decode:
+        for each in (prefill, decode):
+            priority.keep_to(each.pid, [max(os.sched_getaffinity(0))])
+        priority.set_niceness(decode.pid, priority.PROMPT_NICENESS)
+        WorkerShares([prefill.pid], lambda: [decode.pid]).take(shares)
+        before = seconds(prefill.pid), seconds(decode.pid)
+        time.sleep(1.5)
+        used = seconds(prefill.pid) - before[0], seconds(decode.pid) - before[1]
+        prefill.kill()
+        decode.kill()
+    assert used[1] / sum(used) == pytest.approx(shares.part(Phase.DECODE), abs=0.15)
+
+
+@needs_root
+def test_workers_of_different_sessions_are_warned_of(
+    start: Callable[[int], int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(priority, "is_grouped_apart", lambda pid, other: True)
+    prefill, decode = start(0), start(0)
+    device = WorkerShares([prefill], lambda: [decode])
+    device.take(Shares(1.0, 1.0))
+    device.advance()
+    assert len(caplog.records) == 1
+    assert "sched_autogroup_enabled" in caplog.text
+
+
+@needs_root
+def test_processes_of_one_session_are_not_grouped_apart(start: Callable[[int], int]) -> None:
+    assert not priority.is_grouped_apart(os.getpid(), start(0))
 
 
 # Without permission

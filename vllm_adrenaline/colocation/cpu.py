@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from vllm_adrenaline.colocation.controller import Phase, Shares
 from vllm_adrenaline.system import priority
@@ -45,12 +45,12 @@ class WorkerShares:
     And no process has its priority changed because somebody named it in a message.
     """
 
-    def __init__(self, prefill: Collection[int], decode: Callable[[], Iterable[int]]) -> None:
+    def __init__(self, prefill: Sequence[int], decode: Callable[[], Iterable[int]]) -> None:
         """Take the process ids of the prefill workers, and what returns those of the decode workers."""
         self._prefill, self._decode = prefill, decode
         self._difference = 0  # of the decode workers' niceness and that of the prefill workers
         self._niceness: int | None = None  # of the prefill workers, as it was set last
-        self._has_warned = False
+        self._warned: set[str] = set()
 
     def take(self, shares: Shares) -> str:
         priority.require_permission()
@@ -63,20 +63,30 @@ class WorkerShares:
 
     def advance(self) -> bool:
         """Give the prefill workers the priority that is due now. Decode workers may have come, or come back."""
-        workers = [found for found in map(_cores_and_niceness, self._decode()) if found is not None]
+        decode = list(self._decode())
+        workers = [found for found in map(_cores_and_niceness, decode) if found is not None]
         ours = set().union(*(found[0] for found in map(_cores_and_niceness, self._prefill) if found is not None))
         rivals = [niceness for cores, niceness in workers if cores & ours]
         if not rivals:
-            if workers and not self._has_warned:
-                self._has_warned = True
-                logger.warning("prefill and decode workers have no core in common: shares of cores change nothing")
+            if workers:
+                self._warn_once("prefill and decode workers have no core in common: shares of cores change nothing")
             return False
+        if any(priority.is_grouped_apart(self._prefill[0], pid) for pid in decode):
+            self._warn_once(
+                "prefill and decode engine run in sessions of their own, between which Linux shares cores whatever "
+                "their priorities: start both from one shell, or set kernel.sched_autogroup_enabled=0"
+            )
         niceness = min(19, max(-20, min(rivals) - self._difference))
         if niceness != self._niceness:
             for pid in self._prefill:
                 priority.set_niceness(pid, niceness)
             self._niceness = niceness
         return True
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning(text)
 
 
 def _cores_and_niceness(pid: int) -> tuple[set[int], int] | None:

@@ -59,6 +59,19 @@ def require_permission() -> None:
     os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
+def is_grouped_apart(pid: int, other: int) -> bool:
+    """Whether the kernel shares cores between the sessions of two processes, so that their priorities do not compare.
+
+    It does so for processes that are in no CPU control group of their own (kernel.sched_autogroup_enabled).
+    """
+    try:
+        with open("/proc/sys/kernel/sched_autogroup_enabled") as setting:
+            is_on = setting.read().strip() == "1"
+        return is_on and os.getsid(pid) != os.getsid(other)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def set_niceness(pid: int, niceness: int | None) -> None:
     """Give all threads of a process a niceness, or real-time priority for None. Raises PermissionError."""
     for thread in _threads(pid):
