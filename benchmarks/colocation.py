@@ -1,4 +1,4 @@
-"""What a burst of prompts does to tokens of offloaded requests, and the controller that moves the executor's share.
+"""What a burst of prompts does to tokens of offloaded requests, and the controller that moves the shares.
 
     python benchmarks/colocation.py [--quick] [--json FILE]
 
@@ -74,7 +74,10 @@ def measure(engines: fleet.Fleet, share: float, has_burst: bool, tokens: int, se
 
 
 def controlled(args: Any, tpot_ms: float, seconds: float) -> list[tuple[float, float, float]]:
-    """Serve decoding and prompts with objectives, beginning with too small a share; return (s, share, p90 ITL)."""
+    """Serve decoding and prompts with objectives, beginning with too small a share for the executor.
+
+    Returns: seconds, what the executor gets of its core, and p90 of ITL in ms, by the end of each round.
+    """
     flags = ["--adrenaline-executor-share", "0.1", "--adrenaline-tpot-slo-ms", f"{tpot_ms:.1f}"]
     flags += ["--adrenaline-ttft-slo-ms", "20000"]
     seen: list[tuple[float, float, float]] = []
@@ -129,7 +132,7 @@ def main() -> None:
     shares = [share for _, share, _ in seen]
     result |= {"controller_first_share": shares[0], "controller_last_share": shares[-1]}
     result |= {
-        "controller_tpot_slo_ms": 1.5 * median["unloaded"]["itl_ms_p50"],
+        "controller_tpot_slo_ms": slo,
         "controller_last_itl_ms_p90": seen[-1][2],
     }
     report.finish({**report.table(result), "controller": seen}, args.json)

@@ -92,7 +92,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         float,
         _option(
             "Time per output token that is to be met. Decode engine: bounds the batch that offloading may make. "
-            "Prefill engine: its executors get more of the device when it is violated. 0: none.",
+            "Prefill engine: decode gets more of its device when it is violated: its executors, or with "
+            "--adrenaline-pool mapped the decode engine. 0: none.",
             "MILLISECONDS",
             ge=0,
             le=1e6,
@@ -171,7 +172,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ttft_slo_ms: Annotated[
         float,
         _option(
-            "Prefill engine: time to first token that is to be met; its executors get less of the device when it is "
+            "Prefill engine: time to first token that is to be met; prefill gets more of its device when it is "
             "violated. 0: none.",
             "MILLISECONDS",
             ge=0,

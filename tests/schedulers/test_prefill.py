@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ import pytest
 import zmq
 
 from tests.schedulers.conftest import BLOCK, Engine, eventually
+from tests.unit.test_mapped_memory import Cache
 from vllm_adrenaline.compat.side_channel import PORT
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
@@ -229,3 +232,50 @@ def test_both_sides_racing_for_the_last_block_never_get_the_same_one(
     engine.line.send(messages.encode(messages.Release([], sorted(lent))))
     assert isinstance(engine.ask(messages.Heartbeat()), messages.Load)
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+# Shares of the device, kept by objectives
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="higher priorities need privileges")
+
+
+def gauges(engine: Prefill) -> dict[str, float]:
+    return dict(engine.scheduler.connector.connector_scheduler.gauges())
+
+
+def test_without_an_objective_no_share_is_decided(prefill: Any) -> None:
+    engine = prefill(executor_share=0.4)
+    time.sleep(1.2)  # two turns of the control thread
+    assert gauges(engine) == {"executor_share": 1.0}, "the pool keeps what it started with"
+
+
+@needs_root
+@pytest.mark.parametrize("pool", ["remote", "both"])
+def test_with_executors_an_objective_is_kept_by_their_share(prefill: Any, pool: str) -> None:
+    engine = prefill(pool=pool, executor_share=0.4, tpot_slo_ms=50)
+    eventually(lambda: "decode_share" in gauges(engine))
+    found = gauges(engine)
+    assert found["executor_share"] == pytest.approx(0.4)
+    assert found["prefill_share"] == 1.0
+    assert found["decode_share"] == pytest.approx(0.4 / 0.6)
+
+
+@needs_root
+def test_without_executors_an_objective_is_kept_by_prefill_workers_against_decode_workers_that_map(
+    prefill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as stack:
+        worker, mapping = (stack.enter_context(subprocess.Popen(["sleep", "100"])) for _ in range(2))
+        stack.callback(worker.kill)
+        stack.callback(mapping.kill)
+        export = msgspec.structs.replace(Cache(4).export, pid=worker.pid)
+        monkeypatch.setattr(executor_pool.active(), "exports", [export])
+        engine = prefill(pool="mapped", executor_share=0.2, tpot_slo_ms=50)
+        time.sleep(1.2)
+        assert "decode_share" not in gauges(engine), "nobody is there to share with"
+        ask = messages.Map(engine.scheduler.control.identity, 0, engine.welcome.member, mapping.pid)
+        assert isinstance(engine.ask(ask), messages.Mappable)
+        eventually(lambda: "decode_share" in gauges(engine))
+        found = os.getpriority(os.PRIO_PROCESS, worker.pid) - os.getpriority(os.PRIO_PROCESS, mapping.pid)
+        assert found == -6, "a quarter of prefill's weight for decode"
+        assert gauges(engine)["executor_share"] == 1.0, "there is no executor to give less"

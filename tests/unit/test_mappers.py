@@ -102,6 +102,21 @@ def test_who_maps_nothing_is_waited_for_by_nobody() -> None:
     assert not mappers.may_write("nobody")
 
 
+def test_it_names_the_living_processes_that_map(worker: subprocess.Popen[bytes]) -> None:
+    mappers = Mappers()
+    with subprocess.Popen(["sleep", "100"]) as other:
+        mappers.add("a", worker.pid)
+        mappers.add("b", other.pid)
+        assert sorted(mappers.pids()) == sorted([worker.pid, other.pid])
+        other.kill()
+    assert mappers.pids() == [worker.pid]
+    mappers.let_go("a")
+    mappers.let_go("b")
+    mappers.wait("a")
+    mappers.wait("b")
+    assert mappers.pids() == []
+
+
 def test_letting_go_leaves_no_descriptor_behind(worker: subprocess.Popen[bytes]) -> None:
     mappers = Mappers()
     before = len(os.listdir("/proc/self/fd"))

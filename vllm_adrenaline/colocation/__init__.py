@@ -1,1 +1,1 @@
-"""How a prefill engine and its attention executors share a device."""
+"""How prefill and decode share a device: which share each gets, kept by objectives."""

@@ -1,21 +1,67 @@
-"""The controller of an executor's share of a device: that of semi-PD (arXiv 2504.19867, Algorithm 1). Pure.
+"""The controller of the shares of a device: the SLO-aware algorithm of semi-PD (arXiv 2504.19867, Algorithm 1). Pure.
 
-Prefill has the share x, and attention has y = 1 - x. Once a window, TTFT and TPOT at a percentile are compared with
-their objectives. If one alone is violated, its side gets more, until its model says that this is enough. The models are
-refitted to what was seen:  TTFT(x) = a1 / (x - lambda) + b1,  TPOT(y) = a2 / y + b2.
+Prefill has the share x, and decode the share y. They move separately, each up to 1: what each may use, of a device that
+both use. x + y may be above 1. Then they compete, and what each gets is x' = x / (x + y) and y' = y / (x + y).
+
+Once a window, TTFT and TPOT at a percentile are compared with their objectives. If one alone is violated, the share of
+its phase grows, until its model (model.py) says that this is enough. A share that is at 1 cannot grow: then the other
+one shrinks, but not so far that the other objective would be violated by its own model. If both objectives are violated
+or both are met, the shares are kept.
+
+The same controller serves a prefill engine against a decode engine, and against its attention executors, whose work is
+decode as well.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from typing import NamedTuple
 
 import msgspec
 
+from vllm_adrenaline.colocation.model import LAMBDAS, Model, Point
 from vllm_adrenaline.system.statistics import percentile
+
+
+class Phase(Enum):
+    """Who has a share."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+    @property
+    def other(self) -> Phase:
+        """The other one."""
+        return Phase.DECODE if self is Phase.PREFILL else Phase.PREFILL
+
+
+class Shares(msgspec.Struct, frozen=True):
+    """What each phase may use of a device, 0 to 1. Together that may be more than 1.
+
+    Attributes:
+        prefill, decode: x and y of semi-PD.
+    """
+
+    prefill: float
+    decode: float
+
+    @classmethod
+    def dividing(cls, decode: float, low: float) -> Shares:
+        """Return the largest shares of which decode gets a part `decode` of the device; none is below `low`."""
+        part = min(max(decode, 1e-6), 1 - 1e-6)
+        return cls(prefill=min(1.0, max(low, (1 - part) / part)), decode=min(1.0, max(low, part / (1 - part))))
+
+    def of(self, phase: Phase) -> float:
+        """Return what a phase may use: x or y."""
+        return self.prefill if phase is Phase.PREFILL else self.decode
+
+    def part(self, phase: Phase) -> float:
+        """Return what a phase gets while both want the device: x' or y', which add up to 1."""
+        return self.of(phase) / (self.prefill + self.decode)
+
+    def moved(self, phase: Phase, by: float, low: float) -> Shares:
+        """Return the shares with that of a phase moved by `by`, but not below `low`, nor above 1."""
+        share = min(1.0, max(low, round(self.of(phase) + by, 6)))
+        return Shares(share, self.decode) if phase is Phase.PREFILL else Shares(self.prefill, share)
 
 
 class Objectives(msgspec.Struct, frozen=True):
@@ -30,21 +76,24 @@ class Objectives(msgspec.Struct, frozen=True):
     tpot: float | None = None
     percentile: float = 0.9
 
+    def of(self, phase: Phase) -> float | None:
+        """Return the objective that a phase has to meet."""
+        return self.ttft if phase is Phase.PREFILL else self.tpot
+
 
 class Limits(msgspec.Struct, frozen=True):
-    """How far and how fast the controller moves the executor's share.
+    """How far and how fast the controller moves the shares.
 
     Attributes:
-        low, high: the smallest and the largest share.
-        step, max_steps: a change is at most `max_steps` times `step`.
+        low: the smallest share. The largest is 1.
+        step, max_steps: a decision moves a share by `step`, at most `max_steps` times.
         window: observations between two decisions.
-        margin, patience: for `patience` windows after the other side's objective was violated, a side gets more only if
-            it is beyond its own objective by more than the part `margin` of it. Objectives that are violated by turns
-            cannot both be met, and swinging helps neither.
+        margin, patience: for `patience` windows after the other objective was violated, a phase gets more only if it is
+            beyond its own objective by more than the part `margin` of it. Objectives that are violated by turns cannot
+            both be met, and swinging helps neither.
     """
 
     low: float = 0.1
-    high: float = 0.9
     step: float = 0.05
     max_steps: int = 3
     window: int = 32
@@ -55,142 +104,92 @@ class Limits(msgspec.Struct, frozen=True):
 class Change(Enum):
     """What a decision did."""
 
-    KEPT = "kept"
-    MORE_PREFILL = "more_prefill"
-    MORE_ATTENTION = "more_attention"
-
-
-class Point(NamedTuple):
-    """A share and what was observed with it, in seconds."""
-
-    share: float
-    seconds: float
-
-
-class Model:
-    """A model of seconds over a share: seconds = a / (share - lambda) + b, with a >= 0.
-
-    It is refitted to the last KEPT points, by least squares over a small grid of lambda. While all points have the same
-    share, b is 0: seconds are taken to fall as the share grows.
-    """
-
-    KEPT = 16
-
-    def __init__(self, lambdas: Sequence[float] = (0.0,)) -> None:
-        self._points: deque[Point] = deque(maxlen=self.KEPT)
-        self._lambdas = lambdas
-        self._a, self._b, self._lambda = 0.0, 0.0, 0.0
-
-    def add(self, point: Point) -> None:
-        """Take a point, and refit the model."""
-        self._points.append(point)
-        usable = [each for each in self._lambdas if each < min(p.share for p in self._points) - 1e-6] or [0.0]
-        if len({round(p.share, 6) for p in self._points}) < 2:
-            self._a, self._b, self._lambda = point.seconds * (point.share - usable[0]), 0.0, usable[0]
-            return
-        fits = [(*_line([(1 / (p.share - each), p.seconds) for p in self._points]), each) for each in usable]
-        _, self._a, self._b, self._lambda = min(fits)
-
-    def at(self, share: float) -> float:
-        """Return the seconds that are to be expected with a share."""
-        return self._a / max(share - self._lambda, 1e-6) + self._b
-
-
-def _line(points: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
-    """Fit y = a x + b with a >= 0 by least squares; return (squared error, a, b)."""
-    found = list(points)
-    mean_x, mean_y = (sum(column) / len(found) for column in zip(*found, strict=True))
-    spread = sum((x - mean_x) ** 2 for x, _ in found)
-    a = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in found) / spread) if spread > 1e-12 else 0.0
-    b = mean_y - a * mean_x
-    return sum((y - a * x - b) ** 2 for x, y in found), a, b
+    KEPT = "the shares are kept"
+    MORE_PREFILL = "more for prefill"
+    MORE_DECODE = "more for decode"
 
 
 class ShareController:
-    """The controller of one executor's share.
+    """The controller of the shares of one device (semi-PD, Algorithm 1).
 
     Attributes:
-        share: the executor's, as it was decided last.
+        shares: as they were decided last.
     """
 
-    def __init__(self, objectives: Objectives, limits: Limits, share: float) -> None:
+    def __init__(self, objectives: Objectives, limits: Limits, shares: Shares) -> None:
+        """Begin with `shares`, moved into the limits."""
         self._objectives, self._limits = objectives, limits
-        self.share = min(max(share, limits.low), limits.high)
-        self._ttft, self._tpot = Model((0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)), Model()
-        self._seen_ttft: list[float] = []
-        self._seen_tpot: list[float] = []
+        self.shares = shares.moved(Phase.PREFILL, 0, limits.low).moved(Phase.DECODE, 0, limits.low)
+        self._models = {Phase.PREFILL: Model(LAMBDAS), Phase.DECODE: Model()}
+        self._seen: dict[Phase, list[float]] = {phase: [] for phase in Phase}
         self._windows = 0
-        self._violated: dict[Change, int] = {}
+        self._violated: dict[Phase, int] = {}
 
     def observe_ttft(self, seconds: float) -> None:
         """Note that a request had its first token after so many seconds."""
-        self._seen_ttft.append(seconds)
+        self._seen[Phase.PREFILL].append(seconds)
 
     def observe_tpot(self, seconds: float) -> None:
         """Note that a token took so many seconds: in a step, or as the mean of a request."""
-        self._seen_tpot.append(seconds)
+        self._seen[Phase.DECODE].append(seconds)
+
+    def discard(self) -> None:
+        """Forget what was observed since the last decision, and begin the window anew.
+
+        Whoever carries a change out calls this as long as it has not taken effect: what is observed until then is of
+        neither the old shares nor the new ones.
+        """
+        self._seen = {phase: [] for phase in Phase}
+
+    def expected(self, phase: Phase, shares: Shares) -> float:
+        """Return the TTFT or TPOT that a phase's model expects with these shares, in seconds."""
+        return self._models[phase].at(shares.part(phase))
 
     def update(self) -> Change:
         """Decide if the window is full, and begin the next one; return what changed."""
-        if max(len(self._seen_ttft), len(self._seen_tpot)) < self._limits.window:
+        if max(len(seen) for seen in self._seen.values()) < self._limits.window:
             return Change.KEPT
-        ttft, tpot = self._at_percentile(self._seen_ttft), self._at_percentile(self._seen_tpot)
-        self._seen_ttft, self._seen_tpot = [], []
-        if ttft is not None:
-            self._ttft.add(Point(max(1 - self.share, self._limits.step), ttft))
-        if tpot is not None:
-            self._tpot.add(Point(self.share, tpot))
+        beyond = {phase: self._beyond(phase) for phase in Phase}
+        self.discard()
         self._windows += 1
-        late, slow = _beyond(ttft, self._objectives.ttft), _beyond(tpot, self._objectives.tpot)
-        change = Change.KEPT
-        if late > 0 and slow <= 0:
-            change = self._turn(Change.MORE_PREFILL, Change.MORE_ATTENTION, late)
-        elif slow > 0 and late <= 0:
-            change = self._turn(Change.MORE_ATTENTION, Change.MORE_PREFILL, slow)
-        for side, violated_by in ((Change.MORE_PREFILL, late), (Change.MORE_ATTENTION, slow)):
-            if violated_by > 0:
-                self._violated[side] = self._windows
-        return change
-
-    def _turn(self, change: Change, other: Change, violated_by: float) -> Change:
-        """Give one side more until that is enough; return what changed. `violated_by`: the part of its objective."""
-        ago = self._windows - self._violated.get(other, -self._limits.patience)
-        if ago < self._limits.patience and violated_by <= self._limits.margin:
+        failing = [phase for phase in Phase if beyond[phase] > 0]
+        before = self.shares
+        if len(failing) == 1 and self._has_turn(failing[0], beyond[failing[0]]):
+            self._give_more(failing[0])
+        self._violated |= dict.fromkeys(failing, self._windows)
+        if self.shares == before:
             return Change.KEPT
-        before, limits = self.share, self._limits
-        for _ in range(limits.max_steps):
-            step = limits.step if change is Change.MORE_ATTENTION else -limits.step
-            self.share = min(max(self.share + step, limits.low), limits.high)
-            if self._is_enough(change):
-                break
-        return change if abs(self.share - before) > 1e-9 else Change.KEPT
+        return Change.MORE_PREFILL if failing == [Phase.PREFILL] else Change.MORE_DECODE
 
-    def _is_enough(self, change: Change) -> bool:
-        ttft, tpot = self._objectives.ttft, self._objectives.tpot
-        if change is Change.MORE_PREFILL:
-            return ttft is None or self._ttft.at(max(1 - self.share, self._limits.step)) <= ttft
-        return tpot is None or self._tpot.at(self.share) <= tpot
+    def _beyond(self, phase: Phase) -> float:
+        """Refit a phase's model to the window. Return by which part of it the objective is violated; else negative."""
+        if not self._seen[phase]:
+            return -1.0
+        seconds, objective = percentile(self._seen[phase], self._objectives.percentile), self._objectives.of(phase)
+        self._models[phase].add(Point(self.shares.part(phase), seconds))
+        return seconds / objective - 1 if objective is not None else -1.0
 
-    def _at_percentile(self, seen: list[float]) -> float | None:
-        return percentile(seen, self._objectives.percentile) if seen else None
+    def _has_turn(self, phase: Phase, violated_by: float) -> bool:
+        """Whether a phase may get more now (Limits, `margin` and `patience`)."""
+        ago = self._windows - self._violated.get(phase.other, -self._limits.patience)
+        return ago >= self._limits.patience or violated_by > self._limits.margin
 
+    def _give_more(self, phase: Phase) -> None:
+        """Move the shares in favour of a phase, step by step, until that is enough by its model."""
+        for _ in range(self._limits.max_steps):
+            self.shares = self._after_step(phase)
+            if self._meets(phase, self.shares):
+                return
 
-def _beyond(seen: float | None, objective: float | None) -> float:
-    """Return by which part of it an objective is violated; negative when it is met or there is none."""
-    return seen / objective - 1 if seen is not None and objective is not None else -1.0
+    def _after_step(self, phase: Phase) -> Shares:
+        """Return the shares one step further in favour of a phase; the same ones where there is no such step."""
+        low, step = self._limits.low, self._limits.step
+        if self.shares.of(phase) < 1:
+            return self.shares.moved(phase, step, low)
+        shrunk = self.shares.moved(phase.other, -step, low)
+        return shrunk if self._meets(phase.other, shrunk) else self.shares
 
-
-def smallest_prefill_share(latency: Mapping[float, float], objective: float) -> float:
-    """Return the smallest share of prefill with which its latency meets an objective; 1.0 when none does.
-
-    Args:
-        latency: seconds by share. Between two of these shares, latency is taken to be linear in 1 / share.
-        objective: in seconds.
-    """
-    points = sorted((1 / share, seconds) for share, seconds in latency.items())
-    if not points or points[0][1] > objective:
-        return 1.0
-    for (x, low), (y, high) in itertools.pairwise(points):
-        if high > objective:
-            return 1 / (x + (y - x) * (objective - low) / (high - low))
-    return 1 / points[-1][0]
+    def _meets(self, phase: Phase, shares: Shares) -> bool:
+        """Whether a phase meets its objective with these shares, by its model."""
+        objective = self._objectives.of(phase)
+        return objective is None or self.expected(phase, shares) <= objective

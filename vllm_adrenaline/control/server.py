@@ -127,7 +127,7 @@ class ControlServer(threading.Thread):
         try:
             self.handler.tick()
         except Exception:
-            logger.exception("the executors' share is not adjusted")
+            logger.exception("the shares of prefill and decode are not adjusted")
         for peer in self.handler.silent():
             self._part_with(peer, "is silent")
 

@@ -37,6 +37,8 @@ GAUGES = {
     "step_seconds_without_attention": "A step of the present batch without attention, as placement believes.",
     "offload_bound_ratio": "The bound on offloaded over local attention, of the executor with the lowest; 0: no bound.",
     "executor_share": "What the attention executors of this prefill engine get of their device.",
+    "prefill_share": "What prefill may use of this prefill engine's device, by its objectives; 0 without an objective.",
+    "decode_share": "What decode may use of the same device: executors, or decode engines that map its memory.",
     "borrowed_blocks": "KV blocks of prefill engines that are held here: of offloaded requests, and leased ahead.",
     "waiting_blocks": "KV blocks of prefill engines that hold prompts which wait here to be placed.",
     "local_rows": "Requests in the batch whose KV cache is the decode engine's own.",

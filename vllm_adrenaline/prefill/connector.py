@@ -12,6 +12,7 @@ from vllm_adrenaline.control.messages import MAX_NAME
 from vllm_adrenaline.engine.connector import AdrenalineConnector, SchedulerSide, WorkerSide
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
 from vllm_adrenaline.kv.stamp import stamped
+from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.prefill.leases import LeaseManager, Offer
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ class PrefillSchedulerSide(SchedulerSide):
         return attach(super().build_connector_meta(scheduler_output), "let_go", self.leases.take_let_go())
 
     def gauges(self) -> Mapping[str, float]:
-        return {"executor_share": self.tuner.share}
+        shares = self.tuner.shares
+        in_force = {} if shares is None else {"prefill_share": shares.prefill, "decode_share": shares.decode}
+        return {"executor_share": executor_pool.active().share, **in_force}
 
 
 class PrefillWorkerSide(WorkerSide):

@@ -55,7 +55,7 @@ class Lending:
         return self.make_welcome(member)
 
     def tick(self) -> None:
-        """Adjust the executors' share."""
+        """Adjust the shares of prefill and decode."""
         self.adjust_share()
 
     def note_sign_of_life(self, peer: bytes) -> bool:

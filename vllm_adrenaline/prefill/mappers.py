@@ -38,6 +38,12 @@ class Mappers:
         with self._lock:
             return any(not _has_ended(pidfd) for pidfd in self._workers.get(member, {}).values())
 
+    def pids(self) -> list[int]:
+        """Return the processes that live and have the KV cache mapped."""
+        with self._lock:
+            found = [each for workers in self._workers.values() for each in workers.items()]
+            return [pid for pid, pidfd in found if not _has_ended(pidfd)]
+
     def let_go(self, member: str) -> None:
         """Note that a member uses nothing of what it had. For one that maps nothing this does nothing."""
         with self._lock:

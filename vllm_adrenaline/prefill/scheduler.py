@@ -15,7 +15,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_adrenaline.colocation.controller import Objectives
-from vllm_adrenaline.colocation.tuner import ShareTuner
+from vllm_adrenaline.colocation.cpu import ExecutorShares, WorkerShares
+from vllm_adrenaline.colocation.tuner import Device, ShareTuner
 from vllm_adrenaline.compat import scheduler as compat
 from vllm_adrenaline.compat.message_queue import wait_without_spinning
 from vllm_adrenaline.config import Options
@@ -71,11 +72,24 @@ class PrefillScheduler(Scheduler):
         )
         self.control = ControlServer(options.listen_address, identity_of(self.vllm_config), self.lending)
         self._utilization = PrefillUtilization(time.monotonic)
+        connector.tuner = self._make_tuner(options)
+        self.control.start()
+
+    def _make_tuner(self, options: Options) -> ShareTuner:
+        """Return the tuner of the shares of this engine's cores.
+
+        With `--adrenaline-pool both` the prefill workers share them with executors and may share them with mapping
+        decode workers. One TPOT would then have to be answered by two ratios, which move each other. Executors are the
+        choice: by default they run on these very cores, and they are this engine's own.
+        """
+        device: Device
+        if options.uses_executors:
+            device = ExecutorShares(self._executors.set_share)
+        else:
+            device = WorkerShares([export.pid for export in self._executors.exports], self.lending.mappers.pids)
         known = profile.cached(profiling.key(self.vllm_config, options, ()))
         objectives = Objectives(options.ttft_slo_ms / 1000 or None, options.tpot_slo_ms / 1000 or None)
-        prefill = known.prefill if known is not None else []
-        connector.tuner = ShareTuner(objectives, options.executor_share, prefill, self._executors.set_share)
-        self.control.start()
+        return ShareTuner(objectives, options.executor_share, known.prefill if known is not None else [], device)
 
     def _welcome(self, member: str) -> messages.Welcome:
         nixl, executors = self.connector.connector_scheduler, self._executors
@@ -93,7 +107,7 @@ class PrefillScheduler(Scheduler):
         )
 
     def _adjust_share(self) -> None:
-        """Let the tuner adjust the executors' share. The control thread calls it, which alone changes `heartbeats`."""
+        """Let the tuner adjust the shares. The control thread calls it, which alone changes `heartbeats`."""
         beats = self.lending.heartbeats.values()
         self.connector.connector_scheduler.tuner.update(beat.tpot for beat in beats)
 

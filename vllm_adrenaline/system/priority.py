@@ -46,6 +46,32 @@ def take_share(pid: int, share: float) -> str:
     return ORDINARY
 
 
+def require_permission() -> None:
+    """Raise PermissionError unless this process may give any niceness to processes of its user.
+
+    Without that permission a niceness only rises. What is taken from a process could not be given back.
+    """
+    before = os.getpriority(os.PRIO_PROCESS, 0)  # of this thread
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, -20)
+    except PermissionError:
+        raise PermissionError("priorities may not be raised here: it takes CAP_SYS_NICE, or ulimit -e 40") from None
+    os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
+def is_grouped_apart(pid: int, other: int) -> bool:
+    """Whether the kernel shares cores between the sessions of two processes, so that their priorities do not compare.
+
+    It does so for processes that are in no CPU control group of their own (kernel.sched_autogroup_enabled).
+    """
+    try:
+        with open("/proc/sys/kernel/sched_autogroup_enabled") as setting:
+            is_on = setting.read().strip() == "1"
+        return is_on and os.getsid(pid) != os.getsid(other)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def set_niceness(pid: int, niceness: int | None) -> None:
     """Give all threads of a process a niceness, or real-time priority for None. Raises PermissionError."""
     for thread in _threads(pid):
