@@ -84,12 +84,13 @@ class PrefillScheduler(Scheduler):
         """
         device: Device
         if options.uses_executors:
-            device = ExecutorShares(self._executors.set_share)
+            device, decode = ExecutorShares(self._executors.set_share), options.executor_share
         else:
+            decode = 0.5  # both sides' workers give themselves the same priority
             device = WorkerShares([export.pid for export in self._executors.exports], self.lending.mappers.pids)
         known = profile.cached(profiling.key(self.vllm_config, options, ()))
         objectives = Objectives(options.ttft_slo_ms / 1000 or None, options.tpot_slo_ms / 1000 or None)
-        return ShareTuner(objectives, options.executor_share, known.prefill if known is not None else [], device)
+        return ShareTuner(objectives, decode, known.prefill if known is not None else [], device)
 
     def _welcome(self, member: str) -> messages.Welcome:
         nixl, executors = self.connector.connector_scheduler, self._executors

@@ -21,6 +21,7 @@ from vllm_adrenaline.config import Options
 from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill import profiling
+from vllm_adrenaline.system.priority import come_first
 
 
 class PrefillWorker(CPUWorker):
@@ -34,6 +35,8 @@ class PrefillWorker(CPUWorker):
         settle_worker()
         allow_amx()
         super().__init__(*args, **kwargs)
+        if not Options.of(self.vllm_config).uses_executors:
+            come_first()  # as decode workers do, with which it shares the device: else it would hardly get it
 
     def compile_or_warm_up_model(self) -> Any:
         """Measure, then warm up. In this order, for vLLM ends its warm-up with a fresh random seed."""
