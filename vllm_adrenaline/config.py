@@ -110,7 +110,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lease_seconds: Annotated[
         float,
         _option(
-            "Prefill engine: take back what a decode engine has claimed and was lent when it is silent for so long.",
+            "Prefill engine: take back what a decode engine has claimed and was lent when it is silent for so long. "
+            "One that has this engine's memory mapped keeps it until it ends.",
             "SECONDS",
             ge=6,
             le=3600,

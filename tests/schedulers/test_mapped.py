@@ -115,6 +115,44 @@ def test_an_engine_that_has_nothing_to_let_go_of_says_nothing(decode: Any, prefi
     assert let_go(prefill) == []
 
 
+def test_it_lets_go_even_if_the_next_life_ends_just_then(decode: Any, prefill: Prefill) -> None:
+    """What is posted for a life that is over is not sent. This must be: else the blocks are out for ever."""
+    engine = decode(pool="mapped", ratio="1")
+    request = grown(engine, prefill)
+    prefill.forget()
+    engine.step()
+    client = engine.scheduler.clients[0]
+    eventually(lambda: client.welcome is not None and client.welcome.member == "member 2")
+    scheduled = engine.schedule()
+    prefill.forget()  # while the step runs
+    engine.abort(request)
+    engine.update(scheduled)
+    eventually(lambda: engine.step() and let_go(prefill) == ["member 1"])
+
+
+def test_memory_that_could_not_be_mapped_is_not_tried_again_at_once(
+    decode: Any, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every attempt costs a prompt, which is computed again here."""
+    engine = decode(pool="mapped", ratio="1")
+    request = placed(engine, prefill)
+    engine.step(Report(frozenset({mapped_pool(0)}), frozenset(), frozenset(), 0.0, {}, 0.0))
+    other = engine.arrive(PROMPT, params(PROMPT, "other"))
+    engine.step()
+    eventually(lambda: any(isinstance(m, messages.Claim) and m.request == "other" for m in prefill.heard))
+    prefill.say(granted(PROMPT, "other", [31, 32, 33, 34]))
+    eventually(lambda: engine.step() and other.kv_transfer_params)
+    reads: dict[str, list[int]] = {}
+    eventually(lambda: reads.update(engine.pulls(engine.step())) or other.num_computed_tokens)
+    assert engine.count("mapped_requests") == 1, "the other one is pulled"
+    engine.abort(other)
+    monkeypatch.setattr("vllm_adrenaline.decode.request_table.MAP_AGAIN_S", 0.0)
+    engine.scheduler.table.pools[0].unmapped_until = 0.0
+    placed(engine, prefill, "third")
+    assert engine.count("mapped_requests") == 2
+    finish(engine, request)
+
+
 def test_growth_that_nobody_leases_any_more_is_recomputed_here(
     decode: Any, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:

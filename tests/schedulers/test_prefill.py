@@ -208,7 +208,9 @@ def test_both_sides_racing_for_the_last_block_never_get_the_same_one(
             engine.line.send(messages.encode(messages.Release([], back)))
 
     borrower = threading.Thread(target=borrow, daemon=True)
-    borrower.start()
+    first = engine.ask(messages.Lease(64))
+    assert isinstance(first, messages.Leased)
+    lent.update(first.blocks)  # memory has run out when the race begins
     full = computed = 0
     for number in range(300):
         request = engine.arrive([number % 500, *PROMPT], None, max_tokens=1)
@@ -220,6 +222,8 @@ def test_both_sides_racing_for_the_last_block_never_get_the_same_one(
             full += not scheduled.num_scheduled_tokens
             computed += bool(scheduled.num_scheduled_tokens)
             engine.update(scheduled)
+            if borrower.ident is None:
+                borrower.start()
             if request.is_finished():
                 break
         assert request.is_finished(), "the prefill engine starves"

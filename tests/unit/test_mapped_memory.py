@@ -156,6 +156,59 @@ def test_one_that_comes_back_is_mapped_anew_in_the_same_place(prefills: list[Pre
     assert not memory.ensure(0, "larger"), "it would not fit in there"
 
 
+def pieces(cache: Cache) -> int:
+    """Return in how many places this process has a cache mapped."""
+    inode = str(os.fstat(cache.fd).st_ino)
+    return sum(line.split()[4] == inode for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_memory_of_a_prefill_engine_that_ended_is_kept_while_it_is_used_and_no_longer(prefills: list[Prefill]) -> None:
+    """The next prefill engine finds too little memory to start, else."""
+    cache = prefills[0].cache
+    alone = pieces(cache)
+    with subprocess.Popen(["sleep", "100"], pass_fds=[cache.fd]) as process:
+        cache.export = msgspec.structs.replace(cache.export, pid=process.pid)
+        memory = opened(prefills, Cache(3))
+        assert memory.use({0: "we"}) == {0: True}
+        process.kill()
+    assert memory.use({0: "we", 1: "we"}) == {0: True, 1: True}, "it is used on"
+    assert pieces(cache) == alone + len(LAYERS)
+    memory.use({1: "we"})
+    deadline = time.monotonic() + 5
+    while pieces(cache) > alone:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert pieces(prefills[1].cache) == alone + len(LAYERS), "the other one is left alone"
+    prefills[0].cache = Cache(7)
+    assert memory.use({0: "we"}) == {0: True}
+    memory.caches["a"][3] = 5
+    assert (prefills[0].cache.layers["a"][0] == 5).all()
+
+
+def test_an_unused_mapping_does_not_outlive_its_prefill_engine(prefills: list[Prefill]) -> None:
+    cache = prefills[0].cache
+    alone = pieces(cache)
+    with subprocess.Popen(["sleep", "100"], pass_fds=[cache.fd]) as process:
+        cache.export = msgspec.structs.replace(cache.export, pid=process.pid)
+        memory = opened(prefills, Cache(3))
+        assert pieces(cache) == alone + len(LAYERS)
+        process.kill()
+    deadline = time.monotonic() + 5
+    while pieces(cache) > alone:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert memory.bases == [3, 10]
+
+
+def test_one_that_comes_back_with_layers_elsewhere_is_not_mapped(prefills: list[Prefill]) -> None:
+    memory = opened(prefills, Cache(3))
+    export = prefills[0].cache.export
+    for offset in (export.size, 7):
+        layers = [export.layers[0], msgspec.structs.replace(export.layers[1], offset=offset)]
+        prefills[0].cache.export = msgspec.structs.replace(export, layers=layers)
+        assert not memory.ensure(0, "we")
+
+
 @pytest.mark.parametrize(
     ("cache", "reason"),
     [

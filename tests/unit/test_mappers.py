@@ -95,6 +95,28 @@ def test_a_decode_engine_that_comes_back_says_when_it_has_let_go(
     eventually(lambda: prefill.pool.get_num_free_blocks() == 8)
 
 
+def test_a_decode_engine_that_has_not_joined_lets_go_of_what_it_had(
+    prefill: Prefill, worker: subprocess.Popen[bytes]
+) -> None:
+    """It may have been parted with a second time meanwhile. What it had first would be out for ever."""
+    mapping(prefill, "a", worker.pid).send(messages.encode(messages.Leave()))
+    eventually(lambda: prefill.revoked == ["a"])
+    stranger = sockets.connect(prefill.control.address)
+    stranger.send(messages.encode(messages.LetGo(prefill.members["a"])))
+    eventually(lambda: prefill.pool.get_num_free_blocks() == 10)
+
+
+def test_one_that_has_nothing_when_it_leaves_is_forgotten(prefill: Prefill, worker: subprocess.Popen[bytes]) -> None:
+    mappers = prefill.lending.mappers
+    for number in range(3):
+        line = mapping(prefill, f"{number}", worker.pid)
+        assert mappers.pids()
+        line.send(messages.encode(messages.Release([], list(range(10)))))
+        line.send(messages.encode(messages.Leave()))
+        eventually(lambda: mappers.pids() == [])
+    assert prefill.revoked == [], "nothing is taken back from it"
+
+
 def test_who_maps_nothing_is_waited_for_by_nobody() -> None:
     mappers = Mappers()
     mappers.wait("nobody")

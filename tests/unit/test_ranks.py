@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_adrenaline.decode.remote_attention import RemoteAttention
-from vllm_adrenaline.kv.space import mapped_id, remote_id
+from vllm_adrenaline.kv.space import mapped_id, mapped_pool, remote_id
 
 BLOCK = 32
 
@@ -28,7 +28,9 @@ class Ranks:
     def _remote(self, away: set[int]) -> RemoteAttention:
         links: list[Any] = [SimpleNamespace(channel=None if e in away else object()) for e in range(3)]
         transport: Any = SimpleNamespace(send=None, receive=None, begin=lambda *_: None, times_ns=(0, 0))
-        mapped: Any = SimpleNamespace(bases=[100, 200], ensure=lambda engine, member: member != "gone")
+        mapped: Any = SimpleNamespace(
+            bases=[100, 200], use=lambda members: {engine: member != "gone" for engine, member in members.items()}
+        )
         return RemoteAttention(links, transport, mapped, ["a"], BLOCK, counts_rows=False)
 
     def all_reduce(self, tensor: torch.Tensor, op: Any, group: Any) -> None:
@@ -91,3 +93,12 @@ def test_rows_whose_memory_one_rank_could_not_map_are_worthless_on_all(monkeypat
     assert ranks.failed_rows([0, 1, None, 1], mapped=True) == [[1, 3], [1, 3]]
     ranks.members = [{0: "here"}] * 2
     assert ranks.failed_rows([0, None], mapped=True) == [[], []]
+
+
+def test_memory_that_could_not_be_mapped_is_told_even_if_no_row_of_this_step_is_there() -> None:
+    """Else every step would ask again, and wait."""
+    ranks = Ranks([{0, 1, 2}, set()])
+    ranks.remotes[0].begin_step(frozenset(), {0: "here", 1: "gone"}, {})
+    report = ranks.remotes[0].take_report()
+    assert report is not None
+    assert report.failed == {mapped_pool(1)}

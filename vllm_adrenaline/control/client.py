@@ -59,7 +59,7 @@ class PrefillClient(threading.Thread):
         self.answered = threading.Event()
         self._process_space = process_space()
         self._hello = messages.Hello(identity, borrows=True, engine=engine, pid=os.getpid())
-        self._outbox: deque[tuple[int, messages.Message]] = deque()
+        self._outbox: deque[tuple[int | None, messages.Message]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._life = 0
         self._said: deque[float] = deque()
@@ -74,8 +74,8 @@ class PrefillClient(threading.Thread):
         self._beat_is_due = True
         self._ring()
 
-    def post(self, life: int, message: messages.Message) -> None:
-        """Send a message to the prefill engine if this life of it is not over by then."""
+    def post(self, life: int | None, message: messages.Message) -> None:
+        """Send a message to the prefill engine if this life of it is not over by then; for None in any life."""
         self._outbox.append((life, message))
         self._ring()
 
@@ -166,7 +166,7 @@ class PrefillClient(threading.Thread):
             if self.welcome is not None:
                 while self._outbox:
                     life, message = self._outbox.popleft()
-                    if life == self._life:
+                    if life is None or life == self._life:
                         socket.send(messages.encode(message))
             if now - said >= BEAT_S or (self._beat_is_due and self.welcome is not None):
                 self._beat_is_due = False

@@ -173,7 +173,7 @@ class Heartbeat(Message, frozen=True):
     Attributes:
         tpot: what my steps took lately, in seconds: the 90th percentile; 0 when there was none.
         waiting: KV blocks of your prompts whose requests wait here to be placed.
-        offloads: whether your executors attend any of your blocks for me.
+        offloads: whether any of your blocks are attended for me, by your executors or by myself.
     """
 
     tpot: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0

@@ -194,7 +194,8 @@ class ControlServer(threading.Thread):
         if isinstance(message, messages.Map):
             reason = messages.mismatch(self.identity, message.identity, "prefill engine", "decode worker")
             return self.handler.map(message) if reason is None else messages.Refused(reason)
-        if not self.handler.note_sign_of_life(peer):
+        is_known = self.handler.note_sign_of_life(peer)
+        if not is_known and not isinstance(message, messages.LetGo):  # that is of what was taken from its sender before
             return messages.Refused("unknown decode engine: say hello first")
         if isinstance(message, messages.Leave):
             self._part_with(peer, "leaves")

@@ -46,8 +46,9 @@ class RemotePool:
         life: which life of it.
         free: leased blocks that no request has, by index.
         asked: how many blocks were asked for in a lease that is not answered yet.
-        available: False once the life is over. What mapped requests have of it then is used on, for it is still there.
+        available: False once the life is over. Mapped requests go on using what they have of it: it is still there.
         member: what we are as a holder there (messages.Welcome); empty before a claim was granted.
+        unmapped_until: until when nothing new is to be mapped, for it could not be (seconds, monotonic).
     """
 
     def __init__(self, executor: int, client: PrefillClient, life: int = 0) -> None:
@@ -56,6 +57,7 @@ class RemotePool:
         self.asked = 0
         self.available = True
         self.member = ""
+        self.unmapped_until = 0.0
         self._leased: set[int] = set()
         self._claimed: Counter[str] = Counter()
         self._done: list[str] = []

@@ -11,10 +11,13 @@ import logging
 import math
 import mmap
 import os
+import select
+import threading
 import time
 from collections.abc import Sequence
 
 import torch
+import zmq
 
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.control.kv_export import KVExport
@@ -41,7 +44,12 @@ class MappedMemory:
     def __init__(self, addresses: Sequence[str], identity: messages.Identity, rank: int) -> None:
         self._addresses, self._identity, self._rank = addresses, identity, rank
         self._members = [""] * len(addresses)
+        self._own: dict[str, torch.Tensor] = {}
         self._exports: list[KVExport] = []
+        self._lock = threading.Lock()  # guards what follows: threads that wait for the end of prefill workers change it
+        self._used: set[int] = set()
+        self._mapped = [0] * len(addresses)  # the prefill worker whose memory is mapped; 0 for none
+        self._ended: set[int] = set()  # prefill engines whose memory is mapped, and whose worker has ended
         self._ranges: list[AddressRange] = []
         self._page = 0
         self.bases: list[int] = []
@@ -70,9 +78,10 @@ class MappedMemory:
                 f"a KV block of a layer has {self._page} bytes, and only whole pages of {mmap.PAGESIZE} can be mapped: "
                 "use a larger --block-size, or --adrenaline-pool remote"
             )
+        self._own = own
         self._exports = [self._first_answer(address, deadline) for address in self._addresses]
         for address, kv in zip(self._addresses, self._exports, strict=True):
-            if reason := _mismatch(kv, own):
+            if reason := _mismatch(kv, own, self._page):
                 raise AdrenalineError(f"the KV cache of the prefill engine at {address} cannot be mapped: {reason}")
         total = blocks
         for kv in self._exports:
@@ -93,6 +102,18 @@ class MappedMemory:
                 ) from None
         logger.info("%d blocks of prefill engines are mapped behind %d own ones", total - blocks, blocks)
 
+    def use(self, members: dict[int, str]) -> dict[int, bool]:
+        """Have mapped what we have as these members, by prefill engine, and nothing of prefill engines that ended.
+
+        Returns:
+            What `ensure` returns for each of them.
+        """
+        with self._lock:
+            self._used = set(members)
+            for engine in self._ended - self._used:
+                self._unmap(engine)
+        return {engine: self.ensure(engine, member) for engine, member in members.items()}
+
     def ensure(self, engine: int, member: str) -> bool:
         """Make sure that what we have as `member` at prefill engine `engine` is mapped, and is not taken back.
 
@@ -104,10 +125,10 @@ class MappedMemory:
         address = self._addresses[engine]
         try:
             kv = self._ask(address, member)
-            if kv.shape != self._exports[engine].shape or len(kv.layers) != len(self._ranges):
+            if kv.shape != self._exports[engine].shape or _mismatch(kv, self._own, self._page):
                 raise AdrenalineError("it has come back with another KV cache: start this engine again to map it")
             self._map(engine, kv)
-        except (AdrenalineError, OSError) as error:
+        except (AdrenalineError, OSError, zmq.ZMQError) as error:
             logger.error("the memory of the prefill engine at %s is not mapped: %s", address, error)
             return False
         self._members[engine] = member
@@ -115,13 +136,52 @@ class MappedMemory:
 
     def _map(self, engine: int, kv: KVExport) -> None:
         """Map the memory of a prefill engine where it belongs."""
-        fd = os.open(f"/proc/{kv.pid}/fd/{kv.fd}", os.O_RDWR | os.O_CLOEXEC)
+        process = os.pidfd_open(kv.pid)
         try:
-            memory_file.check(fd, kv.size, "the prefill worker's KV cache")
-            for layer, addresses in zip(kv.layers, self._ranges, strict=True):
-                addresses.map(self.bases[engine] * self._page, fd, layer.offset, kv.shape[0] * self._page)
+            fd = os.open(f"/proc/{kv.pid}/fd/{kv.fd}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                memory_file.check(fd, kv.size, "the prefill worker's KV cache")
+                for layer, addresses in zip(kv.layers, self._ranges, strict=True):
+                    addresses.map(self.bases[engine] * self._page, fd, layer.offset, kv.shape[0] * self._page)
+            finally:
+                os.close(fd)
+            with self._lock:
+                is_watched, self._mapped[engine] = self._mapped[engine] == kv.pid, kv.pid
+                if not is_watched:
+                    self._ended.discard(engine)
+            if not is_watched:
+                threading.Thread(
+                    target=self._await_end,
+                    args=(engine, kv.pid, os.dup(process)),
+                    name="adrenaline-mapped",
+                    daemon=True,
+                ).start()
         finally:
-            os.close(fd)
+            os.close(process)
+
+    def _await_end(self, engine: int, pid: int, process: int) -> None:
+        """Wait for the end of a prefill worker. Its memory, which would not come back to the system, goes when unused.
+
+        A prefill engine that is started in its place may need the memory to start at all.
+        """
+        poller = select.poll()
+        poller.register(process, select.POLLIN)
+        poller.poll()
+        os.close(process)
+        with self._lock:
+            if self._mapped[engine] != pid:
+                return
+            self._ended.add(engine)
+            if engine not in self._used:
+                self._unmap(engine)
+
+    def _unmap(self, engine: int) -> None:
+        """Let go of the memory of a prefill engine that ended. The lock is held, and no row uses it."""
+        self._ended.discard(engine)
+        self._mapped[engine], self._members[engine] = 0, ""
+        for addresses in self._ranges:
+            addresses.unmap(self.bases[engine] * self._page, self._exports[engine].shape[0] * self._page)
+        logger.info("the memory of the prefill engine that was at %s is let go", self._addresses[engine])
 
     def _first_answer(self, address: str, deadline: float) -> KVExport:
         while True:
@@ -145,8 +205,8 @@ class NoAnswer(AdrenalineError):
     """A prefill engine does not answer. It may not have started yet."""
 
 
-def _mismatch(kv: KVExport, own: dict[str, torch.Tensor]) -> str:
-    """Return why a prefill worker's KV cache cannot lie behind ours; nothing if it can."""
+def _mismatch(kv: KVExport, own: dict[str, torch.Tensor], page: int) -> str:
+    """Return why a prefill worker's KV cache cannot lie behind ours; nothing if it can. `page`: bytes of a block."""
     _, heads, block_size, double = next(iter(own.values())).shape
     wanted = [heads, 2 * block_size, double // 2]
     if kv.shape[1:] != wanted or kv.strides[0] != math.prod(wanted):
@@ -155,4 +215,6 @@ def _mismatch(kv: KVExport, own: dict[str, torch.Tensor]) -> str:
         return "it has other layers than this engine"
     if any(layer.offset % mmap.PAGESIZE for layer in kv.layers):
         return "its layers do not begin at whole pages"
+    if any(layer.offset + kv.shape[0] * page > kv.size for layer in kv.layers):
+        return "its layers are not in its memory file"
     return ""

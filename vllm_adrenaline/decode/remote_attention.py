@@ -125,6 +125,7 @@ class RemoteAttention:
         self._received: frozenset[str] = frozenset()
         self._row_of: dict[str, int] = {}
         self._members: dict[int, str] = {}
+        self._are_mapped = True
         self._bases: list[int] = []
         self._split: SplitRows | None = None  # of a step with remote or lost rows
         self._first: torch.Tensor | None = None  # first block of each row, in a step whose rows are not all local
@@ -147,14 +148,19 @@ class RemoteAttention:
         """
         self._received, self._row_of, self._split, self._first = received, row_of, None, None
         self._failed_in_step = set()
-        if members != self._members:
-            self._members = members if self._map(members) else {}
+        if members != self._members or not self._are_mapped:
+            self._members, self._are_mapped = members, self._map(members)
 
     def _map(self, members: dict[int, str]) -> bool:
-        """Have the memory of these members mapped; return whether all of it is. Rows of the rest are lost."""
+        """Have the memory of these members mapped; return whether all of it is. Requests of the rest are lost.
+
+        Also those that have no row in this step: with them the next steps would ask again, and wait for an answer.
+        """
         if self.mapped is None:
             return False
-        is_mapped = {engine: self.mapped.ensure(engine, member) for engine, member in members.items()}
+        is_mapped = self.mapped.use(members)
+        for engine in [engine for engine, is_there in is_mapped.items() if not is_there]:
+            self._note(space.mapped_pool(engine))
         self._bases = [
             base if is_mapped.get(engine) else library.NOT_MAPPED for engine, base in enumerate(self.mapped.bases)
         ]

@@ -40,6 +40,8 @@ logger = logging.getLogger("vllm.adrenaline")
 
 CLAIM_WAIT_S = 0.002
 """How long a step waits for claims that were just made: an answer takes a tenth of that, a missed step much more."""
+MAP_AGAIN_S = 10.0
+"""How long nothing more is mapped of a prefill engine whose memory could not be: every attempt costs a prompt."""
 
 
 @dataclass
@@ -229,7 +231,7 @@ class RequestTable:
         used = {id(each.pool) for each in self.requests.values()}
         for pool in [pool for pool in self._outlived if id(pool) not in used]:
             self._outlived.remove(pool)
-            self.pools[pool.executor].post(messages.LetGo(pool.member))
+            pool.client.post(None, messages.LetGo(pool.member))  # whichever life hears it: blocks are kept until then
         for pool in self.pools:
             pool.settle()
 
@@ -243,7 +245,8 @@ class RequestTable:
 
     def can_map(self, pool: RemotePool) -> bool:
         """Whether new requests of a pool may be mapped. A worker maps one life of a prefill engine at a time."""
-        return pool.available and all(other.executor != pool.executor for other in self._outlived)
+        is_single = all(other.executor != pool.executor for other in self._outlived)
+        return pool.available and is_single and time.monotonic() >= pool.unmapped_until
 
     @property
     def unsettled(self) -> bool:
@@ -329,11 +332,11 @@ class RequestTable:
             self._counts["executor_failures"] += 1
             self.pools[executor].post(messages.KillExecutors(sorted(report.pids)))
         self.unavailable |= frozenset(failed)
-        return [
-            each.request
-            for each in self.requests.values()
-            if each.state is State.OFFLOADED and each.block_pool in report.failed
-        ]
+        lost = [e for e in self.requests.values() if e.state is State.OFFLOADED and e.block_pool in report.failed]
+        for each in lost:
+            if each.is_mapped:
+                each.pool.unmapped_until = time.monotonic() + MAP_AGAIN_S
+        return [each.request for each in lost]
 
     def observe_step(self, batch: Batch, report: Report | None, seconds: float) -> None:
         """Take what a step took; `seconds` is 0 when it computed prompts as well."""

@@ -43,9 +43,10 @@ class DecodeWorker(CPUWorker):
         self.remote: remote_attention.RemoteAttention | None = None
 
     def determine_available_memory(self) -> int:
-        """Return the bytes for our own KV cache: those of one longest request, where prefill engines' memory is mapped.
+        """Return the bytes for our own KV cache.
 
-        They are for requests that cannot stay there. All other memory is the prefill engine's to give.
+        With --adrenaline-pool mapped they are enough for one longest request: some must leave their prefill engine. All
+        other memory is for the prefill engine to use.
         """
         found = int(super().determine_available_memory())
         if Options.of(self.vllm_config).uses_executors or self.cache_config.kv_cache_memory_bytes is not None:

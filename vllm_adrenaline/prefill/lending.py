@@ -87,8 +87,12 @@ class Lending:
         """Forget a decode engine. Return a function that takes back its blocks; None if it has none."""
         self.heartbeats.pop(peer, None)
         with self.lock:
-            left = self.leases.leave(peer)
-        return None if left is None else functools.partial(self._take_back, left, engine)
+            known, left = self.leases.holders.get(peer), self.leases.leave(peer)
+        if left is not None:
+            return functools.partial(self._take_back, left, engine)
+        if known is not None:
+            self.mappers.forget(known.member)
+        return None
 
     def _take_back(self, left: LeaseHolder, engine: str) -> None:
         """Wait until nobody can write for a decode engine that left, then take back its blocks."""

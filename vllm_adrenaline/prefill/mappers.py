@@ -71,9 +71,13 @@ class Mappers:
             living -= ready
             for pidfd in ready:
                 poller.unregister(pidfd)
+        self.forget(member)
+
+    def forget(self, member: str) -> None:
+        """Forget a member that has left, and of which nothing is to be taken back any more."""
         with self._lock:
-            del self._workers[member], self._bells[member]
-        for fd in (bell, *pidfds):
+            bell, workers = self._bells.pop(member, None), self._workers.pop(member, {})
+        for fd in (*workers.values(), *(() if bell is None else (bell,))):
             os.close(fd)
 
 

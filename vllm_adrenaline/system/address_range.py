@@ -43,6 +43,13 @@ class AddressRange:
             raise ValueError(f"{size} bytes at {at}, from {offset} of a file, in a range of {self._size}")
         self._mmap(self._begin + at, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _FIXED, fd, offset)
 
+    def unmap(self, at: int, size: int) -> None:
+        """Let go of what is mapped there; the addresses stay ours. Arguments and errors are as for `map`."""
+        if any(each % mmap.PAGESIZE for each in (at, size)) or not 0 <= at <= at + size <= self._size:
+            raise ValueError(f"{size} bytes at {at} in a range of {self._size}")
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+        self._mmap(self._begin + at, size, _NONE, private | _FIXED, -1, 0)
+
     @staticmethod
     def _mmap(address: int | None, size: int, access: int, flags: int, fd: int, offset: int) -> int:
         found = _libc.mmap(address, size, access, flags, fd, offset)
