@@ -17,7 +17,8 @@ from vllm_adrenaline.system.pages import Range, libc
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 OWN_MAPPING = 128 << 10
 """Bytes of the smallest block that has a mapping of its own meanwhile: where glibc itself begins."""
-_GROWN, _GROWN_TRIM = 32 << 20, 64 << 20
+STAYS = 32 << 20
+"""Bytes of that block afterwards: where glibc would have let the threshold grow at most."""
 _LEADS = (mmap.PAGESIZE, 256, 128, 64, 32, 16)
 """Where a block may begin in its own mapping: where posix_memalign puts it, or after its header. The largest first:
 posix_memalign leaves the header of a block that would begin after 16 bytes."""
@@ -28,15 +29,15 @@ _IS_MAPPED, _FLAGS = 2, 7
 def own_mappings() -> Iterator[None]:
     """A context in which every block of OWN_MAPPING bytes and more has a mapping of its own.
 
-    Afterwards the threshold is where glibc would have let it grow at most, for it cannot be told to go on growing it.
-    Blocks of a step would otherwise be mapped and unmapped each time.
+    glibc cannot be told to go on growing the threshold afterwards. So it is set to where it ends: else blocks of a step
+    would be mapped and unmapped each time. Free memory at the end of the heap stays up to twice that.
     """
     libc.mallopt(_MMAP_THRESHOLD, OWN_MAPPING)
     try:
         yield
     finally:
-        libc.mallopt(_MMAP_THRESHOLD, _GROWN)
-        libc.mallopt(_TRIM_THRESHOLD, _GROWN_TRIM)
+        libc.mallopt(_MMAP_THRESHOLD, STAYS)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * STAYS)
 
 
 def blocks(ranges: list[Range]) -> Iterator[tuple[int, int]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vllm_adrenaline.system import pages
+from vllm_adrenaline.system.malloc import OWN_MAPPING
 from vllm_adrenaline.system.pages import Range, inner_pages
 
 DEEPEST = 4
@@ -38,8 +39,8 @@ class Region:
 
     @property
     def pages(self) -> Range:
-        """The pages that hold nothing else."""
-        return inner_pages(self.address, self.size)
+        """The pages that hold nothing else; an empty range for small memory, which lies in a heap with other things."""
+        return inner_pages(self.address, self.size if self.size >= OWN_MAPPING else 0)
 
 
 Locate = Callable[[Any], tuple[tuple[int, ...], torch.dtype, int, int] | None]

@@ -11,6 +11,7 @@ and the last page of a weight hold other things too, and stay private.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -22,6 +23,7 @@ import msgspec
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system import memory_file, pages
+from vllm_adrenaline.system.huge_pages import HugePages
 from vllm_adrenaline.weights.regions import Region
 
 NAME = "adrenaline-weights"
@@ -105,9 +107,11 @@ def move(regions: Sequence[Region]) -> Moved:
     table = msgspec.msgpack.encode(entries)
     fd = memory_file.create_unfrozen(NAME, end + len(table))
     try:
-        for entry, each in zip(entries, movable, strict=True):
-            _write(fd, (ctypes.c_char * (each.end - each.begin)).from_address(each.begin), entry.offset)
-            pages.replace_by_file(each, fd, entry.offset)
+        with contextlib.closing(HugePages(fd, end + len(table))) as huge:
+            for entry, each in zip(entries, movable, strict=True):
+                huge.prepare(entry.offset + each.end - each.begin)
+                _write(fd, (ctypes.c_char * (each.end - each.begin)).from_address(each.begin), entry.offset)
+                pages.replace_by_file(each, fd, entry.offset)
         _write(fd, table, end)
         memory_file.freeze(fd)
     except BaseException:
@@ -159,7 +163,7 @@ def _take(regions: Sequence[Region], entries: dict[str, Entry], fd: int, file: i
         each, entry = region.pages, entries.get(region.name)
         size = each.end - each.begin
         if not size or not pages.is_inside(each, own):
-            taken.leave("too small, or not in memory of their own", region)
+            taken.leave("small, or in no memory of their own", region)
         elif entry is None:
             taken.leave("the prefill engine has none of this name", region)
         elif (entry.dtype, tuple(entry.shape), entry.size) != (region.dtype, region.shape, region.size):
