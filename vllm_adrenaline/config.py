@@ -72,6 +72,15 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "executors. Default: remote."
         ),
     ] = "remote"
+    share_weights: Annotated[
+        Literal["auto", "on", "off"],
+        _option(
+            "Whether engines with the same model keep one copy of its weights in memory. A prefill engine offers its "
+            "own; a decode engine compares them with what it has loaded, and maps those that are equal. `auto`: a "
+            "decode engine does so with --adrenaline-pool mapped or both, and neither side does where steps would get "
+            "slower: weights in huge pages, another NUMA node. Default: auto."
+        ),
+    ] = "auto"
     offload_ratio: Annotated[
         str,
         _option(
@@ -204,6 +213,11 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def maps(self) -> bool:
         """Whether decode engines map the memory of prefill engines."""
         return self.pool != "remote"
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether this engine tries to share its weights."""
+        return self.share_weights == "on" or (self.share_weights == "auto" and (self.role == "prefill" or self.maps))
 
     @property
     def uses_executors(self) -> bool:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import pytest
 from tests.engine.conftest import (
     BLOCK,
     SMALL_BLOCKS,
+    Engine,
     Fleet,
     Plain,
     Wanted,
@@ -28,6 +31,8 @@ from tests.engine.conftest import (
     workload,
 )
 from tests.engine.test_offload import LAYERS, OUTPUTS, PROMPTS, abort_at_random
+from vllm_adrenaline.launch.process import group_members
+from vllm_adrenaline.weights import sharing
 
 MIXED = 0.67
 """Share of requests whose KV stays: of `both` a third is remote, a third mapped and a third local."""
@@ -43,6 +48,27 @@ def engines(plain: Plain, model: Path, tmp_path_factory: pytest.TempPathFactory)
     common = ["--dtype", "float32", "--max-num-seqs", "64"]
     with fleet(tmp_path_factory.mktemp("mapped"), model, common, wanted) as started:
         yield started
+
+
+@dataclass
+class MappedWeights:
+    """The memory file with the weights as an engine's worker has it mapped: its number, and sizes of smaps in KiB."""
+
+    inode: str = ""
+    kib: Counter[str] = field(default_factory=Counter)
+
+
+def mapped_weights(engine: Engine) -> MappedWeights:
+    found, ours = MappedWeights(), False
+    for pid in group_members(engine.pid):
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            words = line.split()
+            if not words[0].endswith(":"):
+                if ours := f"memfd:{sharing.NAME}" in line:
+                    found.inode = words[4]
+            elif ours and words[-1] == "kB":
+                found.kib[words[0][:-1]] += int(words[1])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +87,17 @@ def test_every_mapped_request_has_the_tokens_of_plain_vllm_and_nothing_is_sent_o
     assert count["remote_attention_rows"] == count["vllm:nixl_bytes_transferred_sum"] == 0
     assert count["fallback_requests"] == 0
     assert set(count.placements()) <= {("mapped", "no_transfer"), ("mapped", "local_full")}
+
+
+def test_all_engines_have_one_copy_of_the_weights(engines: Fleet) -> None:
+    """The tokens of every other test here are computed with it."""
+    offered, *taken = (mapped_weights(engines[name]) for name in ("prefill", "mapped", "both"))
+    assert offered.kib["Size"] > 600
+    for each in taken:
+        assert each.inode == offered.inode
+        assert each.kib["Size"] >= 0.9 * offered.kib["Size"]
+        assert each.kib["Pss"] <= 0.4 * each.kib["Size"], "a third of it, for three engines have it"
+        assert each.kib["Private_Dirty"] == 0, "nobody has written into weights"
 
 
 def test_a_mapped_request_takes_no_local_block(engines: Fleet) -> None:

@@ -26,6 +26,7 @@ VALUES: dict[str, tuple[str, str, Any]] = {
     "pool": ("decode", "both", "both"),
     "listen": ("prefill", "ipc:///x", "ipc:///x"),
     "peers": ("decode", "ipc:///x,ipc:///y", "ipc:///x,ipc:///y"),
+    "share_weights": ("decode", "on", "on"),
     "offload_ratio": ("decode", "0.25", "0.25"),
     "offload_rule": ("decode", "and", "and"),
     "tpot_slo_ms": ("decode", "20", 20.0),

@@ -87,6 +87,14 @@ LEDGER = (
         "vLLM asks for tiles itself, and has a scratch memory for each thread",
     ),
     Patch(
+        "weight_memory",
+        tuple(f"vllm._custom_ops:{name}" for name in ("create_onednn_mm", "create_onednn_scaled_mm")),
+        "linear layers keep their weights in oneDNN's handlers, which do not tell where they are",
+        "a handler tells where its packed weight is, or can be made around one",
+        "0.32 run",
+        names=("CPUDNNLGEMMHandler", "self.handler_tensor"),
+    ),
+    Patch(
         "sampling",
         ("vllm.v1.worker.gpu_model_runner:GPUModelRunner",),
         "a seeded request whose prompt takes several steps ends an engine on CPU; rows whose token is dropped draw",

@@ -10,7 +10,7 @@ import msgspec
 
 from vllm_adrenaline.control.kv_export import KVExport
 
-PROTOCOL = 7
+PROTOCOL = 8
 """Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
 
 MAX_FRAME = 1 << 20
@@ -27,6 +27,7 @@ BlockIndex = Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
 Blocks = Annotated[list[BlockIndex], msgspec.Meta(max_length=1 << 16)]
 Names = Annotated[list[Name], msgspec.Meta(max_length=4096)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 50)]
 Cpus = Annotated[list[Count], msgspec.Meta(max_length=4096)]
 
 
@@ -216,10 +217,31 @@ class Map(Message, frozen=True):
     pid: Count
 
 
+class SharedWeights(msgspec.Struct, frozen=True):
+    """A prefill worker's weights, in a frozen memory file that decode workers may map.
+
+    Attributes:
+        pid, fd: the worker's process, and the number of the open file in it.
+        size: of the file, in bytes.
+        table: where the file says which weight is where, in bytes from its begin (weights/sharing.py).
+    """
+
+    pid: Count
+    fd: Count
+    size: Bytes
+    table: Bytes
+
+
 class Mappable(Message, frozen=True):
-    """Prefill engine to decode worker: the answer to Map."""
+    """Prefill engine to decode worker: the answer to Map.
+
+    Attributes:
+        kv: the worker's KV cache.
+        weights: its weights; None if it does not share them.
+    """
 
     kv: KVExport
+    weights: SharedWeights | None = None
 
 
 class LetGo(Message, frozen=True):

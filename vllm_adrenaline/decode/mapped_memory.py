@@ -193,16 +193,25 @@ class MappedMemory:
                 time.sleep(SOON_S)
 
     def _ask(self, address: str, member: str) -> KVExport:
-        answer = sockets.ask_once(address, messages.Map(self._identity, self._rank, member, os.getpid()), ANSWER_S)
-        if isinstance(answer, messages.Refused):
-            raise AdrenalineError(answer.reason)
-        if not isinstance(answer, messages.Mappable):
-            raise NoAnswer(f"no prefill engine answers at {address}")
-        return answer.kv
+        return ask_to_map(address, self._identity, self._rank, member).kv
 
 
 class NoAnswer(AdrenalineError):
     """A prefill engine does not answer. It may not have started yet."""
+
+
+def ask_to_map(address: str, identity: messages.Identity, rank: int, member: str) -> messages.Mappable:
+    """Return where the memory of a prefill engine's worker is (messages.Map).
+
+    Raises:
+        AdrenalineError: it refuses; NoAnswer: it does not answer.
+    """
+    answer = sockets.ask_once(address, messages.Map(identity, rank, member, os.getpid()), ANSWER_S)
+    if isinstance(answer, messages.Refused):
+        raise AdrenalineError(answer.reason)
+    if not isinstance(answer, messages.Mappable):
+        raise NoAnswer(f"no prefill engine answers at {address}")
+    return answer
 
 
 def _mismatch(kv: KVExport, own: dict[str, torch.Tensor], page: int) -> str:

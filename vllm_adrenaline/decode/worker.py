@@ -14,17 +14,19 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_adrenaline.compat import weight_memory
 from vllm_adrenaline.compat.cpu_attention import allow_amx
 from vllm_adrenaline.compat.sampling import without_generators
 from vllm_adrenaline.compat.worker_cores import settle_worker
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.decode import backend, profiling, remote_attention
+from vllm_adrenaline.decode import backend, profiling, remote_attention, shared_weights
 from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.decode.mapped_memory import MappedMemory
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system.priority import come_first
 from vllm_adrenaline.transport.shm import Shape, ShmSteps
+from vllm_adrenaline.weights.regions import Region, regions_of
 
 
 class DecodeWorker(CPUWorker):
@@ -41,6 +43,16 @@ class DecodeWorker(CPUWorker):
         register_backend(AttentionBackendEnum.CPU_ATTN, backend.QUALNAME)
         super().__init__(*args, **kwargs)
         self.remote: remote_attention.RemoteAttention | None = None
+        self._weights: list[Region] = []
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the model, and note where its weights are if they are to be shared."""
+        if not Options.of(self.vllm_config).shares_weights:
+            super().load_model(**kwargs)
+            return
+        with weight_memory.followed() as locate:
+            super().load_model(**kwargs)
+        self._weights = regions_of(self.model_runner.get_model(), locate)
 
     def determine_available_memory(self) -> int:
         """Return the bytes for our own KV cache.
@@ -92,6 +104,9 @@ class DecodeWorker(CPUWorker):
             shared = connector.shared_kv
             mapped.open(caches, shared.fd, [shared.offset(cache) for cache in caches.values()], deadline)
             caches = mapped.caches
+        if options.shares_weights:
+            shared_weights.share(self._weights, options, identity, self.rank)
+            self._weights = []
         self.remote = remote_attention.RemoteAttention(
             links, ShmSteps(shape), mapped, layers, config.cache_config.block_size, counts_rows=self.rank == 0
         )

@@ -16,6 +16,7 @@ from vllm_adrenaline.attention.spec import ExecutorSpec
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import sockets
 from vllm_adrenaline.control.kv_export import KVExport
+from vllm_adrenaline.control.messages import SharedWeights
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill import executor_pool
@@ -34,6 +35,7 @@ class PrefillExecutor(MultiprocExecutor):
         options = Options.of(self.vllm_config)
         identity = identity_of(self.vllm_config)
         exports = [msgspec.convert(export, KVExport) for export in self.collective_rpc("export_kv")]
+        weights = [msgspec.convert(each, SharedWeights | None) for each in self.collective_rpc("export_weights")]
         cores = parse(options.executor_cores) or [
             export.cpus[-priority.threads_of(options.executor_share, len(export.cpus)) :] for export in exports
         ]
@@ -53,7 +55,7 @@ class PrefillExecutor(MultiprocExecutor):
             if options.uses_executors
         ]
         logger.info("starting %d attention executor(s)", len(specs))
-        executor_pool.activate(ExecutorPool(specs, exports))
+        executor_pool.activate(ExecutorPool(specs, exports, weights))
 
     def shutdown(self) -> None:
         with contextlib.suppress(AdrenalineError):  # the workers ended before there were any executors

@@ -117,12 +117,18 @@ class ExecutorPool:
     Attributes:
         processes: by rank; empty for an engine without executors.
         exports: the KV caches of the prefill engine's workers, by rank.
+        weights: their weights, by rank; None for a worker that does not share them.
         share: of their device, 0 to 1, as it was set last.
     """
 
-    def __init__(self, specs: list[ExecutorSpec], exports: Sequence[KVExport] = ()) -> None:
+    def __init__(
+        self,
+        specs: list[ExecutorSpec],
+        exports: Sequence[KVExport] = (),
+        weights: Sequence[messages.SharedWeights | None] = (),
+    ) -> None:
         """Start the executors, and wait until they serve. Raises AdrenalineError if one does not."""
-        self.exports = exports
+        self.exports, self.weights = exports, weights
         self.processes = [ExecutorProcess(spec) for spec in specs]
         for process in self.processes:
             process.wait_ready()

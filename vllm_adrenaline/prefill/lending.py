@@ -28,6 +28,7 @@ class Lending:
         make_welcome, make_load: return what this engine says of itself; the former to a holder with this name, the
             latter with the lock held.
         exports: where the KV cache of each worker is, by rank.
+        weights: where its weights are, by rank; None for one that does not share them.
         adjust_share: called at most twice a second.
         kill_executors: ends the executors that run under one of these process ids.
         revoke: returns when no executor can write for the named decode engine any more.
@@ -43,6 +44,7 @@ class Lending:
     kill_executors: Callable[[list[int]], None]
     revoke: Callable[[str], None]
     exports: Sequence[KVExport] = ()
+    weights: Sequence[messages.SharedWeights | None] = ()
     mappers: Mappers = field(default_factory=Mappers)
     heartbeats: dict[bytes, messages.Heartbeat] = field(default_factory=dict)
 
@@ -81,7 +83,8 @@ class Lending:
                     self.mappers.add(message.member, message.pid)
                 except OSError as error:
                     return messages.Refused(f"process {message.pid} of the decode worker cannot be seen: {error}")
-        return messages.Mappable(self.exports[message.rank])
+        weights = self.weights[message.rank] if message.rank < len(self.weights) else None
+        return messages.Mappable(self.exports[message.rank], weights)
 
     def leave(self, peer: bytes, engine: str) -> Callable[[], None] | None:
         """Forget a decode engine. Return a function that takes back its blocks; None if it has none."""

@@ -69,6 +69,7 @@ class PrefillScheduler(Scheduler):
             kill_executors=self._executors.kill,
             revoke=self._executors.revoke,
             exports=self._executors.exports,
+            weights=self._executors.weights,
         )
         self.control = ControlServer(options.listen_address, identity_of(self.vllm_config), self.lending)
         self._utilization = PrefillUtilization(time.monotonic)

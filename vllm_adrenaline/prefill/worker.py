@@ -1,4 +1,4 @@
-"""The prefill engine's worker: vLLM's CPU worker, which can tell where its KV cache is.
+"""The prefill engine's worker: vLLM's CPU worker, which can tell where its KV cache and its weights are.
 
 Checked against vllm/v1/worker/cpu_worker.py of 0.32 (run) and 0.33 (read).
 """
@@ -14,18 +14,22 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_adrenaline.compat import weight_memory
 from vllm_adrenaline.compat.cpu_attention import allow_amx
 from vllm_adrenaline.compat.sampling import without_generators
 from vllm_adrenaline.compat.worker_cores import settle_worker
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
+from vllm_adrenaline.control.messages import SharedWeights
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.prefill import profiling
+from vllm_adrenaline.prefill import offered_weights, profiling
 from vllm_adrenaline.system.priority import come_first
+from vllm_adrenaline.weights import sharing
+from vllm_adrenaline.weights.regions import regions_of
 
 
 class PrefillWorker(CPUWorker):
-    """vLLM's CPU worker with one more remote call, `export_kv`.
+    """vLLM's CPU worker with two more remote calls, `export_kv` and `export_weights`.
 
     It also stays on its cores (compat/worker_cores.py), measures a profile when it starts, and samples as described in
     compat/sampling.py.
@@ -37,6 +41,17 @@ class PrefillWorker(CPUWorker):
         super().__init__(*args, **kwargs)
         if not Options.of(self.vllm_config).uses_executors:
             come_first()  # as decode workers do, with which it shares the device: else it would hardly get it
+        self._weights: sharing.Moved | None = None
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the model. Then move its weights to where decode engines can map them."""
+        options = Options.of(self.vllm_config)
+        if not options.shares_weights:
+            super().load_model(**kwargs)
+            return
+        with weight_memory.followed() as locate:
+            super().load_model(**kwargs)
+        self._weights = offered_weights.move(regions_of(self.model_runner.get_model(), locate), options)
 
     def compile_or_warm_up_model(self) -> Any:
         """Measure, then warm up. In this order, for vLLM ends its warm-up with a fresh random seed."""
@@ -46,6 +61,15 @@ class PrefillWorker(CPUWorker):
     def sample_tokens(self, grammar_output: Any) -> Any:
         with without_generators(self.model_runner):
             return super().sample_tokens(grammar_output)
+
+    def export_weights(self) -> dict[str, Any] | None:
+        """Return where the weights of this worker can be mapped (SharedWeights) as plain data, None for nowhere."""
+        moved = self._weights
+        return (
+            None
+            if moved is None
+            else msgspec.to_builtins(SharedWeights(os.getpid(), moved.fd, moved.size, moved.table))
+        )
 
     def export_kv(self) -> dict[str, Any]:
         """Return the KVExport of this worker's KV cache, as plain data, for it crosses vLLM's own worker RPC.

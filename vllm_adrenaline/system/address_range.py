@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-_FAILED = ctypes.c_void_p(-1).value
-_NONE, _NO_RESERVE, _FIXED = 0x0, 0x4000, 0x10  # PROT_NONE, MAP_NORESERVE, MAP_FIXED of Linux
+from vllm_adrenaline.system.pages import FIXED, map_pages
+
+_NONE, _NO_RESERVE = 0x0, 0x4000  # PROT_NONE, MAP_NORESERVE of Linux
 
 
 class AddressRange:
@@ -23,7 +20,7 @@ class AddressRange:
     def __init__(self, size: int) -> None:
         """Take `size` bytes of addresses, whole pages. Raises OSError when there are not so many."""
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-        self._begin = self._mmap(None, size, _NONE, private, -1, 0)
+        self._begin = map_pages(None, size, _NONE, private, -1, 0)
         self._size = size
         self.buffer = (ctypes.c_char * size).from_address(self._begin)
 
@@ -41,19 +38,11 @@ class AddressRange:
         """
         if any(each % mmap.PAGESIZE for each in (at, offset, size)) or not 0 <= at <= at + size <= self._size:
             raise ValueError(f"{size} bytes at {at}, from {offset} of a file, in a range of {self._size}")
-        self._mmap(self._begin + at, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _FIXED, fd, offset)
+        map_pages(self._begin + at, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | FIXED, fd, offset)
 
     def unmap(self, at: int, size: int) -> None:
         """Let go of what is mapped there; the addresses stay ours. Arguments and errors are as for `map`."""
         if any(each % mmap.PAGESIZE for each in (at, size)) or not 0 <= at <= at + size <= self._size:
             raise ValueError(f"{size} bytes at {at} in a range of {self._size}")
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-        self._mmap(self._begin + at, size, _NONE, private | _FIXED, -1, 0)
-
-    @staticmethod
-    def _mmap(address: int | None, size: int, access: int, flags: int, fd: int, offset: int) -> int:
-        found = _libc.mmap(address, size, access, flags, fd, offset)
-        if found is None or found == _FAILED:
-            number = ctypes.get_errno()
-            raise OSError(number, f"cannot map {size} bytes: {os.strerror(number)}")
-        return int(found)
+        map_pages(self._begin + at, size, _NONE, private | FIXED, -1, 0)

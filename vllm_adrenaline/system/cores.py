@@ -49,6 +49,15 @@ def check(text: str, ranks: int) -> None:
             raise AdrenalineError(f"--adrenaline-executor-cores {text}: this machine has no core {core}")
 
 
+def nodes(cores: Collection[int], root: Path = Path("/sys/devices/system/node")) -> set[str]:
+    """Return the NUMA nodes of these cores; none where the system does not tell."""
+    found = set()
+    for each in root.glob("node[0-9]*/cpulist"):
+        if (text := each.read_text().strip()) and not set(cores).isdisjoint(parse(text)[0]):
+            found.add(each.parent.name)
+    return found
+
+
 def physical_cores() -> list[int]:
     """Return one processor number for each physical core that this process may use.
 
