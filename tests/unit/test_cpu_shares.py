@@ -142,9 +142,13 @@ def test_two_workers_that_want_the_same_core_get_their_parts_of_it(shares: Share
             priority.keep_to(each.pid, [max(os.sched_getaffinity(0))])
         priority.set_niceness(decode.pid, priority.PROMPT_NICENESS)
         WorkerShares([prefill.pid], lambda: [decode.pid]).take(shares)
+        while min(seconds(prefill.pid), seconds(decode.pid)) < 0.1:  # until both have started
+            time.sleep(0.05)
         before = seconds(prefill.pid), seconds(decode.pid)
-        time.sleep(1.5)
-        used = seconds(prefill.pid) - before[0], seconds(decode.pid) - before[1]
+        used = (0.0, 0.0)
+        while sum(used) < 1.4:
+            time.sleep(0.05)
+            used = seconds(prefill.pid) - before[0], seconds(decode.pid) - before[1]
         prefill.kill()
         decode.kill()
     assert used[1] / sum(used) == pytest.approx(shares.part(Phase.DECODE), abs=0.15)

@@ -39,13 +39,13 @@ class PrefillWorker(CPUWorker):
         settle_worker()
         allow_amx()
         super().__init__(*args, **kwargs)
-        if not Options.of(self.vllm_config).uses_executors:
-            come_first()  # as decode workers do, with which it shares the device: else it would hardly get it
         self._weights: sharing.Moved | None = None
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model. Then move its weights to where decode engines can map them."""
         options = Options.of(self.vllm_config)
+        if not options.uses_executors:
+            come_first()  # as decode workers do, with which it shares the device: else it would hardly get it
         if not options.shares_weights:
             super().load_model(**kwargs)
             return
