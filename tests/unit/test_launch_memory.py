@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -108,9 +109,11 @@ def test_on_one_device_the_prefill_engine_has_all_memory_but_the_decode_engines_
 ) -> None:
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(GIB)
-    made = commands_of(monkeypatch, tmp_path, one_device=True)  # type: ignore[arg-type]
+    shape = {"num_attention_heads": 8, "num_hidden_layers": 16, "hidden_size": 512, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 1 << 20}))
+    made = commands_of(monkeypatch, tmp_path, one_device=True, args=["--max-model-len", "65536"])  # type: ignore[arg-type]
     shares = {name: float(command[command.index("--gpu-memory-utilization") + 1]) for name, command in made.items()}
-    assert shares["decode"] == pytest.approx(3.2 / 24, abs=0.002)
+    assert shares["decode"] == pytest.approx((1.2 + 2 + 1) / 24, abs=0.002), "weights, processes, a longest request"
     assert sum(shares.values()) == pytest.approx(2 * 0.355, abs=0.002)
     assert all(command[command.index("--adrenaline-pool") + 1] == "mapped" for command in made.values())
 

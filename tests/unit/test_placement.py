@@ -87,6 +87,13 @@ def test_what_can_be_mapped_is_not_moved_while_the_prefill_engine_has_room() -> 
     assert place(observed(decode=FULL, executor=MAPPABLE), REQUEST) == Decision(Placement.MAPPED, Reason.LOCAL_FULL)
 
 
+def test_with_less_to_spare_on_the_prefill_engine_than_here_it_is_pulled_for_prompts_would_wait() -> None:
+    tight = msgspec.structs.replace(MAPPABLE, memory=Memory(1_500, 1))
+    assert place(observed(executor=tight), REQUEST) == Decision(Placement.LOCAL, Reason.FITS)
+    small = msgspec.structs.replace(ROOMY, memory=Memory(1_000, 1))
+    assert place(observed(decode=small, executor=tight), REQUEST) == Decision(Placement.MAPPED, Reason.NO_TRANSFER)
+
+
 def test_without_room_on_the_prefill_engine_it_is_pulled_and_with_none_here_either_it_waits() -> None:
     full = msgspec.structs.replace(FULL, available=False, mappable=True)
     assert place(observed(executor=full), REQUEST) == Decision(Placement.LOCAL, Reason.FITS)
@@ -99,8 +106,8 @@ def test_of_an_executor_and_mapped_memory_the_one_with_the_shorter_step_is_taken
     request = msgspec.structs.replace(REQUEST, tokens=4_000)
     assert place(observed(decode=long, executor=both), request).placement is Placement.OFFLOADED
     assert place(observed(executor=both), REQUEST).placement is Placement.MAPPED
-    busy = msgspec.structs.replace(both, busy=0.9)
-    assert place(observed(decode=long, executor=busy), request).placement is Placement.MAPPED
+    busy, short = msgspec.structs.replace(both, busy=0.9), msgspec.structs.replace(long, memory=Memory(5_000, 1))
+    assert place(observed(decode=short, executor=busy), request).placement is Placement.MAPPED
 
 
 @given(st.floats(0, 1), st.integers(0, 100))

@@ -69,6 +69,9 @@ def test_fixed_ratios_are_kept() -> None:
     assert result(BURST, ratio=0.0).offloaded == 0
     assert result(BURST, ratio=1.0).offloaded == len(BURST)
     assert result(BURST, ratio=0.5).offloaded == len(BURST) // 2
+    assert result(BURST, ratio=1.0, pool="mapped").mapped == len(BURST)
+    both = result(BURST, ratio=1.0, pool="both")
+    assert both.offloaded == both.mapped == len(BURST) // 2
 
 
 def test_a_saturated_decode_engine_gains_and_is_never_far_from_the_best_fixed_ratio(auto: Result) -> None:

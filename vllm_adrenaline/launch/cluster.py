@@ -135,7 +135,7 @@ class Cluster(Running):
         found = memory.read()
         shares = dict.fromkeys(env, memory.utilization(found, len(env)))
         if self.one_device:  # what the decode engine does not take of its half is the prefill engine's
-            decode = min(shares["decode"], memory.share_of_weights(self.model, found))
+            decode = min(shares["decode"], memory.least_share(self.model, self._args["decode"], found))
             shares = {"prefill": shares["prefill"] + shares["decode"] - decode, "decode": decode}
         taken = " and ".join(f"{shares[role] * found.total / memory.GIB:.1f} GiB by the {role} engine" for role in free)
         say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ PROCESSES_BYTES = 2 * GIB
 SPARE = 0.08
 """Share of the memory that is left to others, as vLLM leaves it."""
 LEAST_BYTES = GIB
+KV_ELEMENT_BYTES = 4
+"""The most bytes that an element of the KV cache has."""
 WEIGHTS_FACTOR = 1.2
 """What a worker takes for its weights, over the size of the checkpoint."""
 CHOSEN_BY_FLAG = ("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--num-gpu-blocks-override")
@@ -64,13 +67,24 @@ def is_chosen(args: Sequence[str], env: Mapping[str, str]) -> bool:
     )
 
 
-def share_of_weights(model: str, memory: Memory) -> float:
-    """Return the part of the memory, 0 to 1, that an engine needs for its weights and hardly any KV cache.
+def least_share(model: str, args: Sequence[str], memory: Memory) -> float:
+    """Return the part of the memory, 0 to 1, that an engine needs for its weights and the KV of one longest request.
 
-    It is 1 for a model that is not in a folder of this machine, for nobody knows its size.
+    It is 1 for a model that is not in a folder of this machine or whose config does not say it: then nobody knows.
+    `args` are vLLM's flags.
     """
     sizes = [file.stat().st_size for file in Path(model).glob("*.safetensors")]
-    return (WEIGHTS_FACTOR * sum(sizes) + PROCESSES_BYTES) / memory.total if sizes else 1.0
+    try:
+        config = json.loads((Path(model) / "config.json").read_text())
+        heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+        head_size = config.get("head_dim") or config["hidden_size"] // heads
+        kv_heads, longest = config.get("num_key_value_heads", heads), config["max_position_embeddings"]
+        if "--max-model-len" in args:
+            longest = int(args[args.index("--max-model-len") + 1])
+        token = 2 * layers * kv_heads * head_size * KV_ELEMENT_BYTES
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return 1.0
+    return (WEIGHTS_FACTOR * sum(sizes) + longest * token + PROCESSES_BYTES) / memory.total if sizes else 1.0
 
 
 def utilization(memory: Memory, engines: int) -> float:

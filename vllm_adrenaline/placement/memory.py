@@ -7,6 +7,7 @@ Past-Future scheduler (ASPLOS 2025, arXiv 2507.10150).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -28,7 +29,12 @@ class Memory(msgspec.Struct, frozen=True):
 
     def fits(self, tokens: int, growth: int, own: int = 0) -> bool:
         """Say whether one more request fits until the end of all; `own`: blocks that it brings along."""
-        return peak([*self.rows, (tokens, growth)], self.block_size) <= (1 - MARGIN) * (self.blocks + own)
+        return self.part_needed(tokens, growth, own) <= 1 - MARGIN
+
+    def part_needed(self, tokens: int, growth: int, own: int = 0) -> float:
+        """Return the part of the memory that all need at most with one more request; above 1 if there is too little."""
+        needed = peak([*self.rows, (tokens, growth)], self.block_size)
+        return needed / (self.blocks + own) if self.blocks + own > 0 else math.inf
 
 
 def peak(rows: Sequence[tuple[int, int]], block_size: int) -> int:

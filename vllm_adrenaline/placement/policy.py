@@ -2,9 +2,9 @@
 
 The rules, in order (docs/placement.md): offload only to an available executor, map only memory that may be mapped; with
 a fixed ratio, keep it; else offload what makes the step clearly shorter, if the prefill engine has the time; map what
-the prefill engine's memory has room for; else stay local while the decode engine has memory; offload what does not fit
-while remote attention hides under local attention (placement/bounds.py); beyond that, while a larger batch is clearly
-worth it; otherwise wait, as in vLLM.
+the prefill engine's memory has more room for than the decode engine's; else stay local while the decode engine has
+memory; offload what does not fit while remote attention hides under local attention (placement/bounds.py); beyond that,
+while a larger batch is clearly worth it; otherwise wait, as in vLLM.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def place(o: Observed, request: Candidate) -> Decision:
     if o.decode.rows == 0 or o.decode.memory.fits(request.tokens, request.growth):
         if has_room and executor.available and _shortens(o, request):
             return Decision(Placement.OFFLOADED, Reason.SHORTER_STEP)
-        if has_room and executor.mappable:
+        if has_room and executor.mappable and _is_emptier(o, executor, request, own):
             return Decision(Placement.MAPPED, Reason.NO_TRANSFER)
         return Decision(Placement.LOCAL, Reason.FITS)
     if not has_room:
@@ -187,6 +187,15 @@ def place(o: Observed, request: Candidate) -> Decision:
     if _is_worth(o, request):
         return Decision(Placement.OFFLOADED, Reason.THROUGHPUT)
     return Decision(Placement.WAIT, Reason.OVER_BOUND)
+
+
+def _is_emptier(o: Observed, executor: EngineState, request: Candidate, own: int) -> bool:
+    """Whether the prefill engine's memory has more to spare for a request than the decode engine's own.
+
+    Else what is saved by not moving it is paid for by prompts that wait for memory.
+    """
+    there = executor.memory.part_needed(request.tokens, request.growth, own)
+    return there <= o.decode.memory.part_needed(request.tokens, request.growth)
 
 
 def _by_ratio(o: Observed, executor: EngineState, ratio: float) -> Placement:

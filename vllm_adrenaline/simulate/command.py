@@ -94,7 +94,9 @@ def run(options: argparse.Namespace) -> int:
     largest = max(arrival.prompt + arrival.output for arrival in arrivals)
     if largest > min(options.decode_blocks, options.prefill_blocks) * options.block_size:
         raise AdrenalineError(f"a request of {largest} tokens fits into no engine: more blocks, or shorter requests")
-    print("ratio  tok/s    TTFT p50/p90 s    TPOT p50/p90 ms  rows  offloaded  preempted  P busy  executor busy")
+    print(
+        "ratio  tok/s    TTFT p50/p90 s    TPOT p50/p90 ms  rows  offloaded  mapped  preempted  P busy  executor busy"
+    )
     for ratio in options.offload_ratio.split(","):
         began = time.monotonic()
         result = Simulation(_setup(options, model, ratio), arrivals).run()
@@ -125,5 +127,5 @@ def _line(ratio: str, r: Result) -> str:
     ttft = f"{r.ttft_p50_ms / 1000:.2f}/{r.ttft_p90_ms / 1000:.2f}"
     tpot = f"{r.tpot_p50_ms:.1f}/{r.tpot_p90_ms:.1f}"
     busy = f"{100 * r.prefill_busy_share:5.0f} %  {100 * r.executor_busy_share:11.0f} %"
-    counts = f"{r.mean_rows:5.1f} {r.offloaded:10}  {r.preemptions:9}"
+    counts = f"{r.mean_rows:5.1f} {r.offloaded:10}  {r.mapped:6}  {r.preemptions:9}"
     return f"{ratio:5} {r.throughput_tok_s:7.1f}  {ttft:>15}  {tpot:>16}  {counts}  {busy}"

@@ -31,6 +31,7 @@ class Result(msgspec.Struct, frozen=True):
     tpot_p99_ms: float
     mean_rows: float
     offloaded: int
+    mapped: int
     preemptions: int
     moved: int
     exposed_share: float
@@ -120,6 +121,7 @@ class Simulation:
             tpot_p99_ms=percentile(tpot, 0.99),
             mean_rows=sum(decode.row_steps for decode in decodes) / steps,
             offloaded=sum(count for (placement, _), count in placements.items() if placement == "offloaded"),
+            mapped=sum(count for (placement, _), count in placements.items() if placement == "mapped"),
             preemptions=sum(decode.preemptions for decode in decodes),
             moved=sum(decode.moved for decode in decodes),
             exposed_share=sum(decode.exposed for decode in decodes) / lasted / len(decodes),
