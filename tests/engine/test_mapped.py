@@ -45,7 +45,7 @@ def engines(plain: Plain, model: Path, tmp_path_factory: pytest.TempPathFactory)
         "mapped": Wanted("decode", SMALL_BLOCKS, ["--adrenaline-pool", "mapped"], ratio="auto"),
         "both": Wanted("decode", 100, ["--adrenaline-pool", "both"], ratio=MIXED),
     }
-    common = ["--dtype", "float32", "--max-num-seqs", "64"]
+    common = ["--dtype", "float32", "--max-num-seqs", "64", "--adrenaline-share-weights", "auto"]
     with fleet(tmp_path_factory.mktemp("mapped"), model, common, wanted) as started:
         yield started
 
