@@ -78,7 +78,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "Whether engines with the same model keep one copy of its weights in memory. A prefill engine offers its "
             "own; a decode engine compares them with what it has loaded, and maps those that are equal. `auto`: a "
             "decode engine does so with --adrenaline-pool mapped or both, and neither side does where steps would get "
-            "much slower: weights in huge pages, another NUMA node. Elsewhere steps of several requests took 5 to 6 % "
+            "much slower: weights in huge pages, another NUMA node. Elsewhere steps of several requests take a little "
             "longer (docs/performance.md). Default: off."
         ),
     ] = "off"

@@ -92,11 +92,12 @@ def test_every_mapped_request_has_the_tokens_of_plain_vllm_and_nothing_is_sent_o
 def test_all_engines_have_one_copy_of_the_weights(engines: Fleet) -> None:
     """The tokens of every other test here are computed with it."""
     offered, *taken = (mapped_weights(engines[name]) for name in ("prefill", "mapped", "both"))
-    assert offered.kib["Size"] > 600
+    assert offered.kib["Size"] > 1000
     for each in taken:
         assert each.inode == offered.inode
-        assert each.kib["Size"] >= 0.9 * offered.kib["Size"]
-        assert each.kib["Pss"] <= 0.4 * each.kib["Size"], "a third of it, for three engines have it"
+        # Weights of less than a MiB may fit into free memory of the heap, where they begin anywhere in a page.
+        assert each.kib["Size"] >= 0.4 * offered.kib["Size"]
+        assert each.kib["Pss"] <= 0.5 * each.kib["Size"], "half of it or a third: two or three engines have it"
         assert each.kib["Private_Dirty"] == 0, "nobody has written into weights"
 
 
