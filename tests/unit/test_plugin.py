@@ -110,6 +110,17 @@ def test_a_decode_engine_does_not_wait_for_a_prefill_engine_that_starts_with_it(
         setup.check_peers(options, None, print)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("pool", "waits"), [("remote", None), ("mapped", "passive"), ("both", "passive")])
+def test_threads_of_engines_that_share_cores_sleep_while_they_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pool: str, waits: str | None
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)})
+    setup.apply(EngineArgs(model=str(tmp_path)), Options.parse({"role": "decode", "pool": pool}))
+    assert os.environ.get("OMP_WAIT_POLICY") == waits
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize("chosen", [None, "eth7"])
 def test_nixl_stays_on_loopback_unless_an_operator_names_an_interface(

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 UCX_INTERFACES = "UCX_NET_DEVICES"
 """Environment variable that names the network interfaces at which UCX, and so NIXL, listens."""
+WAIT_POLICY = "OMP_WAIT_POLICY"
+"""Environment variable that says whether OpenMP's threads spin between two parallel regions, which they do by default,
+or sleep. Those that spin take the cores from the other engine (docs/performance.md). Workers inherit it."""
 PEERS_START_TOO = "ADRENALINE_PEERS_START_TOO"
 """Environment variable that is set by whoever starts prefill and decode engines together. A decode engine then loads
 and compiles its model while its peers do, and waits for them only when it attaches to their executors."""
@@ -91,6 +94,8 @@ def apply(args: EngineArgs, options: Options) -> None:
     # Else NIXL's UCX listens on every interface of the machine, five ports a worker. An operator who serves other
     # machines names the interface; workers inherit it.
     os.environ.setdefault(UCX_INTERFACES, "lo")
+    if options.maps:  # two engines share their cores
+        os.environ.setdefault(WAIT_POLICY, "passive")
 
 
 def _unsupported(config: VllmConfig) -> Iterator[tuple[str, bool]]:
