@@ -81,12 +81,25 @@ def test_every_mapped_request_has_the_tokens_of_plain_vllm_and_nothing_is_sent_o
 ) -> None:
     decode = engines["mapped"]
     count = decode.counting()
-    assert tokens(engines.door("mapped", "auto").complete(requests)) == plain.tokens(requests)
+    assert tokens(engines.door("mapped", 1).complete(requests)) == plain.tokens(requests)
     assert count["mapped_requests"] == len(requests)
     assert count["mapped_attention_rows"] == LAYERS * sum(work.tokens for work in requests)
     assert count["remote_attention_rows"] == count["vllm:nixl_bytes_transferred_sum"] == 0
     assert count["fallback_requests"] == 0
-    assert set(count.placements()) <= {("mapped", "no_transfer"), ("mapped", "local_full")}
+    assert count.placements() == {("mapped", "ratio"): len(requests)}
+
+
+def test_by_load_requests_go_where_more_memory_is_to_spare(engines: Fleet, plain: Plain, requests: list[Work]) -> None:
+    count = engines["mapped"].counting()
+    assert tokens(engines.door("mapped", "auto").complete(requests)) == plain.tokens(requests)
+    assert count["mapped_requests"] > len(requests) // 2
+    assert count["mapped_requests"] + count["local_requests"] == len(requests)
+    assert set(count.placements()) <= {
+        ("mapped", "no_transfer"),
+        ("mapped", "local_full"),
+        ("local", "fits"),
+        ("wait", "executor_full"),
+    }
 
 
 def test_all_engines_have_one_copy_of_the_weights(engines: Fleet) -> None:
