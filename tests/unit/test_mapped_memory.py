@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import torch
 
-from tests.unit.test_control import IDENTITY
+from tests.unit.test_control import IDENTITY, eventually
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
 from vllm_adrenaline.decode.mapped_memory import MappedMemory
@@ -174,10 +174,7 @@ def test_memory_of_a_prefill_engine_that_ended_is_kept_while_it_is_used_and_no_l
     assert memory.use({0: "we", 1: "we"}) == {0: True, 1: True}, "it is used on"
     assert pieces(cache) == alone + len(LAYERS)
     memory.use({1: "we"})
-    deadline = time.monotonic() + 5
-    while pieces(cache) > alone:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    eventually(lambda: pieces(cache) <= alone)
     assert pieces(prefills[1].cache) == alone + len(LAYERS), "the other one is left alone"
     prefills[0].cache = Cache(7)
     assert memory.use({0: "we"}) == {0: True}
@@ -193,10 +190,7 @@ def test_an_unused_mapping_does_not_outlive_its_prefill_engine(prefills: list[Pr
         memory = opened(prefills, Cache(3))
         assert pieces(cache) == alone + len(LAYERS)
         process.kill()
-    deadline = time.monotonic() + 5
-    while pieces(cache) > alone:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    eventually(lambda: pieces(cache) <= alone)
     assert memory.bases == [3, 10]
 
 

@@ -6,14 +6,19 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.engine.setup import no_executors
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel
 
 logger = logging.getLogger("vllm.adrenaline")
+
+T = TypeVar("T")
 
 ANSWER_S = 5.0
 """How long an answer is waited for."""
@@ -23,6 +28,17 @@ RETRY_S, SOON_S = 1.0, 0.2
 
 class NoAnswer(AdrenalineError):
     """A prefill engine or its executor does not answer. It may not have started yet."""
+
+
+def until_answered(ask: Callable[[], T], deadline: float) -> T:
+    """Return what `ask` returns, once it raises NoAnswer no more. Raises that after `deadline` (seconds, monotonic)."""
+    while True:
+        try:
+            return ask()
+        except NoAnswer:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(SOON_S)
 
 
 class Link:
@@ -106,13 +122,7 @@ class Link:
         Raises:
             AdrenalineError: nobody answered by the deadline, or we are refused, which is raised at once.
         """
-        while True:
-            try:
-                return self.attach()
-            except NoAnswer:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(SOON_S)
+        until_answered(self.attach, deadline)
 
     def _find(self) -> str:
         """Ask the prefill engine where the executor of our rank listens."""
@@ -122,10 +132,7 @@ class Link:
         if not isinstance(answer, messages.Welcome):
             raise NoAnswer(f"the prefill engine at {self.address} does not answer")
         if self._rank >= len(answer.executors):
-            raise AdrenalineError(
-                f"the prefill engine at {self.address} runs no attention executors: start it with --adrenaline-pool "
-                "remote or both, or this engine with --adrenaline-pool mapped"
-            )
+            raise no_executors(self.address)
         self.num_blocks, self.executor_share = answer.num_blocks, answer.executor_share
         if not answer.executors[self._rank]:
             raise NoAnswer(f"the attention executor {self._rank} of the prefill engine at {self.address} is starting")

@@ -13,24 +13,20 @@ import mmap
 import os
 import select
 import threading
-import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.control.kv_export import KVExport
+from vllm_adrenaline.decode.link import ANSWER_S, NoAnswer, until_answered
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system import memory_file
 from vllm_adrenaline.system.address_range import AddressRange
 
 logger = logging.getLogger("vllm.adrenaline")
-
-ANSWER_S = 5.0
-"""How long a prefill engine's answer is waited for, in seconds."""
-SOON_S = 0.2
-"""Between two questions at start-up, in seconds."""
 
 
 class MappedMemory:
@@ -79,7 +75,7 @@ class MappedMemory:
                 "use a larger --block-size, or --adrenaline-pool remote"
             )
         self._own = own
-        self._exports = [self._first_answer(address, deadline) for address in self._addresses]
+        self._exports = [until_answered(partial(self._ask, address, ""), deadline) for address in self._addresses]
         for address, kv in zip(self._addresses, self._exports, strict=True):
             if reason := _mismatch(kv, own, self._page):
                 raise AdrenalineError(f"the KV cache of the prefill engine at {address} cannot be mapped: {reason}")
@@ -183,21 +179,8 @@ class MappedMemory:
             addresses.unmap(self.bases[engine] * self._page, self._exports[engine].shape[0] * self._page)
         logger.info("the memory of the prefill engine that was at %s is let go", self._addresses[engine])
 
-    def _first_answer(self, address: str, deadline: float) -> KVExport:
-        while True:
-            try:
-                return self._ask(address, "")
-            except NoAnswer:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(SOON_S)
-
     def _ask(self, address: str, member: str) -> KVExport:
         return ask_to_map(address, self._identity, self._rank, member).kv
-
-
-class NoAnswer(AdrenalineError):
-    """A prefill engine does not answer. It may not have started yet."""
 
 
 def ask_to_map(address: str, identity: messages.Identity, rank: int, member: str) -> messages.Mappable:

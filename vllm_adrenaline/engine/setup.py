@@ -154,10 +154,15 @@ def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
             continue
         welcome = _await_welcome(address, hello, options.connect_timeout, say)
         if options.uses_executors and not welcome.executors:
-            raise AdrenalineError(
-                f"the prefill engine at {address} runs no attention executors: start it with --adrenaline-pool remote "
-                "or both, or this engine with --adrenaline-pool mapped"
-            )
+            raise no_executors(address)
+
+
+def no_executors(address: str) -> AdrenalineError:
+    """Return the error of a decode engine that needs attention executors where its prefill engine runs none."""
+    return AdrenalineError(
+        f"the prefill engine at {address} runs no attention executors: start it with --adrenaline-pool remote or both, "
+        "or this engine with --adrenaline-pool mapped"
+    )
 
 
 def _await_welcome(address: str, hello: messages.Hello, timeout_s: float, say: Any) -> messages.Welcome:
