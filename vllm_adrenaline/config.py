@@ -109,6 +109,15 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             le=1e6,
         ),
     ] = 0.0
+    elastic: Annotated[
+        Literal["off", "prompts", "decodes", "both"],
+        _option(
+            "Which engine may do the other's work when it has the time. `prompts`: decode engines compute prompts, in "
+            "chunks beside their decodes, when the prefill engine would be later. `decodes`: requests are decoded by "
+            "the prefill engine when decode engines are full or slower; asked for by `adrenaline up` and `adrenaline "
+            "proxy`, not by other routers. To be the same on both sides. Default: off."
+        ),
+    ] = "off"
     profile: Annotated[
         str,
         _option(
@@ -211,6 +220,16 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return ratio_of(f"{FLAG_PREFIX}offload-ratio", self.offload_ratio)
 
     @property
+    def moves_prompts(self) -> bool:
+        """Whether decode engines may compute prompts."""
+        return self.elastic in ("prompts", "both")
+
+    @property
+    def moves_decodes(self) -> bool:
+        """Whether a prefill engine may decode."""
+        return self.elastic in ("decodes", "both")
+
+    @property
     def maps(self) -> bool:
         """Whether decode engines map the memory of prefill engines."""
         return self.pool != "remote"
@@ -253,6 +272,16 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for address in options.peer_addresses if options.role == "decode" else [options.listen_address]:
             sockets.check_address(address)
         cores.parse(options.executor_cores)
+        if options.elastic != "off" and options.ratio is not None:
+            raise AdrenalineError(
+                f"{FLAG_PREFIX}elastic needs {FLAG_PREFIX}offload-ratio auto: with a fixed ratio nothing is known of "
+                "what a step costs"
+            )
+        if options.elastic != "off" and options.maps:
+            raise AdrenalineError(
+                f"{FLAG_PREFIX}elastic is of no use with {FLAG_PREFIX}pool {options.pool}: both engines have all of "
+                "one device already"
+            )
         for name, meta in _described():
             if name not in values or (meta.extra or {})["role"] in (None, options.role):
                 continue

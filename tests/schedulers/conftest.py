@@ -16,14 +16,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import zmq
 
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.prefill import executor_pool
+from vllm_adrenaline.prefill.executor_pool import ExecutorPool
 from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.workload.tiny_model import make_model
 
 M = TypeVar("M", bound=messages.Message)
 BLOCK, LOCAL_BLOCKS, REMOTE_BLOCKS = 16, 65, 1000
 ENGINE = "prefill-engine"
+PROMPT = list(range(10, 10 + 3 * BLOCK + 5))
+KEEP = {"do_remote_decode": True}
 
 
 class Prefill:
@@ -249,6 +254,40 @@ class Decode(Engine):
         super().__init__(DecodeScheduler, config, kv_cache_config)
 
 
+class PrefillEngine(Engine):
+    """A prefill engine's, and a decode engine's line to it."""
+
+    def __init__(self, config: Any, kv_cache_config: Any, address: str) -> None:
+        from vllm_adrenaline.prefill.scheduler import PrefillScheduler
+
+        super().__init__(PrefillScheduler, config, kv_cache_config)
+        self.line: zmq.Socket[bytes] = sockets.connect(address)
+        identity = self.scheduler.control.identity
+        welcome = self.ask(messages.Hello(identity, True, "decode"))
+        assert isinstance(welcome, messages.Welcome)
+        self.welcome = welcome
+
+    def ask(self, message: messages.Message) -> messages.AnyMessage | None:
+        """Ask as the decode engine."""
+        return sockets.ask(self.line, message, 5)
+
+    def finish(self, name: str | None = None) -> dict[str, Any] | None:
+        """Compute a prompt to be kept; return what its client is told of where it is."""
+        request = self.arrive(PROMPT, KEEP, name=name, max_tokens=1)
+        for _ in range(5):
+            scheduled = self.schedule()
+            for outputs in self.update(scheduled).values():
+                for output in outputs.outputs:
+                    if output.request_id == request.request_id:
+                        return dict(output.kv_transfer_params) if output.kv_transfer_params else None
+        raise AssertionError("the prompt is not done")
+
+    def let_go(self) -> None:
+        """A step in which the worker ends NIXL's hold on what it is told."""
+        scheduled = self.schedule()
+        self.update(scheduled, sent=set(scheduled.kv_connector_metadata.let_go))
+
+
 @pytest.fixture(autouse=True)
 def in_this_process_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What engines do to their own process is not done to the one of all tests: its priority, its environment."""
@@ -321,4 +360,24 @@ def decode(base: Callable[..., tuple[Any, Any]], prefill: Prefill, tmp_path: Pat
 
     yield start
     for each in started:
+        each.stop()
+
+
+@pytest.fixture
+def prefill_engine(
+    base: Callable[..., tuple[Any, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., PrefillEngine]]:
+    """Return how to start a prefill scheduler. The test speaks for a decode engine."""
+    monkeypatch.setattr(executor_pool, "_active", ExecutorPool([]))
+    started: list[PrefillEngine] = []
+
+    def start(**options: Any) -> PrefillEngine:
+        address = f"ipc://{tmp_path}/p"
+        config, kv_cache = base(role="prefill", listen=address, **options)
+        started.append(PrefillEngine(config, kv_cache, address))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.line.close()
         each.stop()

@@ -9,78 +9,25 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import zmq
 
-from tests.schedulers.conftest import BLOCK, Engine, eventually
+from tests.schedulers.conftest import KEEP, PROMPT, PrefillEngine, eventually
 from tests.unit.test_mapped_memory import Cache
 from vllm_adrenaline.compat.side_channel import PORT
-from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control import messages
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
 from vllm_adrenaline.prefill import executor_pool
-from vllm_adrenaline.prefill.executor_pool import ExecutorPool
-
-PROMPT = list(range(10, 10 + 3 * BLOCK + 5))
-KEEP = {"do_remote_decode": True}
-
-
-class Prefill(Engine):
-    """A prefill engine, and a decode engine's line to it."""
-
-    def __init__(self, config: Any, kv_cache_config: Any, address: str) -> None:
-        from vllm_adrenaline.prefill.scheduler import PrefillScheduler
-
-        super().__init__(PrefillScheduler, config, kv_cache_config)
-        self.line: zmq.Socket[bytes] = sockets.connect(address)
-        identity = self.scheduler.control.identity
-        welcome = self.ask(messages.Hello(identity, True, "decode"))
-        assert isinstance(welcome, messages.Welcome)
-        self.welcome = welcome
-
-    def ask(self, message: messages.Message) -> messages.AnyMessage | None:
-        """Ask as the decode engine."""
-        return sockets.ask(self.line, message, 5)
-
-    def finish(self, name: str | None = None) -> dict[str, Any] | None:
-        """Compute a prompt to be kept; return what its client is told of where it is."""
-        request = self.arrive(PROMPT, KEEP, name=name, max_tokens=1)
-        for _ in range(5):
-            scheduled = self.schedule()
-            for outputs in self.update(scheduled).values():
-                for output in outputs.outputs:
-                    if output.request_id == request.request_id:
-                        return dict(output.kv_transfer_params) if output.kv_transfer_params else None
-        raise AssertionError("the prompt is not done")
-
-    def let_go(self) -> None:
-        """A step in which the worker ends NIXL's hold on what it is told."""
-        scheduled = self.schedule()
-        self.update(scheduled, sent=set(scheduled.kv_connector_metadata.let_go))
 
 
 @pytest.fixture
-def prefill(
-    base: Callable[..., tuple[Any, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Prefill]]:
-    monkeypatch.setattr(executor_pool, "_active", ExecutorPool([]))
-    started: list[Prefill] = []
-
-    def start(**options: Any) -> Prefill:
-        address = f"ipc://{tmp_path}/p"
-        config, kv_cache = base(role="prefill", listen=address, **options)
-        started.append(Prefill(config, kv_cache, address))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.line.close()
-        each.stop()
+def prefill(prefill_engine: Callable[..., PrefillEngine]) -> Callable[..., PrefillEngine]:
+    return prefill_engine
 
 
 def test_a_finished_prompt_carries_the_proof_of_what_it_is(prefill: Any) -> None:
@@ -186,7 +133,7 @@ def test_prompts_that_would_take_what_offloaded_requests_grow_into_wait(prefill:
 
 
 def test_both_sides_racing_for_the_last_block_never_get_the_same_one(
-    prefill: Callable[..., Prefill],
+    prefill: Callable[..., PrefillEngine],
 ) -> None:
     """semi-PD's hazard: two workers ask how much memory is free, and both take it (arXiv 2504.19867, section 4)."""
     engine = prefill(prefill_reserve=0.0, growth_reserve=0.0)
@@ -243,7 +190,7 @@ def test_both_sides_racing_for_the_last_block_never_get_the_same_one(
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="higher priorities need privileges")
 
 
-def gauges(engine: Prefill) -> dict[str, float]:
+def gauges(engine: PrefillEngine) -> dict[str, float]:
     return dict(engine.scheduler.connector.connector_scheduler.gauges())
 
 

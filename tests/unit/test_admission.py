@@ -18,6 +18,7 @@ from vllm_adrenaline.placement.starvation import STARVE_S, reserve_growth
 
 BLOCK = 16
 COSTS = Costs([(1, 0.010), (64, 0.050)], 2e-6, [2e-6, 2e-6])
+ONLY_LOCAL = (Reason.NO_CACHE, Reason.UNFINISHED)
 LOCAL, OFFLOADED, WAIT = Placement.LOCAL, Placement.OFFLOADED, Placement.WAIT
 
 
@@ -25,7 +26,7 @@ LOCAL, OFFLOADED, WAIT = Placement.LOCAL, Placement.OFFLOADED, Placement.WAIT
 class Request:
     tokens: int
     executor: int = 0
-    local_only: bool = False
+    only_local: Reason | None = None
     decision: Decision | None = None
     waited: bool = False
     is_mapped: bool = False
@@ -133,7 +134,7 @@ def test_a_new_ratio_counts_from_the_beginning() -> None:
 
 @pytest.mark.parametrize("ratio", [None, 0.5])
 def test_a_request_that_cannot_use_cached_kv_is_local_and_no_part_of_the_ratio(ratio: float | None) -> None:
-    found, queue = admission(ratio), [Request(160, local_only=True), Request(161), Request(162)]
+    found, queue = admission(ratio), [Request(160, only_local=Reason.NO_CACHE), Request(161), Request(162)]
     decided = found.admit(queue, pools(90), Batch())
     assert decided[0][1] == Decision(LOCAL, Reason.NO_CACHE)
     found.count_local(queue[0])
@@ -177,7 +178,9 @@ def test_leased_blocks_are_room_and_the_reserve_is_none() -> None:
 
 
 @given(
-    st.lists(st.builds(Request, st.integers(1, 900), st.integers(0, 1), st.booleans()), max_size=80),
+    st.lists(
+        st.builds(Request, st.integers(1, 900), st.integers(0, 1), st.sampled_from([None, *ONLY_LOCAL])), max_size=80
+    ),
     st.integers(0, 100),
     st.lists(st.integers(0, 300), min_size=2, max_size=2),
     st.integers(0, 10),

@@ -39,6 +39,7 @@ VALUES: dict[str, tuple[str, str, Any]] = {
     "executor_threads": ("prefill", "2", 2),
     "executor_share": ("prefill", "0.4", 0.4),
     "ttft_slo_ms": ("prefill", "300", 300.0),
+    "elastic": ("prefill", "both", "both"),
     "executor_timeout": ("decode", "9", 9.0),
     "connect_timeout": ("decode", "8", 8.0),
 }
@@ -74,6 +75,8 @@ def test_every_option_is_a_flag_with_help(name: str) -> None:
         ({"role": "decode", "listen": "ipc:///x"}, "--adrenaline-listen is of no use"),
         ({"role": "prefill", "offload_ratio": 0.5}, "--adrenaline-offload-ratio is of no use"),
         ({"role": "decode", "speed": 3}, "speed"),
+        ({"role": "decode", "elastic": "both", "offload_ratio": 0.5}, "--adrenaline-elastic needs"),
+        ({"role": "prefill", "elastic": "prompts", "pool": "both"}, "--adrenaline-elastic is of no use with"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(values: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.kv import stamp
 from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.proxy.app import create_app
 from vllm_adrenaline.proxy.errors import Refused
@@ -122,7 +123,7 @@ def test_prefill_first_then_decode_with_its_params() -> None:
             "max_tokens": 1,
             "stream": False,
             "ignore_eos": True,
-            "kv_transfer_params": bodies.KEEP_KV_FOR_DECODE,
+            "kv_transfer_params": bodies.KEEP_KV_FOR_DECODE | {bodies.STAY: 7},
         }
         assert to_decode == body | {"kv_transfer_params": PARAMS}
         for headers_seen in (seen, decode_seen):
@@ -177,6 +178,32 @@ def test_client_that_leaves_cancels_the_engine(phase: str) -> None:
         with_proxy(lambda: waiting(wait=True), good_decode, test)
     else:
         with_proxy(good_prefill, lambda: waiting(wait=True), test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_is_to_stay_is_sent_to_the_prefill_engine_again_as_it_came(stream: bool) -> None:
+    class Staying(FakeEngine):
+        async def handle(self, request: web.Request) -> web.StreamResponse:
+            self.answer = {"choices": [{"text": "x"}]} if self.seen else {"kv_transfer_params": {bodies.STAY: True}}
+            return await super().handle(request)
+
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        body = BODY | {"stream": stream, "stop": ["y"]}
+        async with client.post("/v1/completions", json=body) as answer:
+            assert answer.status == 200
+            content = await answer.read()
+        assert content == (b'data: {"a":  1}\n\ndata: [DONE]\n\n' if stream else b'{"choices": [{"text": "x"}]}')
+        (_, asked, first), (_, again, second) = p.seen
+        assert asked["kv_transfer_params"][bodies.STAY] == 7
+        assert again == body
+        assert first["x-request-id"] == second["x-request-id"]
+        assert not d.seen
+
+    with_proxy(Staying, good_decode, test)
+
+
+def test_both_sides_ask_for_a_stay_by_the_same_name() -> None:
+    assert bodies.STAY == stamp.STAY
 
 
 def test_refusal_of_the_prefill_engine_is_passed_on() -> None:

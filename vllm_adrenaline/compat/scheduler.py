@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
 from vllm.v1.request import RequestStatus
 
 from vllm_adrenaline.errors import AdrenalineError
@@ -69,6 +70,53 @@ def recompute_pulled(scheduler: Scheduler, request: Request) -> None:
     if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
         request.num_computed_tokens = 0
         scheduler.failed_recving_kv_req_ids.add(request.request_id)
+
+
+def missing_tokens(request: Request) -> int:
+    """Return how many tokens of a request are not computed yet; 1 for one that decodes."""
+    return int(request.num_tokens) - int(request.num_computed_tokens)
+
+
+def decodes(request: Request) -> bool:
+    """Whether a running request has at most one token to compute in its next step."""
+    return missing_tokens(request) <= 1
+
+
+@contextlib.contextmanager
+def at_most(scheduler: Scheduler, tokens: int) -> Iterator[None]:
+    """A context in which a step that is scheduled computes at most so many tokens, and no more than otherwise."""
+    before = scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = min(before, tokens)
+    try:
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = before
+
+
+def end_early(scheduler: Scheduler, request: Request, keep: bool) -> None:
+    """End a request before its prompt is computed. No output goes to the client: `early_output` makes one.
+
+    Args:
+        scheduler: vLLM's.
+        request: one that waits, or whose prompt was computed in part, and of which nothing is computed at present.
+        keep: whether the connector is to keep the blocks that it has, as for a prompt that is finished.
+    """
+    if scheduler.log_stats and request.status != RequestStatus.RUNNING:
+        request.record_event(EngineCoreEventType.SCHEDULED)  # else its time in the queue would be counted as negative
+    status = RequestStatus.FINISHED_LENGTH_CAPPED if keep else RequestStatus.FINISHED_ABORTED
+    scheduler.finish_requests([request.request_id], status)
+
+
+def early_output(request: Request, params: dict[str, Any] | None) -> EngineCoreOutput:
+    """Return the output for the client of a request that ended early: no token, and these kv_transfer_params."""
+    return EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=FinishReason.LENGTH,
+        events=request.take_events(),
+        kv_transfer_params=params,
+        trace_headers=request.trace_headers,
+    )
 
 
 @contextlib.contextmanager

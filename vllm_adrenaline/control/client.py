@@ -42,7 +42,8 @@ class PrefillClient(threading.Thread):
         address: where the prefill engine listens.
         welcome: its answer to our hello; None while it is not there or does not fit.
         load: what it last said of itself.
-        tpot, waiting, offloads: what the next heartbeat says of us. The scheduler sets them; see messages.Heartbeat.
+        tpot, waiting, offloads, slack: what the next heartbeat says of us. The scheduler sets them; see
+            messages.Heartbeat.
         answers: pairs of a life and what was said in it, the oldest first.
         answered: set when there are answers, until they are taken.
         bad_frames: how many frames came that were no message.
@@ -54,6 +55,7 @@ class PrefillClient(threading.Thread):
         self.welcome: messages.Welcome | None = None
         self.load = messages.Load()
         self.tpot, self.waiting, self.offloads = 0.0, 0, False
+        self.slack: messages.Slack | None = None
         self.bad_frames = 0
         self.answers: deque[tuple[int, messages.AnyMessage]] = deque()
         self.answered = threading.Event()
@@ -170,7 +172,7 @@ class PrefillClient(threading.Thread):
                         socket.send(messages.encode(message))
             if now - said >= BEAT_S or (self._beat_is_due and self.welcome is not None):
                 self._beat_is_due = False
-                beat = messages.Heartbeat(self.tpot, self.waiting, self.offloads)
+                beat = messages.Heartbeat(self.tpot, self.waiting, self.offloads, self.slack)
                 said = self._say(socket, beat if self.welcome is not None else self._hello)
             silence = SILENCE_S if self.welcome is None else self.welcome.lease_seconds
             if now - heard > silence:

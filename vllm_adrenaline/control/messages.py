@@ -10,7 +10,7 @@ import msgspec
 
 from vllm_adrenaline.control.kv_export import KVExport
 
-PROTOCOL = 8
+PROTOCOL = 9
 """Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
 
 MAX_FRAME = 1 << 20
@@ -168,6 +168,24 @@ class KillExecutors(Message, frozen=True):
     pids: Annotated[list[Count], msgspec.Meta(max_length=1024)]
 
 
+class Slack(msgspec.Struct, frozen=True):
+    """What a decode engine could do of a prefill engine's work beside its own (placement/elastic.py).
+
+    Attributes:
+        prompt_rate: tokens of prompts that it could compute in a second; 0: none.
+        prompt_backlog: tokens of prompts that it has to compute already.
+        prompt_room: tokens of the longest prompt for which it has memory until everybody ends.
+        step: what its step would take with one more request, in seconds; 0: unknown.
+        is_full: whether requests wait there for memory.
+    """
+
+    prompt_rate: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
+    prompt_backlog: Count = 0
+    prompt_room: Count = 0
+    step: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0
+    is_full: bool = False
+
+
 class Heartbeat(Message, frozen=True):
     """Decode to prefill engine: I am alive. A decode engine that stays silent loses its claims and leases.
 
@@ -175,11 +193,13 @@ class Heartbeat(Message, frozen=True):
         tpot: what my steps took lately, in seconds: the 90th percentile; 0 when there was none.
         waiting: KV blocks of your prompts whose requests wait here to be placed.
         offloads: whether any of your blocks are attended for me, by your executors or by myself.
+        slack: what I could do of your work; None: nothing, for I was not told to.
     """
 
     tpot: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0
     waiting: Count = 0
     offloads: bool = False
+    slack: Slack | None = None
 
 
 class Load(Message, frozen=True):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adrenaline.placement.admission import Admission, Settings
 from vllm_adrenaline.placement.batch import Batch
+from vllm_adrenaline.placement.memory import Memory
 from vllm_adrenaline.placement.pools import ExecutorPool, LocalPool, Pools
 from vllm_adrenaline.system.statistics import percentile
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from vllm_adrenaline.decode.remote_attention import Report
     from vllm_adrenaline.placement.costs import Costs
 
+TYPICAL_TOKENS = 512
+"""Tokens of context of a request of which nothing is known."""
 TPOT_STEPS = 64
 """Steps over which the time per output token is told to prefill engines."""
 
@@ -69,6 +72,19 @@ class EngineAdmission(Admission):
             for pool in remote
         ]
         return Pools(LocalPool(self._local_blocks, free), executors)
+
+    def step_seconds(self, batch: Batch, executors: int, more: int = 0) -> float:
+        """Return what a step of `batch` is believed to take, with `more` requests of its mean length attended here."""
+        rows, tokens = batch.attended_here
+        mean = tokens / rows if rows else TYPICAL_TOKENS
+        remote = [(batch.remote[e].rows, batch.remote[e].tokens) for e in range(executors)]
+        if not batch.rows and not more:
+            return 0.0
+        return self.feedback.costs.seconds(batch.rows + more, tokens + more * mean, remote)
+
+    def own_memory(self, free: int, batch: Batch) -> Memory:
+        """Return the memory of this engine, of which `free` blocks are free."""
+        return self._memory(free, batch.local)
 
     def note_step(self, seconds: float) -> float:
         """Note the length of a step of decodes; return the 90th percentile of the last TPOT_STEPS."""

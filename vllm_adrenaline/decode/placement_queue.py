@@ -33,6 +33,11 @@ class PlacementQueue:
     def __bool__(self) -> bool:
         return bool(self._pending)
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether some of them wait because there is no room for them."""
+        return any(pending.waited for pending in self._pending.values())
+
     def add(self, pending: RemoteRequest) -> None:
         """A request's prompt is ours.
 

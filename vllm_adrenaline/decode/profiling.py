@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from vllm_adrenaline.decode.remote_attention import StepPlan
 from vllm_adrenaline.engine import profile, profiling
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv import space
-from vllm_adrenaline.placement.costs import Costs, undisturbed
+from vllm_adrenaline.placement.costs import Costs
 from vllm_adrenaline.transport.split import split_rows
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from vllm_adrenaline.decode.remote_attention import RemoteAttention
 
 logger = logging.getLogger("vllm.adrenaline")
-
-ROWS, CONTEXT = 8, 512
-"""The batch whose attention is measured: its rows, and the tokens of each."""
 
 
 def costs_of(config: VllmConfig, options: Options, executors: Sequence[str]) -> Costs:
@@ -81,11 +78,9 @@ def measure(config: VllmConfig, options: Options, runner: Any, remote: RemoteAtt
         return
     began = time.monotonic()
     logger.info("measuring what a decode step costs here, once (some seconds)")
-    sizes = list(_powers(min(config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens)))
-    step = undisturbed(profiling.step_seconds(runner, sizes, sample=True))
-    logger.info("step without attention: %s", ", ".join(f"{rows} rows {1e3 * s:.1f} ms" for rows, s in step))
+    step = profiling.decode_step(config, runner)
     attention = profiling.attention_of(config)
-    rows, context = min(ROWS, sizes[-1]), min(CONTEXT, config.model_config.max_model_len)
+    rows, context = profiling.typical_batch(config)
     local = profiling.attention_seconds(attention, rows, 1, context) / (rows * context)
     per_row, per_step, per_token = [], [], []  # seconds of remote attention, by executor
     for executor, link in enumerate(remote.links):
@@ -101,15 +96,6 @@ def measure(config: VllmConfig, options: Options, runner: Any, remote: RemoteAtt
     costs = Costs(step, local, per_token, max(per_row, default=0.0), max(per_step, default=0.0))
     logger.info("local attention: %.3f us a token; all in %.1f s", 1e6 * local, time.monotonic() - began)
     profiling.keep(profile.Profile(profiling.key(config, options, executors), costs))
-
-
-def _powers(most: int) -> Iterator[int]:
-    """Yield the powers of two below `most`, then `most`."""
-    size = 1
-    while size < most:
-        yield size
-        size *= 2
-    yield most
 
 
 def _remote_seconds(remote: RemoteAttention, executor: int, rows: int, context: int, like: CpuAttention) -> float:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.placement.batch import Progress
+from vllm_adrenaline.placement.policy import Reason
 from vllm_adrenaline.system.arithmetic import cdiv
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class RemoteRequest:
         pool: of the prefill engine.
         claim: the prompt's name there.
         claimed_at: when the claim was asked for.
+        unfinished: tokens at the end of its prompt that are not there, once the claim was granted: the prefill engine
+            ended it early. They are computed here.
         state: changed by `become` alone.
         blocks: remote blocks that vLLM's books do not have: it has not allocated yet, or they are pulled.
         held: how many remote blocks vLLM's books have.
@@ -106,6 +109,7 @@ class RemoteRequest:
     pool: RemotePool
     claim: str
     claimed_at: float = 0.0
+    unfinished: int = 0
     state: State = State.CLAIMING
     blocks: list[RemoteBlock] = field(default_factory=list)
     held: int = 0
@@ -138,9 +142,11 @@ class RemoteRequest:
         return progress_of(self.request)
 
     @property
-    def local_only(self) -> bool:
-        """Whether a cached prompt is of no use to it."""
-        return bool(self.request.skip_reading_prefix_cache)
+    def only_local(self) -> Reason | None:
+        """Why it can be nowhere but here; None if it can be elsewhere."""
+        if self.request.skip_reading_prefix_cache:  # a cached prompt is of no use to it
+            return Reason.NO_CACHE
+        return Reason.UNFINISHED if self.unfinished else None
 
     def become(self, state: State) -> None:
         """Go on to another state.

@@ -122,7 +122,10 @@ class RequestTable:
         if known is None:
             return None
         if known.state is State.WAITING and known.decision is not None:
-            return None
+            if not known.unfinished:
+                return None
+            missing = request.num_prompt_tokens - known.unfinished - num_local
+            return (missing, True) if missing > 0 else (0, False)
         if known.state is State.OFFLOADED:
             return max(0, request.num_tokens - 1 - num_local), False
         if known.state is State.MIGRATING:  # everything but the last token, which is not computed
@@ -385,12 +388,14 @@ class RequestTable:
         request = claimed.request
         prompt = request.all_token_ids[: request.num_prompt_tokens]
         try:
-            if message.num_tokens != len(prompt) or message.prompt_hash != prompt_hash(prompt):
+            covered = message.num_tokens
+            is_part = 0 < covered < len(prompt) and covered % self._block_size == 0
+            if not (is_part or covered == len(prompt)) or message.prompt_hash != prompt_hash(prompt[:covered]):
                 raise ValueError("it is the KV cache of another prompt")
             peer = pool.peer
             if peer is None:
                 raise ValueError("the prefill engine is not there")
-            claimed.blocks = pool.adopt(message.request, message.blocks, self._blocks(len(prompt)))
+            claimed.blocks = pool.adopt(message.request, message.blocks, self._blocks(covered))
         except ValueError as error:
             logger.error("request %s: its claim is of no use (%s); its prompt is computed here", claimed.name, error)
             pool.release(message.request)
@@ -398,8 +403,9 @@ class RequestTable:
             claimed.become(State.WAITING)
             self._leave(claimed)
             return
+        claimed.unfinished = len(prompt) - covered
         claimed.become(State.WAITING)
-        claimed.pull(peer, len(prompt), self._block_size, self._tp)
+        claimed.pull(peer, covered, self._block_size, self._tp)
         self.queue.add(claimed)
 
     def _gone(self, pool: RemotePool, claim: str) -> None:

@@ -22,6 +22,7 @@ from vllm_adrenaline.control.client import PrefillClient
 from vllm_adrenaline.decode import leases, profiling
 from vllm_adrenaline.decode.admission import EngineAdmission
 from vllm_adrenaline.decode.kv_manager import KVSpaceManager
+from vllm_adrenaline.decode.own_prompts import OwnPrompts
 from vllm_adrenaline.decode.remote_attention import Report
 from vllm_adrenaline.decode.request_table import RequestTable
 from vllm_adrenaline.engine.identity import identity_of
@@ -55,8 +56,14 @@ class DecodeScheduler(Scheduler):
         self.table = RequestTable(self.clients, admission, self.block_size, tensor_parallel_size)
         self.connector.connector_scheduler.table = self.table
         self._began, self._batch = 0.0, Batch()
+        self._own_prompts: OwnPrompts | None = None
+        if options.moves_prompts or options.moves_decodes:
+            limit = self.max_num_scheduled_tokens
+            self._own_prompts = OwnPrompts(costs, options.tpot_slo_ms / 1000 or None, limit, options.moves_prompts)
+        self._step_seconds = 0.0  # of the decodes of the present step, as believed
         for manager in compat.replace_kv_managers(self, KVSpaceManager):
             manager.table = self.table
+        self._tell_slack()
 
     def _wait_for_peers(self, timeout_s: float) -> None:
         deadline = time.monotonic() + max(timeout_s, 1.0)
@@ -85,9 +92,42 @@ class DecodeScheduler(Scheduler):
             self.running.sort(key=lambda request: not table.is_offloaded(request.request_id))
         leases.adjust(table.requests, table.pools, self.block_size)
         table.settle()
-        output = super().schedule(*args, **kwargs)
+        with compat.at_most(self, self._most_tokens()):
+            output = super().schedule(*args, **kwargs)
         self._batch = table.batch(self.running)
         return output
+
+    def _most_tokens(self) -> int:
+        """Return how many tokens the next step may compute: all decodes, and a chunk of prompts."""
+        if self._own_prompts is None:
+            return self.max_num_scheduled_tokens
+        self.running.sort(key=lambda request: not compat.decodes(request))  # a prompt would take what they need
+        decodes = list(filter(compat.decodes, self.running))
+        batch = self.table.batch(decodes)
+        self._step_seconds = self.table.admission.step_seconds(batch, len(self.table.pools))
+        starting = len(self.table.requests)  # a token each, if they start in this step
+        return len(decodes) + starting + self._own_prompts.chunk(self._step_seconds)
+
+    def _tell_slack(self) -> None:
+        """Have prefill engines told how much of their work this engine could do."""
+        if self._own_prompts is None:
+            return
+        table, admission, executors = self.table, self.table.admission, len(self.table.pools)
+        own = [request for request in self.waiting if request.request_id not in table.requests]
+        own += [request for request in self.running if not compat.decodes(request)]
+        decodes = list(filter(compat.decodes, self.running))
+        decoding, batch = table.batch(decodes), table.batch([*decodes, *own])
+        unborn = sum(self._blocks(request) - cdiv(request.num_computed_tokens, self.block_size) for request in own)
+        slack = self._own_prompts.slack(
+            step=admission.step_seconds(decoding, executors),
+            with_one_more=admission.step_seconds(decoding, executors, more=1),
+            memory=admission.own_memory(self._spare() - unborn, batch),
+            growth=admission.lengths.expected_growth(0, self.max_model_len),
+            missing=sum(map(compat.missing_tokens, own)),
+            is_full=table.queue.is_stuck,
+        )
+        for pool in table.pools:
+            pool.client.slack = slack
 
     def _spare(self) -> int:
         return int(self.kv_cache_manager.block_pool.get_num_free_blocks())
@@ -122,11 +162,15 @@ class DecodeScheduler(Scheduler):
         tokens = scheduler_output.total_num_scheduled_tokens
         if tokens and (report is None or not report.failed):
             only_decodes = tokens == len(scheduler_output.num_scheduled_tokens)
-            table.observe_step(self._batch, report, time.monotonic() - self._began if only_decodes else 0.0)
+            seconds = time.monotonic() - self._began
+            table.observe_step(self._batch, report, seconds if only_decodes else 0.0)
+            if self._own_prompts is not None and not only_decodes:
+                self._own_prompts.observe(seconds, self._step_seconds, scheduler_output.num_scheduled_tokens.values())
         result = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:
             self._move_to_local(request)
         table.settle()
+        self._tell_slack()
         return result
 
     def _migrate(self, request: Request, reason: Reason) -> bool:

@@ -28,7 +28,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         key: what it was measured for.
-        costs: of a decode engine's step; None for a prefill engine.
+        costs: of a step of decodes; None for a prefill engine that does not decode.
         prefill: of a prefill engine that does nothing else: (tokens of a prompt, seconds to compute it), ascending.
     """
 

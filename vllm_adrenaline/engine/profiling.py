@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ from vllm_adrenaline.compat.worker_cores import CORES_ENV
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.engine import profile
 from vllm_adrenaline.engine.identity import identity_of
-from vllm_adrenaline.placement.costs import Costs
+from vllm_adrenaline.placement.costs import Costs, undisturbed
 from vllm_adrenaline.system.machine import cpu_model
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ logger = logging.getLogger("vllm.adrenaline")
 
 REPEATS = 5
 """How often each thing is measured; the shortest time counts."""
+ROWS, CONTEXT = 8, 512
+"""The batch whose attention is measured, at most: its rows, and the tokens of each."""
 
 
 def key(config: VllmConfig, options: Options, executors: Sequence[str]) -> profile.Key:
@@ -58,6 +60,8 @@ def key(config: VllmConfig, options: Options, executors: Sequence[str]) -> profi
         "executors": "; ".join(executors),
         "figures": ",".join((*Costs.__struct_fields__, "greedy", "native attention", "undisturbed")),
     }
+    if options.role == "prefill" and options.moves_decodes:
+        found["decodes"] = "measured, too"
     return found | {name: str(getattr(identity, name)) for name in identity.__struct_fields__}
 
 
@@ -107,6 +111,28 @@ def step_seconds(runner: Any, sizes: Sequence[int], sample: bool) -> list[tuple[
             runner.model.compute_logits(hidden).argmax(dim=-1)
 
     return list(zip(sizes, shortest_seconds(*(functools.partial(step, tokens) for tokens in sizes)), strict=True))
+
+
+def powers_of_two(most: int) -> Iterator[int]:
+    """Yield the powers of two below `most`, then `most`."""
+    size = 1
+    while size < most:
+        yield size
+        size *= 2
+    yield most
+
+
+def decode_step(config: VllmConfig, runner: Any) -> list[tuple[int, float]]:
+    """Return (rows, seconds) of a step of decodes without attention, for batches up to the largest."""
+    most = min(config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens)
+    step = undisturbed(step_seconds(runner, list(powers_of_two(most)), sample=True))
+    logger.info("step without attention: %s", ", ".join(f"{rows} rows {1e3 * s:.1f} ms" for rows, s in step))
+    return step
+
+
+def typical_batch(config: VllmConfig) -> tuple[int, int]:
+    """Return the batch whose attention is measured: its rows, and the tokens of context of each."""
+    return min(ROWS, config.scheduler_config.max_num_seqs), min(CONTEXT, config.model_config.max_model_len)
 
 
 def attention_of(config: VllmConfig) -> CpuAttention:

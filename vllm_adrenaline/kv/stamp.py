@@ -16,6 +16,9 @@ from vllm_adrenaline.kv.prompt_hash import prompt_hash
 
 KEY = "adrenaline"
 """The key under which `kv_transfer_params` hold the stamp."""
+STAY = "adrenaline_stay"
+"""The key under which the `kv_transfer_params` of a prompt say that the prefill engine may decode the request as well:
+then its `max_tokens` is the value. Where the answer has this key, the request is to be sent there again, whole."""
 VERSION = 1
 """The version of stamps that are made and understood here."""
 
@@ -26,7 +29,7 @@ class Stamp(msgspec.Struct, frozen=True):
     Attributes:
         version: of the stamp.
         prompt_hash: of the prompt's tokens (kv/prompt_hash.py), in hexadecimal.
-        num_tokens: of the prompt.
+        num_tokens: of the prompt, or of its beginning if that is all there is.
         signature: room for the prefill engine's signature over the rest. In version 1 it is empty and not looked at.
     """
 
@@ -35,10 +38,14 @@ class Stamp(msgspec.Struct, frozen=True):
     num_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     signature: Annotated[str, msgspec.Meta(max_length=512)] = ""
 
-    def fits(self, prompt: Sequence[int]) -> bool:
-        """Whether the stamp is of this prompt, given as token ids, and of a version that is understood here."""
-        is_known = self.version == VERSION and self.num_tokens == len(prompt)
-        return is_known and self.prompt_hash == prompt_hash(prompt).hex()
+    def fits(self, prompt: Sequence[int], only_begin: bool = False) -> bool:
+        """Whether the stamp is of this prompt, given as token ids, and of a version that is understood here.
+
+        `only_begin`: it is to be of less than the whole prompt.
+        """
+        is_complete = self.num_tokens < len(prompt) if only_begin else self.num_tokens == len(prompt)
+        is_known = self.version == VERSION and is_complete
+        return is_known and self.prompt_hash == prompt_hash(prompt[: self.num_tokens]).hex()
 
 
 def stamped(params: dict[str, Any], proof: bytes, num_tokens: int) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class Pending(Placeable, Protocol):
     waited: bool
 
     @property
-    def local_only(self) -> bool:
-        """Whether a cached prompt is of no use to it, so that only local will do."""
+    def only_local(self) -> Reason | None:
+        """Why it can be nowhere but in local memory; None if it can be elsewhere."""
 
 
 PlaceableT = TypeVar("PlaceableT", bound=Placeable)
@@ -287,8 +287,8 @@ class Admission:
         return Memory(room + sum(load.blocks for load in loads), self._settings.block_size, lengths)
 
     def _decide(self, pools: Pools, batch: Batch, pending: Pending) -> Decision:
-        if pending.local_only:
-            return Decision(Placement.LOCAL, Reason.NO_CACHE)
+        if pending.only_local is not None:
+            return Decision(Placement.LOCAL, pending.only_local)
         return policy.place(self.observed(pools, batch), self._candidate(pending))
 
     def _candidate(self, request: Placeable) -> Candidate:
@@ -304,7 +304,7 @@ class Admission:
 
     def _count_placed(self, decision: Decision) -> None:
         self._count(decision.placement.value, decision.reason)
-        if decision.reason is not Reason.NO_CACHE:
+        if decision.reason not in (Reason.NO_CACHE, Reason.UNFINISHED):
             self._decided += 1
             self._offloaded += decision.placement is Placement.OFFLOADED
             self._mapped += decision.placement is Placement.MAPPED

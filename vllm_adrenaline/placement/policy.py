@@ -46,6 +46,7 @@ class Reason(Enum):
 
     RATIO = "ratio"
     NO_CACHE = "no_prefix_cache"
+    UNFINISHED = "unfinished_prompt"
     EXECUTOR_AWAY = "executor_away"
     FITS = "fits"
     SHORTER_STEP = "shorter_step"

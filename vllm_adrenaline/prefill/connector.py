@@ -6,14 +6,22 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.engine import FinishReason
+
 from vllm_adrenaline.compat.connector_metadata import attach
 from vllm_adrenaline.compat.nixl_hold import end_hold
 from vllm_adrenaline.control.messages import MAX_NAME
 from vllm_adrenaline.engine.connector import AdrenalineConnector, SchedulerSide, WorkerSide
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
-from vllm_adrenaline.kv.stamp import stamped
+from vllm_adrenaline.kv.stamp import STAY, stamped
 from vllm_adrenaline.prefill import executor_pool
+from vllm_adrenaline.prefill.elastic import ElasticPrefill
 from vllm_adrenaline.prefill.leases import LeaseManager, Offer
+
+ANSWERED = (FinishReason.STOP, FinishReason.LENGTH)
+"""How a request ends whose answer is complete."""
+MAX_TOKENS = 1 << 24
+"""The largest `max_tokens` of a request that may stay."""
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -27,11 +35,17 @@ class PrefillSchedulerSide(SchedulerSide):
     """The scheduler side of a prefill engine's connector. It offers finished prompts for claiming.
 
     Attributes:
-        leases, tuner: the scheduler's, which makes and sets them.
+        leases, tuner, elastic: the scheduler's, which makes and sets them.
+        unfinished: what routers are to be told of prompts that ended early, by name, until the scheduler takes it.
     """
 
     leases: LeaseManager
     tuner: ShareTuner
+    elastic: ElasticPrefill | None = None
+
+    def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self.unfinished: dict[str, dict[str, Any]] = {}
 
     def on_new_request(self, request: Request) -> None:
         params = request.kv_transfer_params
@@ -40,19 +54,36 @@ class PrefillSchedulerSide(SchedulerSide):
             # name is too long for a control message could not be claimed: it is not kept.
             keep = params.get("do_remote_decode") is True and len(request.request_id) <= MAX_NAME
             request.kv_transfer_params = {"do_remote_decode": True} if keep else None
+            if keep and type(limit := params.get(STAY)) is int and 0 < limit <= MAX_TOKENS:
+                request.kv_transfer_params[STAY] = limit
         super().on_new_request(request)
 
     def request_finished(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         is_held, params = super().request_finished(request, block_ids)
-        if is_held:
-            self.tuner.observe_ttft(time.time() - request.arrival_time)
-            blocks = [self.leases.pool.blocks[index] for index in block_ids[0]]
-            proof = prompt_hash(request.all_token_ids[: request.num_prompt_tokens])
-            self.leases.offer(request.request_id, Offer(blocks, request.num_prompt_tokens, proof))
-            params = stamped(params or {}, proof, request.num_prompt_tokens)
+        if not is_held:
+            self._note_answer(request)
+            return is_held, params
+        self.tuner.observe_ttft(time.time() - request.arrival_time)
+        tokens, ids = int(request.num_prompt_tokens), block_ids[0]
+        params = dict(params or {})
+        is_unfinished = request.num_computed_tokens < tokens
+        if is_unfinished:
+            ids = ids[: request.num_computed_tokens // self.block_size]
+            tokens = len(ids) * self.block_size
+            params["do_remote_prefill"] = False  # nobody is to take it for the whole prompt (decode/params.py)
+        proof = prompt_hash(request.all_token_ids[:tokens])
+        self.leases.offer(request.request_id, Offer([self.leases.pool.blocks[index] for index in ids], tokens, proof))
+        params = stamped(params, proof, tokens)
+        if is_unfinished:
+            self.unfinished[request.request_id] = params
         return is_held, params
+
+    def _note_answer(self, request: Request) -> None:
+        """Note how long the answer of a request got that was decoded here."""
+        if self.elastic is not None and not request.kv_transfer_params and request.get_finished_reason() in ANSWERED:
+            self.elastic.lengths.ended(request.num_output_tokens)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         super().update_connector_output(connector_output)
@@ -60,6 +91,9 @@ class PrefillSchedulerSide(SchedulerSide):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
         return attach(super().build_connector_meta(scheduler_output), "let_go", self.leases.take_let_go())
+
+    def take_counts(self) -> Mapping[str, float]:
+        return self.elastic.take_counts() if self.elastic is not None else {}
 
     def gauges(self) -> Mapping[str, float]:
         shares = self.tuner.shares

@@ -1,4 +1,4 @@
-"""Measuring the profile of a prefill engine: how long prompts of some sizes take."""
+"""Measuring the profile of a prefill engine: how long prompts take, and steps of decodes if it is to decode."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.engine import profile, profiling
+from vllm_adrenaline.placement.costs import Costs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -18,7 +19,7 @@ PROMPTS = (32, 128, 512, 2048)
 
 
 def measure(config: VllmConfig, options: Options, runner: Any) -> None:
-    """Measure how long some prompts take and store that, unless there is a profile already. All ranks call at once."""
+    """Measure a prefill engine's work and store that, unless there is a profile already. All ranks call at once."""
     wanted = profiling.key(config, options, ())
     if profiling.agree_on_known(wanted):
         return
@@ -30,4 +31,9 @@ def measure(config: VllmConfig, options: Options, runner: Any) -> None:
         for tokens, seconds in profiling.step_seconds(runner, sizes, sample=False)
     ]
     logger.info("prompts: %s", ", ".join(f"{tokens} tokens {1e3 * seconds:.0f} ms" for tokens, seconds in times))
-    profiling.keep(profile.Profile(wanted, prefill=times))
+    costs = None
+    if options.moves_decodes:
+        rows, context = profiling.typical_batch(config)
+        local = profiling.attention_seconds(attention, rows, 1, context) / (rows * context)
+        costs = Costs(profiling.decode_step(config, runner), local, remote=[])
+    profiling.keep(profile.Profile(wanted, costs, times))

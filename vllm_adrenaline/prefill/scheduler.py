@@ -12,6 +12,7 @@ from typing import Any
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_adrenaline.colocation.controller import Objectives
@@ -24,8 +25,11 @@ from vllm_adrenaline.control import messages
 from vllm_adrenaline.control.server import ControlServer
 from vllm_adrenaline.engine import profile, profiling
 from vllm_adrenaline.engine.identity import identity_of
+from vllm_adrenaline.kv.stamp import STAY
+from vllm_adrenaline.placement.elastic import Outcome
 from vllm_adrenaline.placement.prefill_admission import Blocks, should_defer_prefill
 from vllm_adrenaline.prefill import executor_pool
+from vllm_adrenaline.prefill.elastic import ElasticPrefill
 from vllm_adrenaline.prefill.leases import LeaseManager
 from vllm_adrenaline.prefill.lending import Lending
 from vllm_adrenaline.prefill.utilization import PrefillUtilization
@@ -72,11 +76,16 @@ class PrefillScheduler(Scheduler):
             weights=self._executors.weights,
         )
         self.control = ControlServer(options.listen_address, identity_of(self.vllm_config), self.lending)
-        self._utilization = PrefillUtilization(time.monotonic)
-        connector.tuner = self._make_tuner(options)
+        self._utilization, self._prompting = (PrefillUtilization(time.monotonic) for _ in range(2))
+        known = profile.cached(profiling.key(self.vllm_config, options, ()))
+        connector.tuner = self._make_tuner(options, known)
+        self._elastic = ElasticPrefill(options, known, self.block_size) if options.elastic != "off" else None
+        connector.elastic = self._elastic
+        self._early: list[tuple[int, EngineCoreOutput]] = []  # by client: of prompts that ended early
+        self._began, self._decoded = 0.0, (0, 0)  # the present step, if it only decodes: rows, and tokens of context
         self.control.start()
 
-    def _make_tuner(self, options: Options) -> ShareTuner:
+    def _make_tuner(self, options: Options, known: profile.Profile | None) -> ShareTuner:
         """Return the tuner of the shares of this engine's cores.
 
         With `--adrenaline-pool both` the prefill workers share them with executors and may share them with mapping
@@ -89,7 +98,6 @@ class PrefillScheduler(Scheduler):
         else:
             decode = 0.5  # both sides' workers give themselves the same priority
             device = WorkerShares([export.pid for export in self._executors.exports], self.lending.mappers.pids)
-        known = profile.cached(profiling.key(self.vllm_config, options, ()))
         objectives = Objectives(options.ttft_slo_ms / 1000 or None, options.tpot_slo_ms / 1000 or None)
         return ShareTuner(objectives, decode, known.prefill if known is not None else [], device)
 
@@ -138,30 +146,94 @@ class PrefillScheduler(Scheduler):
         if asked != PauseState.UNPAUSED or not needed:
             return asked
         pool = self.kv_cache_manager.block_pool
-        beats = list(self.lending.heartbeats.copy().values())
+        beats = self._beats()
         waiting = [beat.waiting for beat in beats]
-        claims, leased = self.leases.lent
+        claims, _ = self.leases.lent
         blocks = Blocks(
             total=pool.num_gpu_blocks,
             free=pool.get_num_free_blocks(),
             growth_reserve=self._growth_reserve,
             waiting=sum(waiting) if all(waiting) else 0,  # a decode engine without any may want the next
-            lent=leased > 0 or any(beat.offloads for beat in beats),
+            lent=self._lends(beats),
             offers=claims > 0 or bool(self.leases.offers),
         )
         return PauseState.PAUSED_NEW if should_defer_prefill(blocks, needed) else asked
 
+    def _beats(self) -> list[messages.Heartbeat]:
+        """Return what decode engines said last."""
+        return list(self.lending.heartbeats.copy().values())
+
+    def _lends(self, beats: Iterable[messages.Heartbeat]) -> bool:
+        """Whether decode engines have some of this engine's memory for offloaded requests."""
+        _, leased = self.leases.lent
+        return leased > 0 or any(beat.offloads for beat in beats)
+
+    # Work that moves
+
+    def _move_work(self) -> None:
+        """End prompts early that the decode side is to compute, and those of requests that are to be decoded here."""
+        if self._elastic is None or self.pause_state != PauseState.UNPAUSED:
+            return
+        if not self.waiting and all(map(compat.decodes, self.running)):
+            return
+        beats = self._beats()
+        kept = self.leases.reserve + (self._growth_reserve if self._lends(beats) else 0)
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks() - kept
+        slacks, busy = [beat.slack for beat in beats], self._prompting.share()
+        for moved in list(self._elastic.decide(self.running, self.waiting, slacks, free, busy)):
+            self._end_early(moved.request, moved.outcome)
+
+    def _end_early(self, request: Request, outcome: Outcome) -> None:
+        """End a request of which the prompt is not computed, and tell its router who goes on with it."""
+        stays = outcome is Outcome.STAYS
+        keep = not stays and request.num_computed_tokens >= self.block_size
+        compat.end_early(self, request, keep)
+        params = {STAY: True} if stays else self.connector.connector_scheduler.unfinished.pop(request.request_id, None)
+        self._early.append((request.client_index, compat.early_output(request, params)))
+
+    def _most_tokens(self) -> int:
+        """Return how many tokens the next step may compute: all decodes, and a chunk of prompts."""
+        if self._elastic is None:
+            return self.max_num_scheduled_tokens
+        self.running.sort(key=lambda request: not compat.decodes(request))  # a prompt would take what they need
+        decodes = sum(map(compat.decodes, self.running))
+        return decodes + self._elastic.chunk(self.running, self.max_num_scheduled_tokens)
+
+    # A step
+
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        with self.kv_lock, compat.paused(self, self._pause_for_growth(self.pause_state)):
-            output = super().schedule(*args, **kwargs)
+        with self.kv_lock:
+            self._move_work()
+            pause = self._pause_for_growth(self.pause_state)
+            with compat.paused(self, pause), compat.at_most(self, self._most_tokens()):
+                output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:
             self._utilization.begin()
+            scheduled = output.num_scheduled_tokens
+            only_decodes = output.total_num_scheduled_tokens == len(scheduled)
+            if not only_decodes:
+                self._prompting.begin()
+            elif self._elastic is not None:
+                self._began = time.monotonic()
+                tokens = sum(int(request.num_tokens) for request in self.running if request.request_id in scheduled)
+                self._decoded = len(scheduled), tokens
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         self._utilization.end()
+        self._prompting.end()
+        if self._elastic is not None and self._decoded[0]:
+            self._elastic.observe_step(*self._decoded, time.monotonic() - self._began)
+            self._decoded = 0, 0
         with self.kv_lock:
-            return super().update_from_output(*args, **kwargs)
+            outputs = super().update_from_output(*args, **kwargs)
+        for client, early in self._early:
+            outputs.setdefault(client, EngineCoreOutputs()).outputs.append(early)
+        self._early = []
+        return outputs
+
+    def has_requests(self) -> bool:
+        return super().has_requests() or bool(self._early)
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         with self.kv_lock:

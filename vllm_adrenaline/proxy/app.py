@@ -128,22 +128,24 @@ class Generate:
         headers = with_request_id(headers)
         path: str = scope["path"]
         if not (self.proxy.prefill.urls and bodies.can_disaggregate(body)):
-            return await self._decode(path, raw, headers, send, asyncio.Event())
-        answer = await self._prefill(path, body, headers)
+            return await self._generate("decode", self.proxy.decode.next(), path, raw, headers, send, asyncio.Event())
+        url = self.proxy.prefill.next()
+        answer = await self._prefill(url, path, body, headers)
         if isinstance(answer, Response):
             return await answer(scope, receive, send)
         params, taken = bodies.params_of(answer), asyncio.Event()
+        if bodies.stays(params):
+            return await self._generate("prefill", url, path, raw, headers, send, taken)
         try:
             raw = json.dumps(bodies.for_decode(body, params)).encode()
-            await self._decode(path, raw, headers, send, taken)
+            await self._generate("decode", self.proxy.decode.next(), path, raw, headers, send, taken)
         finally:  # also when the client is gone
             if params is not None and not taken.is_set():
                 give_up = release.body_of(body.get("model"), params)
                 self.proxy.releases.start(self.proxy.session, give_up, headers)
 
-    async def _prefill(self, path: str, body: dict[str, Any], headers: Headers) -> bytes | Response:
+    async def _prefill(self, url: str, path: str, body: dict[str, Any], headers: Headers) -> bytes | Response:
         """Return the prefill engine's answer. If it refused the request, return the response for the client."""
-        url = self.proxy.prefill.next()
         # Read here, so it has to come uncompressed.
         plain = [(name, value) for name, value in headers if name.lower() != "accept-encoding"]
         data = json.dumps(bodies.for_prefill(body)).encode()
@@ -158,9 +160,10 @@ class Generate:
         response.raw_headers = client_headers(answer.headers.items())
         return response
 
-    async def _decode(self, path: str, data: bytes, headers: Headers, send: Send, taken: asyncio.Event) -> None:
-        """Send the decode engine's answer on. `taken` is set as soon as that engine has accepted the request."""
-        url = self.proxy.decode.next()
+    async def _generate(
+        self, kind: str, url: str, path: str, data: bytes, headers: Headers, send: Send, taken: asyncio.Event
+    ) -> None:
+        """Send the answer of an engine of this kind on. `taken` is set as soon as it has accepted the request."""
         started = False
         try:
             async with self.proxy.session.post(url + path, data=data, headers=headers, allow_redirects=False) as answer:
@@ -172,7 +175,7 @@ class Generate:
                 async for chunk in answer.content.iter_any():
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except UNREACHABLE as error:
-            message = f"the decode engine at {url} does not answer ({_short(error)})"
+            message = f"the {kind} engine at {url} does not answer ({_short(error)})"
             if not started:
                 raise EngineUnreachable(message) from error
             # The status is sent already: returning without an end makes the server cut the connection, so the client

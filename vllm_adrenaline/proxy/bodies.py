@@ -18,6 +18,10 @@ KEEP_KV_FOR_DECODE: Body = {
     "remote_host": None,
     "remote_port": None,
 }
+# Asks whether the prefill engine is to decode the request as well; in its answer, says so (kv/stamp.py, STAY).
+STAY = "adrenaline_stay"
+ANY_LENGTH = 1 << 20
+"""Stands for the output limit of a request that names none."""
 # Of no use for one token that is thrown away; several of them are refused together with max_tokens=1 or stream=false.
 NOT_FOR_PREFILL = (
     "stream_options",
@@ -65,12 +69,20 @@ def can_disaggregate(body: Body) -> bool:
 def for_prefill(body: Body) -> Body:
     """Return the body that makes the prefill engine compute the prompt and keep its KV cache."""
     prefill = {name: value for name, value in body.items() if name not in NOT_FOR_PREFILL}
-    prefill |= {"stream": False, "max_tokens": 1, "kv_transfer_params": dict(KEEP_KV_FOR_DECODE)}
+    limits = (body.get("max_completion_tokens"), body.get("max_tokens"))
+    limit = next((each for each in limits if isinstance(each, int) and each > 0), ANY_LENGTH)
+    params = KEEP_KV_FOR_DECODE | {STAY: min(limit, ANY_LENGTH)}
+    prefill |= {"stream": False, "max_tokens": 1, "kv_transfer_params": params}
     if "max_completion_tokens" in body:
         prefill["max_completion_tokens"] = 1
     # A first token that ended the request would make vLLM drop the KV cache instead of handing it over.
     prefill["ignore_eos"] = True
     return prefill
+
+
+def stays(params: Body | None) -> bool:
+    """Say whether the prefill engine is to decode the request as well: it has computed nothing of it yet."""
+    return params is not None and STAY in params
 
 
 def params_of(prefill_answer: bytes) -> Body | None:

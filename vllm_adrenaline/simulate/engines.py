@@ -74,9 +74,8 @@ class Row:
         return Progress(self.prompt, self.made, self.output)
 
     @property
-    def local_only(self) -> bool:
-        """No simulated request refuses cached KV."""
-        return False
+    def only_local(self) -> None:
+        """No simulated request refuses cached KV, and no simulated prompt ends early."""
 
 
 @dataclass

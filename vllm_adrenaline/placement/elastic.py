@@ -1,0 +1,157 @@
+"""Which engine does the work of the other: pure functions from the load of both sides to a decision.
+
+A prefill engine decides about each prompt shortly before it would compute it. Computed here and decoded there is the
+rule. Two things can be better: the decode side computes the prompt as well (it is handed over), or the prefill engine
+decodes as well (the request stays). Work moves to where it is done clearly sooner (docs/placement.md, Elastic).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from enum import Enum
+from typing import Protocol
+
+import msgspec
+
+SOONER = 0.8
+"""What the other side may need at most, as a fraction of what this side needs, so that work moves. What is compared
+are guesses, and the one about the other side is up to a heartbeat old."""
+LEAST_CHUNK = 32
+"""Tokens of prompts that a step computes at least, so that no prompt waits for ever beside decodes that are slow."""
+
+
+class Outcome(Enum):
+    """What becomes of a prompt that is not simply computed here and decoded there."""
+
+    HANDED_OVER = "handed_over"
+    STAYS = "stays"
+
+
+class Cause(Enum):
+    """Why; every pair of outcome and cause is counted."""
+
+    TTFT = "ttft_slo"
+    """Its first token would come too late here, and sooner there."""
+    SOONER = "sooner"
+    """Its tokens come clearly sooner: without an objective the first one, of a request that stays all of them."""
+    DECODE_FULL = "decode_full"
+    """Requests wait for memory of the decode side, and this engine has some."""
+
+
+class Side(Protocol):
+    """What a decode engine could take over, as it says itself (control/messages.py, Slack)."""
+
+    @property
+    def prompt_rate(self) -> float:
+        """Tokens of prompts that it could compute in a second beside what it decodes; 0: none."""
+
+    @property
+    def prompt_backlog(self) -> int:
+        """Tokens of prompts that it has to compute already."""
+
+    @property
+    def prompt_room(self) -> int:
+        """Tokens of the longest prompt for which it has memory until everybody ends."""
+
+    @property
+    def step(self) -> float:
+        """Seconds of its step with one more request; 0: unknown."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether requests wait there for memory."""
+
+
+def first_token_after(side: Side, tokens: int) -> float:
+    """Return the seconds until a decode engine would have computed a prompt of which `tokens` are missing.
+
+    inf: it will not.
+    """
+    return (side.prompt_backlog + tokens) / side.prompt_rate if side.prompt_rate > 0 else math.inf
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """A prompt on the prefill engine.
+
+    Attributes:
+        missing: Tokens that are not computed yet.
+        tokens: All its tokens.
+        waited: Seconds since its request came.
+        ahead: Seconds of other prompts' work that come before it here.
+        seconds: Seconds of its own work here.
+    """
+
+    missing: int
+    tokens: int
+    waited: float
+    ahead: float
+    seconds: float
+
+
+def hand_over(prompt: Prompt, sides: Sequence[Side], ttft_slo: float | None) -> Cause | None:
+    """Return why the decode side is to compute what is missing of a prompt; None if it is not.
+
+    Args:
+        prompt: The prompt.
+        sides: All decode engines: a router chooses among them, so the slowest counts.
+        ttft_slo: Objective for the time to first token in seconds. While it is met here, nothing is handed over.
+    """
+    if not sides or any(prompt.tokens > side.prompt_room for side in sides):
+        return None
+    here = prompt.ahead + prompt.seconds
+    there = max(first_token_after(side, prompt.missing) for side in sides)
+    if there >= SOONER * here:
+        return None
+    if ttft_slo is None:
+        return Cause.SOONER
+    return Cause.TTFT if prompt.waited + here > ttft_slo else None
+
+
+def stay(step: float, busy: float, sides: Sequence[Side], is_idle: bool, fits: bool) -> Cause | None:
+    """Return why the prefill engine is to decode a request as well; None if it is not to.
+
+    Args:
+        step: Seconds of a step of decodes here, with the request in it.
+        busy: Share of its time, 0 to 1, that this engine computes prompts.
+        sides: All decode engines. The best of them counts: if one has room, the request is to go there.
+        is_idle: Whether no other prompt waits here.
+        fits: Whether there is memory for it here, until its end.
+    """
+    if not sides or not is_idle or not fits:
+        return None
+    if all(side.is_full for side in sides):
+        return Cause.DECODE_FULL
+    here = step / max(1 - busy, 1e-3)
+    slower = (side.is_full or (side.step > 0 and here < SOONER * side.step) for side in sides)
+    return Cause.SOONER if all(slower) else None
+
+
+def prompt_seconds(curve: Sequence[tuple[int, float]], tokens: int) -> float:
+    """Return what a prompt of `tokens` takes, by (tokens, seconds) of some, ascending: on lines between and beyond."""
+    if len(curve) == 1 or tokens <= curve[0][0]:
+        return curve[0][1] * min(1.0, tokens / curve[0][0]) if tokens > 0 else 0.0
+    pairs = list(itertools.pairwise(curve))
+    (low, fast), (high, slow) = next((pair for pair in pairs if tokens <= pair[1][0]), pairs[-1])
+    return fast + (slow - fast) * (tokens - low) / (high - low)
+
+
+def chunk(step: float, per_token: float, limit: float, most: int) -> int:
+    """Return how many tokens of prompts a step may compute beside its decodes.
+
+    Args:
+        step: Seconds of the step without prompts; 0 if it decodes nothing.
+        per_token: Seconds that a token of a prompt adds.
+        limit: Seconds that a step with decodes may take.
+        most: Tokens that a step may compute in any case.
+    """
+    if step <= 0 or per_token <= 0:
+        return most
+    return max(min(LEAST_CHUNK, most), min(most, int((limit - step) / per_token)))
+
+
+def chunk_rate(step: float, per_token: float, tokens: int) -> float:
+    """Return the tokens of prompts that are computed in a second, by `chunk`'s arguments and result."""
+    seconds = step + per_token * tokens
+    return tokens / seconds if seconds > 0 else 0.0

@@ -1,0 +1,200 @@
+"""The work of a prefill engine that moves: prompts that the decode side computes, and requests that are decoded here.
+
+What moves is decided in placement/elastic.py. Here is what that needs to be told, in vLLM's terms: the queue of prompts
+and what they take, what decode engines say of themselves, and what has just moved and is not in what they say. The
+scheduler is the only caller, from one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from vllm_adrenaline.compat.scheduler import decodes, missing_tokens
+from vllm_adrenaline.config import Options
+from vllm_adrenaline.control.messages import Slack
+from vllm_adrenaline.engine.profile import Profile
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.kv.stamp import STAY
+from vllm_adrenaline.placement import elastic
+from vllm_adrenaline.placement.elastic import Cause, Outcome, Prompt
+from vllm_adrenaline.placement.feedback import Feedback, Step
+from vllm_adrenaline.placement.memory import Memory
+from vllm_adrenaline.placement.output_length import OutputLengths
+from vllm_adrenaline.system.arithmetic import cdiv
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+MAX_PROMPTS_PER_STEP = 64
+"""How many prompts are looked at in a step."""
+ON_THE_WAY_S = 0.5
+"""For how long what moved is counted as on its way: until decode engines have it, and have said so (two heartbeats)."""
+IDLE_S = 0.5
+"""How much work of prompts may wait here, in seconds, while requests stay: they would hold it up."""
+STRETCH = 3.0
+"""How much longer a step gets by prompts, at most, while requests are decoded here: prompts come first."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A request that moves: vLLM's object, and why."""
+
+    request: Request
+    outcome: Outcome
+    cause: Cause
+
+
+class ElasticPrefill:
+    """Decides about the prompts of a prefill engine.
+
+    Attributes:
+        lengths: how long answers of requests that stay get.
+        counts: what was decided since they were taken, by outcome and cause.
+    """
+
+    def __init__(
+        self, options: Options, known: Profile | None, block_size: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Begin with nothing moved.
+
+        Args:
+            options: of this engine.
+            known: its profile.
+            block_size: tokens of a KV block.
+            clock: returns the time, in seconds.
+
+        Raises:
+            AdrenalineError: there is no profile.
+        """
+        if known is None or not known.prefill or (options.moves_decodes and known.costs is None):
+            raise AdrenalineError("there is no profile of this prefill engine; is the cache folder writable?")
+        self._curve, self._block_size, self._clock = known.prefill, block_size, clock
+        self._moves_prompts, self._moves_decodes = options.moves_prompts, options.moves_decodes
+        self._ttft_slo = options.ttft_slo_ms / 1000 or None
+        self._feedback = Feedback(known.costs) if known.costs is not None and options.moves_decodes else None
+        self._on_the_way: deque[tuple[float, Outcome, int]] = deque()
+        self.lengths = OutputLengths()
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def decide(
+        self,
+        running: Iterable[Request],
+        waiting: Iterable[Request],
+        slacks: Sequence[Slack | None],
+        free_blocks: int,
+        busy: float,
+    ) -> Iterator[Moved]:
+        """Decide about the prompts that decode engines are to decode; yield those that move.
+
+        Args:
+            running, waiting: vLLM's requests, in the order in which they are computed.
+            slacks: what each decode engine said last.
+            free_blocks: blocks that this engine may use for requests that stay.
+            busy: the share of its time, 0 to 1, in which it computes prompts.
+        """
+        sides = self._sides(slacks)
+        if not sides:
+            return
+        decoding = [request for request in running if decodes(request)]
+        prompts = [request for request in running if not decodes(request)]
+        prompts += [request for request in waiting if not request.num_output_tokens]
+        prompts = prompts[:MAX_PROMPTS_PER_STEP]
+        seconds = [self._seconds(request) for request in prompts]
+        ahead, waits = 0.0, sum(seconds)
+        for request, own in zip(prompts, seconds, strict=True):
+            params = request.kv_transfer_params or {}
+            if not params.get("do_remote_decode") or request.num_in_flight_tokens:  # decoded here; or in a step now
+                ahead += own
+                continue
+            if self._moves_decodes and STAY in params and not request.num_computed_tokens:
+                staying = sum(tokens > 0 for _, outcome, tokens in self._on_the_way if outcome is Outcome.STAYS)
+                fits = self._fits(request, decoding, staying, free_blocks)
+                step = self._step(request, decoding, staying)
+                if cause := elastic.stay(step, busy, sides, waits - own <= IDLE_S, fits):
+                    yield self._moved(request, Outcome.STAYS, cause)
+                    continue
+            if self._moves_prompts:
+                prompt = Prompt(
+                    missing=missing_tokens(request),
+                    tokens=int(request.num_tokens),
+                    waited=max(0.0, time.time() - request.arrival_time),
+                    ahead=ahead,
+                    seconds=own,
+                )
+                if cause := elastic.hand_over(prompt, sides, self._ttft_slo):
+                    yield self._moved(request, Outcome.HANDED_OVER, cause)
+                    sides = self._sides(slacks)
+                    continue
+            ahead += own
+
+    def chunk(self, running: Iterable[Request], most: int) -> int:
+        """Return how many tokens of prompts the next step may compute, at most `most`."""
+        if self._feedback is None:
+            return most
+        decoding = [request for request in running if decodes(request)]
+        if not decoding:
+            return most
+        step = self._feedback.costs.seconds(len(decoding), sum(int(each.num_tokens) for each in decoding), [])
+        per_token = self._curve[-1][1] / self._curve[-1][0]
+        return elastic.chunk(step, per_token, STRETCH * step, most)
+
+    def observe_step(self, rows: int, tokens: int, seconds: float) -> None:
+        """Note that a step with decodes only took so long: `rows` of them, with `tokens` of context."""
+        if self._feedback is not None and rows:
+            self._feedback.observe(Step(rows, tokens, [], seconds, 0.0, [], 0.0))
+
+    def take_counts(self) -> dict[str, float]:
+        """Return what was decided since the last call, as counters (engine/metrics.py)."""
+        counts, self.counts = self.counts, Counter()
+        return {f"placements/{outcome}/{cause}": float(count) for (outcome, cause), count in counts.items()}
+
+    def _moved(self, request: Request, outcome: Outcome, cause: Cause) -> Moved:
+        self.counts[outcome.value, cause.value] += 1
+        tokens = missing_tokens(request) if outcome is Outcome.HANDED_OVER else int(request.num_tokens)
+        self._on_the_way.append((self._clock() + ON_THE_WAY_S, outcome, tokens))
+        return Moved(request, outcome, cause)
+
+    def _sides(self, slacks: Sequence[Slack | None]) -> list[Slack]:
+        """Return what decode engines can take over, less what is on its way to any of them."""
+        now = self._clock()
+        while self._on_the_way and self._on_the_way[0][0] < now:
+            self._on_the_way.popleft()
+        tokens = [tokens for _, outcome, tokens in self._on_the_way if outcome is Outcome.HANDED_OVER]
+        return [
+            msgspec.structs.replace(
+                slack,
+                prompt_backlog=slack.prompt_backlog + sum(tokens),
+                prompt_room=max(0, slack.prompt_room - sum(tokens)),
+            )
+            for slack in slacks
+            if slack is not None
+        ]
+
+    def _seconds(self, request: Request) -> float:
+        """Return what the rest of a prompt takes here."""
+        return elastic.prompt_seconds(self._curve, missing_tokens(request))
+
+    def _step(self, request: Request, decoding: Collection[Request], staying: int) -> float:
+        """Return the seconds of a step of decodes with this request, and with `staying` others on their way."""
+        assert self._feedback is not None
+        tokens = sum(int(each.num_tokens) for each in decoding) + int(request.num_tokens) * (1 + staying)
+        return self._feedback.costs.seconds(len(decoding) + 1 + staying, tokens, [])
+
+    def _fits(self, request: Request, decoding: Collection[Request], staying: int, free_blocks: int) -> bool:
+        """Whether there is memory for a request until its end, beside those that are decoded here."""
+        rows = [(int(each.num_tokens), self._growth(each, each.max_tokens)) for each in decoding]
+        own = (int(request.num_tokens), self._growth(request, self._limit(request)))
+        held = sum(cdiv(tokens, self._block_size) for tokens, _ in rows)
+        return Memory(free_blocks + held, self._block_size, rows + [own] * staying).fits(*own)
+
+    def _limit(self, request: Request) -> int:
+        return int((request.kv_transfer_params or {}).get(STAY, 0))
+
+    def _growth(self, request: Request, limit: int) -> int:
+        return self.lengths.expected_growth(int(request.num_output_tokens), limit)
