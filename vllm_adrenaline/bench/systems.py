@@ -28,9 +28,11 @@ ABOUT = {
     "vllm_one": "vLLM aggregated, one engine on all cores",
     "vllm_two": "vLLM aggregated, two engines in turn",
     "adrenaline_auto": "this plugin, placement by load",
+    "adrenaline_elastic": "this plugin, placement by load, and prompts and decodes where they are done sooner",
     "semi_pd": "this plugin, both phases on one device: all cores and one KV cache for both engines",
     "adrenaline_all": "this plugin, both phases on one device, and executors beside the prefill engine",
 }
+ELASTIC = "adrenaline_elastic"
 POOLS = {"semi_pd": "mapped", "adrenaline_all": "both"}
 """The systems on one device, and how they attend what stays with the prefill engine (--adrenaline-pool)."""
 
@@ -90,7 +92,7 @@ class Systems:
     ) -> None:
         self._model, self._budget, self._args, self._runtime = str(model), budget, args, runtime_folder()
         stack.callback(shutil.rmtree, self._runtime, ignore_errors=True)
-        for name in POOLS:
+        for name in (*POOLS, ELASTIC):
             (self._runtime / name).mkdir()
         self._specs: dict[str, EngineCommand] = {}
         wanted = {name: self._engines(name) for name in names}
@@ -121,6 +123,13 @@ class Systems:
             return [
                 self._spec(f"adrenaline_{name}_prefill", rest, cores, flags["prefill"]),
                 self._spec(f"adrenaline_{name}_decode", b.least_bytes, cores, flags["decode"]),
+            ]
+        if name == ELASTIC:
+            flags = engine_command.adrenaline_args(self._runtime / name, "auto")
+            more = ["--adrenaline-elastic", "both"]
+            return [
+                self._spec(f"{name}_prefill", b.prefill_bytes, b.prefill_cores, [*flags["prefill"], *more]),
+                self._spec(f"{name}_decode", b.decode_bytes, b.decode_cores, [*flags["decode"], *more]),
             ]
         if name == "vllm_two":
             half = (b.decode_bytes + b.prefill_bytes) // 2
