@@ -242,12 +242,14 @@ def replace(file: Path, text: str) -> None:
 
 @dataclass
 class Wanted:
-    """An engine to start. `ratio`: what it is started with; auto makes a decode engine measure what steps cost."""
+    """An engine to start. `ratio`: what it is started with; auto makes a decode engine measure what steps cost.
+    `ends_early`: see faults/adrenaline_faults.py, for a prefill engine."""
 
     role: Literal["plain", "prefill", "decode"]
     blocks: int
     more: list[str] = field(default_factory=list)
     ratio: Ratio = "auto"
+    ends_early: bool = False
 
     def arguments(self, address: str) -> list[str]:
         """Return the engine's own flags."""
@@ -262,10 +264,12 @@ class Wanted:
 
     def environment(self, folder: Path, name: str) -> dict[str, str]:
         """Return what lets a decode engine start beside its peer, and tests turn its knob or break its data plane."""
+        path = [*map(str, PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        if self.ends_early:
+            return {"PYTHONPATH": os.pathsep.join(path), "ADRENALINE_EARLY": "1"}
         if self.role != "decode":
             return {}
         replace(knob(folder, name), str(self.ratio))
-        path = [*map(str, PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {
             PEERS_START_TOO: "1",
             "PYTHONPATH": os.pathsep.join(path),
