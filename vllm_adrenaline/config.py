@@ -282,6 +282,12 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"{FLAG_PREFIX}elastic is of no use with {FLAG_PREFIX}pool {options.pool}: both engines have all of "
                 "one device already"
             )
+        for name in ("executor_cores", "executor_threads", "executor_share", "executor_timeout"):
+            if name in values and not options.uses_executors:
+                raise AdrenalineError(
+                    f"{FLAG_PREFIX}{name.replace('_', '-')} is of no use with {FLAG_PREFIX}pool mapped: there are no "
+                    "executors"
+                )
         for name, meta in _described():
             if name not in values or (meta.extra or {})["role"] in (None, options.role):
                 continue

@@ -76,6 +76,7 @@ def test_every_option_is_a_flag_with_help(name: str) -> None:
         ({"role": "prefill", "offload_ratio": 0.5}, "--adrenaline-offload-ratio is of no use"),
         ({"role": "decode", "speed": 3}, "speed"),
         ({"role": "decode", "elastic": "both", "offload_ratio": 0.5}, "--adrenaline-elastic needs"),
+        ({"role": "prefill", "executor_cores": "1", "pool": "mapped"}, "--adrenaline-executor-cores is of no use with"),
         ({"role": "prefill", "elastic": "prompts", "pool": "both"}, "--adrenaline-elastic is of no use with"),
     ],
 )

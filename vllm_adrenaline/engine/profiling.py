@@ -37,6 +37,8 @@ logger = logging.getLogger("vllm.adrenaline")
 
 REPEATS = 5
 """How often each thing is measured; the shortest time counts."""
+DISTURBED = 1.25
+"""What a run takes over its own work, above which others had the core: engines that start at the same time."""
 ROWS, CONTEXT = 8, 512
 """The batch whose attention is measured, at most: its rows, and the tokens of each."""
 
@@ -58,7 +60,7 @@ def key(config: VllmConfig, options: Options, executors: Sequence[str]) -> profi
         "batch": f"{config.scheduler_config.max_num_seqs}, {config.scheduler_config.max_num_batched_tokens} tokens",
         "eager": str(config.model_config.enforce_eager),
         "executors": "; ".join(executors),
-        "figures": ",".join((*Costs.__struct_fields__, "greedy", "native attention", "undisturbed")),
+        "figures": ",".join((*Costs.__struct_fields__, "greedy", "native attention", "own work")),
     }
     if options.role == "prefill" and options.moves_decodes:
         found["decodes"] = "measured, too"
@@ -80,22 +82,29 @@ def keep(measured: profile.Profile) -> None:
         logger.info("kept in %s", profile.store(measured))
 
 
-def shortest_seconds(*measures: Callable[[], object]) -> list[float]:
+def shortest_seconds(*measures: Callable[[], object], is_own_work: bool = True) -> list[float]:
     """Return the shortest of REPEATS runs of each measure, in seconds.
 
     Other runs are longer because engines start beside this one. The measures take turns, for such a disturbance lasts
     longer than a few runs.
+
+    `is_own_work`: whether this thread computes all the time. Where it then had its core for less than a part
+    1 / DISTURBED of every run, what counts is the time for which it had it.
     """
 
-    def timed(measure: Callable[[], object]) -> float:
-        began = time.perf_counter()
+    def timed(measure: Callable[[], object]) -> tuple[float, float]:
+        began, own = time.perf_counter(), time.thread_time()
         measure()
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.thread_time() - own
 
     for each in measures:
         each()
     rounds = [[timed(each) for each in measures] for _ in range(REPEATS)]
-    return [min(times) for times in zip(*rounds, strict=True)]
+    shortest = []
+    for runs in zip(*rounds, strict=True):
+        passed, own = (min(each) for each in zip(*runs, strict=True))
+        shortest.append(own if is_own_work and passed > DISTURBED * own else passed)
+    return shortest
 
 
 def step_seconds(runner: Any, sizes: Sequence[int], sample: bool) -> list[tuple[int, float]]:

@@ -37,6 +37,8 @@ ON_THE_WAY_S = 0.5
 """For how long what moved is counted as on its way: until decode engines have it, and have said so (two heartbeats)."""
 IDLE_S = 0.5
 """How much work of prompts may wait here, in seconds, while requests stay: they would hold it up."""
+WEIGHT = 0.2
+"""Weight of the last step with prompts in how much longer they are believed to take than the profile says."""
 STRETCH = 3.0
 """How much longer a step gets by prompts, at most, while requests are decoded here: prompts come first."""
 
@@ -78,6 +80,7 @@ class ElasticPrefill:
         self._moves_prompts, self._moves_decodes = options.moves_prompts, options.moves_decodes
         self._ttft_slo = options.ttft_slo_ms / 1000 or None
         self._feedback = Feedback(known.costs) if known.costs is not None and options.moves_decodes else None
+        self._slower = 1.0  # what prompts take, over what the profile says
         self._on_the_way: deque[tuple[float, Outcome, int]] = deque()
         self.lengths = OutputLengths()
         self.counts: Counter[tuple[str, str]] = Counter()
@@ -141,13 +144,20 @@ class ElasticPrefill:
         if not decoding:
             return most
         step = self._feedback.costs.seconds(len(decoding), sum(int(each.num_tokens) for each in decoding), [])
-        per_token = self._curve[-1][1] / self._curve[-1][0]
+        per_token = self._slower * self._curve[-1][1] / self._curve[-1][0]
         return elastic.chunk(step, per_token, STRETCH * step, most)
 
-    def observe_step(self, rows: int, tokens: int, seconds: float) -> None:
+    def observe_decodes(self, rows: int, tokens: int, seconds: float) -> None:
         """Note that a step with decodes only took so long: `rows` of them, with `tokens` of context."""
         if self._feedback is not None and rows:
             self._feedback.observe(Step(rows, tokens, [], seconds, 0.0, [], 0.0))
+
+    def observe_prompts(self, chunks: Iterable[tuple[int, int]], seconds: float) -> None:
+        """Note that a step without decodes took so long. `chunks`: the first token that it computed of each prompt, and
+        the first one that it left for later."""
+        expected = sum(self._until(end) - self._until(begin) for begin, end in chunks)
+        if expected > 0:
+            self._slower += WEIGHT * (seconds / expected - self._slower)
 
     def take_counts(self) -> dict[str, float]:
         """Return what was decided since the last call, as counters (engine/metrics.py)."""
@@ -178,13 +188,19 @@ class ElasticPrefill:
 
     def _seconds(self, request: Request) -> float:
         """Return what the rest of a prompt takes here."""
-        return elastic.prompt_seconds(self._curve, missing_tokens(request))
+        return self._slower * (self._until(int(request.num_tokens)) - self._until(int(request.num_computed_tokens)))
+
+    def _until(self, tokens: int) -> float:
+        """Return what a prompt takes by the profile up to so many tokens."""
+        return elastic.prompt_seconds(self._curve, tokens)
 
     def _step(self, request: Request, decoding: Collection[Request], staying: int) -> float:
         """Return the seconds of a step of decodes with this request, and with `staying` others on their way."""
         assert self._feedback is not None
         tokens = sum(int(each.num_tokens) for each in decoding) + int(request.num_tokens) * (1 + staying)
-        return self._feedback.costs.seconds(len(decoding) + 1 + staying, tokens, [])
+        seconds = self._feedback.costs.seconds(len(decoding) + 1 + staying, tokens, [])
+        # Until decodes have shown what they take, the profile is as wrong for them as it is for prompts.
+        return seconds if self._feedback.corrections else self._slower * seconds
 
     def _fits(self, request: Request, decoding: Collection[Request], staying: int, free_blocks: int) -> bool:
         """Whether there is memory for a request until its end, beside those that are decoded here."""

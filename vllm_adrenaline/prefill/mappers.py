@@ -7,9 +7,13 @@ uses nothing of it any more.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import threading
+
+MAX_WORKERS = 256
+"""Workers of one decode engine at most."""
 
 
 class Mappers:
@@ -24,10 +28,15 @@ class Mappers:
         self._bells: dict[str, int] = {}  # an eventfd for each member: it has let go
 
     def add(self, member: str, pid: int) -> None:
-        """Note that process `pid` maps the KV cache. Raises OSError if it has ended, or cannot be seen from here."""
+        """Note that process `pid` maps the KV cache.
+
+        Raises OSError if it has ended or cannot be seen from here, or if the member has MAX_WORKERS already.
+        """
         with self._lock:
             if pid in (workers := self._workers.get(member, {})):
                 return
+            if len(workers) >= MAX_WORKERS:
+                raise OSError(errno.EMFILE, f"the decode engine has {MAX_WORKERS} workers already")
             pidfd = os.pidfd_open(pid)
             if member not in self._bells:
                 self._bells[member] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

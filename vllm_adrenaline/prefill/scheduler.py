@@ -3,10 +3,11 @@
 Checked against vllm/v1/core/sched/scheduler.py of 0.32 (run) and 0.33 (read).
 """
 
+import functools
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
@@ -82,7 +83,8 @@ class PrefillScheduler(Scheduler):
         self._elastic = ElasticPrefill(options, known, self.block_size) if options.elastic != "off" else None
         connector.elastic = self._elastic
         self._early: list[tuple[int, EngineCoreOutput]] = []  # by client: of prompts that ended early
-        self._began, self._decoded = 0.0, (0, 0)  # the present step, if it only decodes: rows, and tokens of context
+        self._observe: Callable[[float], None] = lambda seconds: None  # takes what the present step took
+        self._began = 0.0
         self.control.start()
 
     def _make_tuner(self, options: Options, known: profile.Profile | None) -> ShareTuner:
@@ -209,24 +211,32 @@ class PrefillScheduler(Scheduler):
                 output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:
             self._utilization.begin()
-            scheduled = output.num_scheduled_tokens
-            only_decodes = output.total_num_scheduled_tokens == len(scheduled)
-            if not only_decodes:
+            if output.total_num_scheduled_tokens > len(output.num_scheduled_tokens):
                 self._prompting.begin()
-            elif self._elastic is not None:
-                self._began = time.monotonic()
-                tokens = sum(int(request.num_tokens) for request in self.running if request.request_id in scheduled)
-                self._decoded = len(scheduled), tokens
+            if self._elastic is not None:
+                self._began, self._observe = time.monotonic(), self._observer(self._elastic, output)
         return output
 
-    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+    def _observer(self, elastic: ElasticPrefill, output: Any) -> Callable[[float], None]:
+        """Return what takes the seconds of a step that was just scheduled: nothing, if it decodes and prefills."""
+        scheduled = {name: tokens for name, tokens in output.num_scheduled_tokens.items() if name in self.requests}
+        decoding = [self.requests[name] for name, tokens in scheduled.items() if tokens == 1]
+        if len(decoding) == len(scheduled):
+            tokens = sum(int(request.num_tokens) for request in decoding)
+            return functools.partial(elastic.observe_decodes, len(decoding), tokens)
+        if decoding:
+            return lambda seconds: None
+        # They count as computed as soon as they are scheduled.
+        ends = {name: int(self.requests[name].num_computed_tokens) for name in scheduled}
+        return functools.partial(elastic.observe_prompts, [(ends[name] - scheduled[name], ends[name]) for name in ends])
+
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         self._utilization.end()
         self._prompting.end()
-        if self._elastic is not None and self._decoded[0]:
-            self._elastic.observe_step(*self._decoded, time.monotonic() - self._began)
-            self._decoded = 0, 0
+        if scheduler_output.total_num_scheduled_tokens:
+            self._observe(time.monotonic() - self._began)
         with self.kv_lock:
-            outputs = super().update_from_output(*args, **kwargs)
+            outputs = super().update_from_output(scheduler_output, *args, **kwargs)
         for client, early in self._early:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(early)
         self._early = []
