@@ -11,8 +11,9 @@ import pytest
 
 from vllm_adrenaline import cli
 from vllm_adrenaline.bench import figures, report, systems
-from vllm_adrenaline.bench.run import Plan, Run
+from vllm_adrenaline.bench.run import Plan, Run, groups_of
 from vllm_adrenaline.bench.sampler import Sampler
+from vllm_adrenaline.bench.systems import engines_of
 from vllm_adrenaline.bench.workloads import LOADS, MODELS
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.engine_metrics import Snapshot
@@ -120,6 +121,18 @@ def test_systems_take_turns_and_the_order_is_reversed_every_second_time() -> Non
     assert [(repeat, system) for repeat, _, system in plan.wanted("mha")] == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
     assert plan.runs == 4
     assert Plan(["mha"], ["light", "ramp"], ["a", "b"], 2).runs == 4 + 2 * 3, "a search among seven rates takes three"
+
+
+def test_systems_run_in_groups_whose_engines_fit_beside_each_other() -> None:
+    names = ["vllm_pd", "vllm_one", "vllm_two", "adrenaline_auto", "semi_pd", "adrenaline_elastic", "adrenaline_0.5"]
+    groups = groups_of(names)
+    assert [name for group in groups for name in group] == names
+    assert [engines_of(group) for group in groups] == [7, 6]
+    assert engines_of(["adrenaline_auto", "adrenaline_0.5"]) == 3, "they share their prefill engine"
+    wanted = list(Plan(["mha"], ["light", "chat"], names, 2).wanted("mha"))
+    assert [system for _, _, system in wanted[:8]] == groups[0] * 2
+    assert [system for _, _, system in wanted[-8:]] == groups[0][::-1] * 2
+    assert len(wanted) == 2 * 2 * len(names)
 
 
 def test_a_name_that_is_no_system_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -11,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_adrenaline import cli
+from vllm_adrenaline.colocation.controller import Phase
 from vllm_adrenaline.engine import profile
 from vllm_adrenaline.placement.costs import Costs
+from vllm_adrenaline.simulate.device import Device
 from vllm_adrenaline.simulate.engines import Model
 from vllm_adrenaline.simulate.run import Result, Simulation
-from vllm_adrenaline.simulate.setup import Setup
+from vllm_adrenaline.simulate.setup import Pool, Setup
 from vllm_adrenaline.workload import trace
 from vllm_adrenaline.workload.trace import Arrival, Scale
 
@@ -49,13 +52,20 @@ def auto() -> Result:
     st.integers(8, 40),
     st.integers(12, 60),
     st.sampled_from([None, 0.0, 0.3, 0.5, 1.0]),
+    st.sampled_from(get_args(Pool)),
     st.lists(st.tuples(st.floats(0, 5), st.integers(1, 500), st.integers(1, 120)), min_size=1, max_size=40),
 )
 def test_every_request_gets_all_its_tokens_and_every_block_comes_back(
-    prefill: int, decode: int, local: int, remote: int, ratio: float | None, requests: list[tuple[float, int, int]]
+    prefill: int,
+    decode: int,
+    local: int,
+    remote: int,
+    ratio: float | None,
+    pool: Pool,
+    requests: list[tuple[float, int, int]],
 ) -> None:
     model = msgspec.structs.replace(COSTS, remote=[4e-6] * prefill)
-    setup = Setup(Model(model, MODEL.prefill, pull=1e-6), prefill, decode, remote, local, ratio=ratio)
+    setup = Setup(Model(model, MODEL.prefill, pull=1e-6), prefill, decode, remote, local, pool=pool, ratio=ratio)
     arrivals = sorted((Arrival(*each) for each in requests), key=lambda each: each.at)
     simulation = run(setup, arrivals)
     assert sorted((row.prompt, row.made) for row in simulation.done) == sorted((a.prompt, a.output) for a in arrivals)
@@ -72,6 +82,32 @@ def test_fixed_ratios_are_kept() -> None:
     assert result(BURST, ratio=1.0, pool="mapped").mapped == len(BURST)
     both = result(BURST, ratio=1.0, pool="both")
     assert both.offloaded == both.mapped == len(BURST) // 2
+
+
+def test_on_one_device_prompts_and_steps_take_the_device_from_each_other_and_nothing_else_does() -> None:
+    alone = Arrival(0.0, 512, 1)  # 0.2 s of prompt, then a step
+    (one,) = run(Setup(MODEL, pool="mapped", ratio=1.0), [alone]).done
+    (two,) = run(Setup(MODEL, pool="remote", ratio=1.0), [alone]).done
+    assert one.first_at == pytest.approx(two.first_at, abs=1e-3), "nobody is in the way"
+    decoding = [Arrival(0.0, 32, 400), Arrival(1.0, 512, 1)]  # steps of 12 ms, and then the prompt
+    shared, apart = (run(Setup(MODEL, pool=pool, ratio=1.0), decoding) for pool in ("mapped", "remote"))
+    prompt, free = (next(row for row in each.done if row.prompt == 512) for each in (shared, apart))
+    assert prompt.first_at - free.first_at == pytest.approx(0.2, abs=0.03), "each has half of the device"
+    undisturbed = run(Setup(MODEL, pool="mapped", ratio=1.0), decoding[:1])
+    later = shared.done[-1].last_at - undisturbed.done[-1].last_at
+    assert later == pytest.approx(0.2, abs=0.03), "the prompt's work is done, once"
+
+
+def test_a_shared_device_gives_each_phase_its_part_while_both_want_it() -> None:
+    device = Device(prefill_part=0.25)
+    device.start(Phase.PREFILL, 1.0, now=0.0)
+    assert device.next_end() == pytest.approx(1.0)
+    device.start(Phase.DECODE, 0.3, now=0.5)
+    assert device.next_end() == pytest.approx(0.9), "0.3 s at three quarters of the speed"
+    assert device.finish(0.9) == [Phase.DECODE]
+    assert device.next_end() == pytest.approx(0.9 + 0.4), "0.4 of 0.5 s are left"
+    assert device.finish(1.3) == [Phase.PREFILL]
+    assert device.next_end() is None
 
 
 def test_a_saturated_decode_engine_gains_and_is_never_far_from_the_best_fixed_ratio(auto: Result) -> None:

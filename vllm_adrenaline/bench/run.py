@@ -16,7 +16,7 @@ import msgspec
 
 from vllm_adrenaline.bench import figures
 from vllm_adrenaline.bench.sampler import Sampler, cpu_seconds
-from vllm_adrenaline.bench.systems import Budget, System, Systems
+from vllm_adrenaline.bench.systems import Budget, System, Systems, engines_of
 from vllm_adrenaline.bench.workloads import (
     BLOCK,
     GOODPUT,
@@ -39,6 +39,8 @@ from vllm_adrenaline.workload.load import Load
 
 MODEL_NAME = "m"
 WARM_UP = LOADS["chat"]
+MAX_ENGINES = 7
+"""Engines that run at the same time. Each takes some 1.5 GiB, and while they start they share the cores."""
 COUNTED = {
     "preemptions": "vllm:num_preemptions_total",
     "offloaded": "vllm:adrenaline_offloaded_requests_total",
@@ -86,11 +88,17 @@ class Plan(msgspec.Struct, frozen=True):
     counts: dict[str, int] = {}
 
     def wanted(self, model: str) -> Iterator[tuple[int, Load, str]]:
-        """Yield (repeat, workload, system), systems in turns and every second time backwards."""
+        """Yield (repeat, workload, system), systems in turns and every second time backwards.
+
+        Systems of a group run together, and groups in turns, repeat by repeat.
+        """
+        names = [name for name in self.loads_of(model) if name != RAMP]
         for repeat in range(self.repeats):
-            for name in (each for each in self.loads_of(model) if each != RAMP):
-                for system in self.systems if repeat % 2 == 0 else self.systems[::-1]:
-                    yield repeat, LOADS[name], system
+            turn = 1 if repeat % 2 == 0 else -1
+            for group in groups_of(self.systems)[::turn]:
+                for name in names:
+                    for system in group[::turn]:
+                        yield repeat, LOADS[name], system
 
     @property
     def runs(self) -> int:
@@ -115,18 +123,31 @@ def budget(model: str) -> Budget:
 def run(plan: Plan, folder: Path, say: Callable[[str], None], logs: Path | None = None) -> list[Run]:
     """Run what `folder` does not hold yet, and return all results of the plan.
 
-    Engines start only when something is missing. Raises AdrenalineError when they do not start or answer badly.
+    Engines start only when something is missing, those of a group at once. Raises AdrenalineError when they do not
+    start or answer badly.
     """
     progress = Progress(plan.runs, say)
     results: list[Run] = []
     for model in plan.models:
-        with ExitStack() as stack:
-            bench = _Bench(stack, plan, model, folder, progress, logs)
+        bench = _Bench(plan, model, folder, progress, logs)
+        try:
             bench.ceiling()
             results += [bench.once(repeat, load, name) for repeat, load, name in plan.wanted(model)]
             if RAMP in plan.loads_of(model):
                 results += [each for name in plan.systems for each in bench.ramp(name)]
+        finally:
+            bench.stop()
     return results
+
+
+def groups_of(systems: Sequence[str]) -> list[list[str]]:
+    """Return the systems in groups that run at the same time: as many as there is memory for their engines."""
+    groups: list[list[str]] = []
+    for name in systems:
+        if not groups or engines_of([*groups[-1], name]) > MAX_ENGINES:
+            groups.append([])
+        groups[-1].append(name)
+    return groups
 
 
 class Progress:
@@ -154,14 +175,18 @@ class Progress:
 
 
 class _Bench:
-    """One model: measures what is not in `folder`, on engines that start with the first such run."""
+    """One model: measures what is not in `folder`, on engines that start with the first such run of their group."""
 
-    def __init__(
-        self, stack: ExitStack, plan: Plan, model: str, folder: Path, progress: Progress, logs: Path | None
-    ) -> None:
-        self._stack, self._plan, self._model, self._folder = stack, plan, model, folder
+    def __init__(self, plan: Plan, model: str, folder: Path, progress: Progress, logs: Path | None) -> None:
+        self._plan, self._model, self._folder = plan, model, folder
         self._progress, self._logs = progress, logs
+        self._stack = ExitStack()
         self._systems: Systems | None = None
+
+    def stop(self) -> None:
+        """Stop the engines that run."""
+        self._stack.close()
+        self._systems = None
 
     def ceiling(self) -> None:
         """Measure the ceiling of bare operators in this model's shape, in its own process, before engines run.
@@ -185,8 +210,9 @@ class _Bench:
         if file.exists():
             self._progress.skip()
             return msgspec.json.decode(file.read_bytes(), type=Run)
-        if self._systems is None:
-            self._systems = self._start()
+        if self._systems is None or name not in self._systems.running:
+            self.stop()
+            self._systems = self._start(next(group for group in groups_of(self._plan.systems) if name in group))
             self._progress.leave_out_start()
         count = self._plan.counts.get(load.name, load.count)
         result = _once(self._systems.running[name], self._model, load, repeat, count)
@@ -203,7 +229,7 @@ class _Bench:
             yield found
             low, high = (middle + 1, high) if found.has_goodput else (low, middle)
 
-    def _start(self) -> Systems:
+    def _start(self, names: Sequence[str]) -> Systems:
         args = [
             "--dtype",
             "bfloat16",
@@ -214,7 +240,7 @@ class _Bench:
             MODEL_NAME,
         ]
         path, kv = folder_of(MODELS[self._model]), budget(self._model)
-        systems = Systems(self._stack, self._plan.systems, path, kv, args, self._logs)
+        systems = Systems(self._stack, names, path, kv, args, self._logs)
         for system in systems.running.values():
             client.send(system.url, MODEL_NAME, WARM_UP.requests(VOCABULARY, 99, count=4))
         return systems

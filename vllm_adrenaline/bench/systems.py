@@ -75,6 +75,12 @@ def about(name: str) -> str:
     raise AdrenalineError(f"{name} is no system; there are {', '.join(ABOUT)} and adrenaline_RATIO")
 
 
+def engines_of(names: Sequence[str]) -> int:
+    """Return how many engines these systems have. Those with a fixed or learned ratio share their prefill engine."""
+    shared = [name for name in names if name.startswith("adrenaline_") and name not in (*POOLS, ELASTIC)]
+    return sum(1 if name in ("vllm_one", *shared) else 2 for name in names) + bool(shared)
+
+
 class Systems:
     """All systems of a run, `running` by name. Their engines start at once, and stop with `stack`.
 

@@ -56,6 +56,11 @@ class Decode:
         self._pulling.remove(row)
         self._received.append(row)
 
+    @property
+    def computes(self) -> bool:
+        """Whether the present step computes anything: else the engine only waits for something to do."""
+        return bool(self._active)
+
     def begin_step(self, now: float) -> float:
         """Place what waits and start a step; return its seconds, 0 when there is nothing to do until somebody comes."""
         self._admit(now)

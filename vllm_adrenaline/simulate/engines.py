@@ -102,7 +102,7 @@ class Model:
         return max(fast + (slow - fast) * (tokens - low) / (high - low), 1e-6)
 
 
-@dataclass
+@dataclass(eq=False)
 class Prefill:
     """A prefill engine: first come first served, as many prompts together as fit into `batch_tokens`.
 

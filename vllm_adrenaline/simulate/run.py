@@ -10,7 +10,9 @@ from typing import Any
 
 import msgspec
 
+from vllm_adrenaline.colocation.controller import Phase
 from vllm_adrenaline.simulate.decode import Decode
+from vllm_adrenaline.simulate.device import Device
 from vllm_adrenaline.simulate.engines import Prefill, Row
 from vllm_adrenaline.simulate.setup import Setup
 from vllm_adrenaline.system.statistics import percentile
@@ -46,6 +48,9 @@ class Simulation:
     def __init__(self, setup: Setup, arrivals: Sequence[Arrival]) -> None:
         self.prefills = [Prefill(setup.model, setup.prefill_blocks, setup.block_size) for _ in range(setup.prefill)]
         self.decodes = [Decode(setup, self.prefills, self._pull) for _ in range(setup.decode)]
+        # On one device: the decode engine of a number shares it with the prefill engine of the same number.
+        pairs = min(setup.prefill, setup.decode) if setup.pool != "remote" else 0
+        self._devices = [Device() for _ in range(pairs)]
         self.done: list[Row] = []
         self._pull_seconds = setup.model.pull
         self._order = itertools.count()
@@ -70,8 +75,33 @@ class Simulation:
         self._compute(now, self.prefills[row.prefill])
 
     def _compute(self, now: float, engine: Prefill) -> None:
-        if engine.begin(now):
+        if not engine.begin(now):
+            return
+        number = self.prefills.index(engine)
+        if number < len(self._devices):
+            self._devices[number].start(Phase.PREFILL, engine.done_at - now, now)
+            self._foresee(number)
+        else:
             self._at(engine.done_at, self._computed, engine)
+
+    def _foresee(self, number: int) -> None:
+        """Have the next end of work on a shared device happen, unless something else happens there before."""
+        device = self._devices[number]
+        if (end := device.next_end()) is not None:
+            self._at(end, self._ended, number, device.version)
+
+    def _ended(self, now: float, number: int, version: int) -> None:
+        """Work on a shared device is done."""
+        device = self._devices[number]
+        if version != device.version:
+            return
+        done = device.finish(now)
+        self._foresee(number)
+        if Phase.DECODE in done:
+            self._stepped(now, self.decodes[number])
+        if Phase.PREFILL in done:
+            self.prefills[number].done_at = now
+            self._computed(now, self.prefills[number])
 
     def _computed(self, now: float, engine: Prefill) -> None:
         if now < engine.done_at - 1e-12:  # attention took time from it meanwhile
@@ -92,7 +122,13 @@ class Simulation:
         self._step(now, self.decodes[row.decode])
 
     def _step(self, now: float, decode: Decode) -> None:
-        if not decode.stepping and (seconds := decode.begin_step(now)):
+        if decode.stepping or not (seconds := decode.begin_step(now)):
+            return
+        number = self.decodes.index(decode)
+        if number < len(self._devices) and decode.computes:
+            self._devices[number].start(Phase.DECODE, seconds, now)
+            self._foresee(number)
+        else:
             self._at(now + seconds, self._stepped, decode)
 
     def _stepped(self, now: float, decode: Decode) -> None:
