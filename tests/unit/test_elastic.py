@@ -12,16 +12,17 @@ from vllm_adrenaline.control.messages import Slack
 from vllm_adrenaline.decode.own_prompts import OwnPrompts
 from vllm_adrenaline.placement import elastic
 from vllm_adrenaline.placement.costs import Costs
-from vllm_adrenaline.placement.elastic import LEAST_CHUNK, SOONER, Cause, Prompt
+from vllm_adrenaline.placement.elastic import LEAST_CHUNK, LONGEST_S, SOONER, Cause, Prompt
 from vllm_adrenaline.placement.memory import Memory
 
-IDLE = Slack(prompt_rate=1000, prompt_backlog=0, prompt_room=4000, step=0.02)
+IDLE = Slack(prompt_rate=1000, prompt_backlog=0, prompt_room=4000)
 CURVE = [(100, 0.1), (1000, 1.0), (2000, 3.0)]
 
 
-def prompt(ahead: float, missing: int = 500, tokens: int = 500, waited: float = 0.0) -> Prompt:
-    """A prompt of half a second here; an idle decode engine needs as long."""
-    return Prompt(missing, tokens, waited, ahead, missing / 1000)
+def prompt(ahead: float, missing: int = 500, tokens: int = 500, waited: float = 0.0, after: float = 0.0) -> Prompt:
+    """A prompt of half a second here; an idle decode engine needs as long. `after`: seconds of what comes after it."""
+    own = missing / 1000
+    return Prompt(missing, tokens, waited, ahead, own, work=ahead + own + after)
 
 
 def test_a_prompt_is_handed_over_when_the_decode_side_has_it_clearly_sooner() -> None:
@@ -54,20 +55,32 @@ def test_of_a_prompt_that_is_computed_in_part_only_the_rest_counts_but_all_of_it
     assert not elastic.hand_over(prompt(ahead=0.2, missing=100, tokens=5000), [IDLE], None)
 
 
-def test_a_request_stays_when_decode_engines_are_full_or_clearly_slower() -> None:
-    full = Slack(is_full=True, step=0.01)
+def test_a_side_that_will_decode_for_longer_gets_no_prompt_without_an_objective() -> None:
+    decoding = Slack(prompt_rate=1000, prompt_room=4000, work=10.0)
+    assert elastic.hand_over(prompt(ahead=2.0), [decoding], None) is None
+    assert elastic.hand_over(prompt(ahead=2.0, after=11.0), [decoding], None) is Cause.SOONER
+    assert elastic.hand_over(prompt(ahead=2.0), [decoding], 1.0) is Cause.TTFT
 
-    def stay(*sides: Slack, busy: float = 0.0, is_idle: bool = True, fits: bool = True) -> Cause | None:
-        return elastic.stay(0.015, busy, sides, is_idle, fits)
 
-    assert stay(full) is Cause.DECODE_FULL
-    assert stay(full, IDLE) is Cause.SOONER
-    assert stay(full, Slack(step=0.015)) is None, "one of them has room and is as fast"
-    assert stay(IDLE, busy=0.5) is None, "prompts take half of the time here"
-    assert stay(Slack(step=0.0)) is None, "nothing is known of it"
-    assert stay() is None
-    assert stay(full, is_idle=False) is None
-    assert stay(full, fits=False) is None
+def test_a_request_stays_where_all_is_done_clearly_sooner_and_there_is_memory() -> None:
+    busy, full = Slack(work=10.0), Slack(work=20.0, is_full=True)
+    assert elastic.stay(7.9, [busy], fits=True) is Cause.SOONER
+    assert elastic.stay(8.1, [busy], fits=True) is None
+    assert elastic.stay(7.9, [full], fits=True) is Cause.DECODE_FULL
+    assert elastic.stay(7.9, [full, busy], fits=True) is Cause.SOONER
+    assert elastic.stay(8.1, [full, busy], fits=True) is None, "one of them has room, and is as fast"
+    assert elastic.stay(7.9, [busy], fits=False) is None
+    assert elastic.stay(0.0, [], fits=True) is None
+
+
+def test_work_is_done_when_the_longest_answer_is() -> None:
+    costs = Costs([(1, 0.01), (2, 0.015), (3, 0.02)], 0.0, [])
+    assert elastic.work_seconds(costs, []) == 0
+    assert elastic.work_seconds(costs, [(100, 10)]) == pytest.approx(0.1)
+    assert elastic.work_seconds(costs, [(100, 10), (5, 30)]) == pytest.approx(10 * 0.015 + 20 * 0.01)
+    assert elastic.work_seconds(costs, [(1, 5), (1, 5), (1, 0)]) == pytest.approx(5 * 0.015)
+    attended = Costs([(1, 0.0)], 1e-3, [])
+    assert elastic.work_seconds(attended, [(100, 10)]) == pytest.approx(10 * 0.105), "contexts grow meanwhile"
 
 
 def test_what_a_prompt_takes_lies_on_lines_between_what_was_measured() -> None:
@@ -86,7 +99,7 @@ def test_a_chunk_keeps_the_step_within_its_limit_or_is_the_least_that_goes_on(
     tokens = elastic.chunk(step, per_token, limit, most)
     assert 0 < tokens <= most
     if step == 0:
-        assert tokens == most
+        assert tokens == 1 or per_token * tokens <= LONGEST_S * (1 + 1e-9)
     elif tokens > min(LEAST_CHUNK, most):
         assert step + per_token * tokens <= limit * (1 + 1e-9)
 
@@ -106,7 +119,7 @@ def own(tpot_slo: float | None = None, takes_over: bool = True) -> OwnPrompts:
 
 
 def test_beside_decodes_a_chunk_lengthens_the_step_by_half_or_up_to_the_objective() -> None:
-    assert own().chunk(0.0) == 2048, "nobody waits for it"
+    assert own().chunk(0.0) == 500, "half a second, for who will decode next"
     assert own().chunk(0.2) == 100
     assert own(tpot_slo=0.25).chunk(0.2) == pytest.approx(50, abs=1)
     assert own(tpot_slo=0.1).chunk(0.2) == LEAST_CHUNK, "no prompt waits for ever"
@@ -117,16 +130,17 @@ def test_what_a_token_of_a_prompt_costs_is_learned_from_steps_with_prompts() -> 
     for _ in range(50):
         found.observe(0.2 + 100 * 0.002, 0.2, [1, 1, 100])
     assert found.chunk(0.2) == pytest.approx(50, abs=1)
-    found.observe(9.0, 0.2, [1, 1, 2])  # so few that the rest of the step hides them
+    found.observe(9.0, 0.2, [1, 1, 2])  # so few that something else took the time
     assert found.chunk(0.2) == pytest.approx(50, abs=1)
 
 
 def test_what_prefill_engines_are_told_leaves_room_for_all_that_is_here() -> None:
     def told(*rows: tuple[int, int], is_full: bool = False, takes_over: bool = True) -> Slack:
         memory = Memory(100, 16, rows)
-        return own(takes_over=takes_over).slack(0.2, 0.21, memory, growth=20, missing=7, is_full=is_full)
+        return own(takes_over=takes_over).slack(0.2, 4.0, memory, growth=20, missing=7, is_full=is_full)
 
-    assert told() == Slack(prompt_rate=pytest.approx(100 / 0.3), prompt_backlog=7, prompt_room=93 * 16 - 20, step=0.21)
+    rate, work = pytest.approx(100 / 0.3), pytest.approx(4.007)
+    assert told() == Slack(prompt_rate=rate, prompt_backlog=7, prompt_room=93 * 16 - 20, work=work)
     assert told((160, 0)).prompt_room == 83 * 16 - 20
     assert told((1600, 0)).prompt_room == 0
     assert told(is_full=True).prompt_rate == 0

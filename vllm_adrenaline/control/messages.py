@@ -175,14 +175,14 @@ class Slack(msgspec.Struct, frozen=True):
         prompt_rate: tokens of prompts that it could compute in a second; 0: none.
         prompt_backlog: tokens of prompts that it has to compute already.
         prompt_room: tokens of the longest prompt for which it has memory until everybody ends.
-        step: what its step would take with one more request, in seconds; 0: unknown.
+        work: how long all its requests take until the last one ends, in seconds.
         is_full: whether requests wait there for memory.
     """
 
     prompt_rate: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     prompt_backlog: Count = 0
     prompt_room: Count = 0
-    step: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0
+    work: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     is_full: bool = False
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vllm_adrenaline.placement.admission import Admission, Settings
-from vllm_adrenaline.placement.batch import Batch
+from vllm_adrenaline.placement.batch import Batch, Progress
+from vllm_adrenaline.placement.elastic import work_seconds
 from vllm_adrenaline.placement.memory import Memory
 from vllm_adrenaline.placement.pools import ExecutorPool, LocalPool, Pools
 from vllm_adrenaline.system.statistics import percentile
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from vllm_adrenaline.decode.remote_attention import Report
     from vllm_adrenaline.placement.costs import Costs
 
-TYPICAL_TOKENS = 512
-"""Tokens of context of a request of which nothing is known."""
 TPOT_STEPS = 64
 """Steps over which the time per output token is told to prefill engines."""
 
@@ -73,14 +72,23 @@ class EngineAdmission(Admission):
         ]
         return Pools(LocalPool(self._local_blocks, free), executors)
 
-    def step_seconds(self, batch: Batch, executors: int, more: int = 0) -> float:
-        """Return what a step of `batch` is believed to take, with `more` requests of its mean length attended here."""
-        rows, tokens = batch.attended_here
-        mean = tokens / rows if rows else TYPICAL_TOKENS
-        remote = [(batch.remote[e].rows, batch.remote[e].tokens) for e in range(executors)]
-        if not batch.rows and not more:
+    def step_seconds(self, batch: Batch, executors: int) -> float:
+        """Return what a step of `batch` is believed to take, in seconds; 0 for none."""
+        if not batch.rows:
             return 0.0
-        return self.feedback.costs.seconds(batch.rows + more, tokens + more * mean, remote)
+        _, tokens = batch.attended_here
+        remote = [(batch.remote[e].rows, batch.remote[e].tokens) for e in range(executors)]
+        return self.feedback.costs.seconds(batch.rows, tokens, remote)
+
+    def work_seconds(self, batch: Batch, pending: Iterable[Progress]) -> float:
+        """Return how long all requests take until the last one ends, in seconds.
+
+        Attention of executors counts as if it were done here.
+        """
+        known = [
+            each for load in (batch.local, *batch.remote.values(), *batch.mapped.values()) for each in load.requests
+        ]
+        return work_seconds(self.feedback.costs, [(each.tokens, self._growth(each)) for each in (*known, *pending)])
 
     def own_memory(self, free: int, batch: Batch) -> Memory:
         """Return the memory of this engine, of which `free` blocks are free."""

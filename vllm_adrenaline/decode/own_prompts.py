@@ -46,17 +46,15 @@ class OwnPrompts:
         `tokens`: how many of each request it computed.
         """
         prompts = sum(each for each in tokens if each > 1)
-        if prompts >= elastic.LEAST_CHUNK and seconds > step:
-            self._per_token += WEIGHT * ((seconds - step) / prompts - self._per_token)
+        if prompts >= elastic.LEAST_CHUNK:
+            self._per_token += WEIGHT * (max(0.0, seconds - step) / prompts - self._per_token)
 
-    def slack(
-        self, step: float, with_one_more: float, memory: Memory, growth: int, missing: int, is_full: bool
-    ) -> Slack:
+    def slack(self, step: float, work: float, memory: Memory, growth: int, missing: int, is_full: bool) -> Slack:
         """Return what prefill engines are told.
 
         Args:
             step: seconds of a step of the present decodes.
-            with_one_more: the same with another request.
+            work: seconds until all requests have ended, without prompts that are to be computed here.
             memory: of this engine, with all requests that have or want some.
             growth: tokens that an answer is expected to have.
             missing: tokens of prompts that this engine has to compute already.
@@ -68,6 +66,6 @@ class OwnPrompts:
             prompt_rate=elastic.chunk_rate(step, self._per_token, self.chunk(step)) if accepts else 0.0,
             prompt_backlog=missing,
             prompt_room=max(0, room * memory.block_size - growth),
-            step=with_one_more,
+            work=work + missing * self._per_token,
             is_full=is_full,
         )

@@ -27,7 +27,7 @@ from vllm_adrenaline.decode.remote_attention import Report
 from vllm_adrenaline.decode.request import RemoteRequest, State, progress_of
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
-from vllm_adrenaline.placement.batch import Batch
+from vllm_adrenaline.placement.batch import Batch, Progress
 from vllm_adrenaline.placement.pools import Pools
 from vllm_adrenaline.system.arithmetic import cdiv
 
@@ -107,6 +107,10 @@ class RequestTable:
             elif each.state in (State.MIGRATING, State.PULLING, State.RECEIVED):
                 batch.add(each.progress, None)
         return batch
+
+    def unplaced(self) -> list[Progress]:
+        """Return how far the requests are that are not placed yet."""
+        return [each.progress for each in self.requests.values() if each.state in (State.CLAIMING, State.WAITING)]
 
     def admit_pending(self, pools: Pools, batch: Batch) -> None:
         """Decide about requests that could run now."""

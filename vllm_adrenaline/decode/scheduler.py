@@ -120,7 +120,7 @@ class DecodeScheduler(Scheduler):
         unborn = sum(self._blocks(request) - cdiv(request.num_computed_tokens, self.block_size) for request in own)
         slack = self._own_prompts.slack(
             step=admission.step_seconds(decoding, executors),
-            with_one_more=admission.step_seconds(decoding, executors, more=1),
+            work=admission.work_seconds(batch, table.unplaced()),
             memory=admission.own_memory(self._spare() - unborn, batch),
             growth=admission.lengths.expected_growth(0, self.max_model_len),
             missing=sum(map(compat.missing_tokens, own)),

@@ -2,7 +2,7 @@
 
 A prefill engine decides about each prompt shortly before it would compute it. Computed here and decoded there is the
 rule. Two things can be better: the decode side computes the prompt as well (it is handed over), or the prefill engine
-decodes as well (the request stays). Work moves to where it is done clearly sooner (docs/placement.md, Elastic).
+decodes as well (the request stays). Work moves to the side that will be done sooner (docs/placement.md, Elastic).
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from typing import Protocol
 
 import msgspec
 
+from vllm_adrenaline.placement.costs import Costs
+
 SOONER = 0.8
 """What the other side may need at most, as a fraction of what this side needs, so that work moves. What is compared
 are guesses, and the one about the other side is up to a heartbeat old."""
-LEAST_CHUNK = 32
+LEAST_CHUNK = 4
 """Tokens of prompts that a step computes at least, so that no prompt waits for ever beside decodes that are slow."""
+LONGEST_S = 0.5
+"""How long a step that only computes prompts takes at most: whoever is to decode has to wait for its end."""
 
 
 class Outcome(Enum):
@@ -35,7 +39,7 @@ class Cause(Enum):
     TTFT = "ttft_slo"
     """Its first token would come too late here, and sooner there."""
     SOONER = "sooner"
-    """Its tokens come clearly sooner: without an objective the first one, of a request that stays all of them."""
+    """The other side will be done with all it has to do clearly sooner."""
     DECODE_FULL = "decode_full"
     """Requests wait for memory of the decode side, and this engine has some."""
 
@@ -56,8 +60,8 @@ class Side(Protocol):
         """Tokens of the longest prompt for which it has memory until everybody ends."""
 
     @property
-    def step(self) -> float:
-        """Seconds of its step with one more request; 0: unknown."""
+    def work(self) -> float:
+        """Seconds that all its requests take until the last one ends."""
 
     @property
     def is_full(self) -> bool:
@@ -81,6 +85,7 @@ class Prompt(msgspec.Struct, frozen=True):
         waited: Seconds since its request came.
         ahead: Seconds of other prompts' work that come before it here.
         seconds: Seconds of its own work here.
+        work: Seconds until all that is to be done here is done, if it stays; without what it would decode here.
     """
 
     missing: int
@@ -88,6 +93,7 @@ class Prompt(msgspec.Struct, frozen=True):
     waited: float
     ahead: float
     seconds: float
+    work: float
 
 
 def hand_over(prompt: Prompt, sides: Sequence[Side], ttft_slo: float | None) -> Cause | None:
@@ -104,28 +110,40 @@ def hand_over(prompt: Prompt, sides: Sequence[Side], ttft_slo: float | None) -> 
     there = max(first_token_after(side, prompt.missing) for side in sides)
     if there >= SOONER * here:
         return None
-    if ttft_slo is None:
-        return Cause.SOONER
-    return Cause.TTFT if prompt.waited + here > ttft_slo else None
+    if ttft_slo is not None:
+        return Cause.TTFT if prompt.waited + here > ttft_slo else None
+    # The first token is not all: who has more to do in all is to get nothing more.
+    is_free = all(side.work + prompt.missing / side.prompt_rate < SOONER * prompt.work for side in sides)
+    return Cause.SOONER if is_free else None
 
 
-def stay(step: float, busy: float, sides: Sequence[Side], is_idle: bool, fits: bool) -> Cause | None:
+def stay(work: float, sides: Sequence[Side], fits: bool) -> Cause | None:
     """Return why the prefill engine is to decode a request as well; None if it is not to.
 
     Args:
-        step: Seconds of a step of decodes here, with the request in it.
-        busy: Share of its time, 0 to 1, that this engine computes prompts.
-        sides: All decode engines. The best of them counts: if one has room, the request is to go there.
-        is_idle: Whether no other prompt waits here.
+        work: Seconds until all that is to be done here is done, with the request decoded here.
+        sides: All decode engines, with what decoding the request adds to their work. The best of them counts: if one
+            will be done sooner, the request is to go there.
         fits: Whether there is memory for it here, until its end.
     """
-    if not sides or not is_idle or not fits:
+    if not sides or not fits or any(work >= SOONER * side.work for side in sides):
         return None
-    if all(side.is_full for side in sides):
-        return Cause.DECODE_FULL
-    here = step / max(1 - busy, 1e-3)
-    slower = (side.is_full or (side.step > 0 and here < SOONER * side.step) for side in sides)
-    return Cause.SOONER if all(slower) else None
+    return Cause.DECODE_FULL if all(side.is_full for side in sides) else Cause.SOONER
+
+
+def work_seconds(costs: Costs, rows: Sequence[tuple[int, int]]) -> float:
+    """Return how long requests of (tokens, expected growth) take until the last one ends, if all decode together."""
+    lengths = sorted(rows, key=lambda row: row[1])
+    total = sum(tokens for tokens, _ in lengths)
+    seconds, done = 0.0, 0
+    for number, (tokens, growth) in enumerate(lengths):
+        left, more = len(lengths) - number, growth - done
+        if more > 0:
+            middle = total + left * (done + more / 2)
+            seconds += more * costs.seconds(left, middle, [])
+            done = growth
+        total -= tokens
+    return seconds
 
 
 def prompt_seconds(curve: Sequence[tuple[int, float]], tokens: int) -> float:
@@ -146,8 +164,10 @@ def chunk(step: float, per_token: float, limit: float, most: int) -> int:
         limit: Seconds that a step with decodes may take.
         most: Tokens that a step may compute in any case.
     """
-    if step <= 0 or per_token <= 0:
+    if per_token <= 0:
         return most
+    if step <= 0:
+        return max(1, min(most, int(LONGEST_S / per_token)))
     return max(min(LEAST_CHUNK, most), min(most, int((limit - step) / per_token)))
 
 

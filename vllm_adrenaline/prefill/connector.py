@@ -56,6 +56,8 @@ class PrefillSchedulerSide(SchedulerSide):
             request.kv_transfer_params = {"do_remote_decode": True} if keep else None
             if keep and type(limit := params.get(STAY)) is int and 0 < limit <= MAX_TOKENS:
                 request.kv_transfer_params[STAY] = limit
+        if self.elastic is not None and not request.kv_transfer_params:
+            self.elastic.note_arrival()
         super().on_new_request(request)
 
     def request_finished(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,16 +31,23 @@ from vllm_adrenaline.system.arithmetic import cdiv
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-MAX_PROMPTS_PER_STEP = 64
+MAX_PROMPTS_PER_STEP = 16
 """How many prompts are looked at in a step."""
 ON_THE_WAY_S = 0.5
 """For how long what moved is counted as on its way: until decode engines have it, and have said so (two heartbeats)."""
-IDLE_S = 0.5
-"""How much work of prompts may wait here, in seconds, while requests stay: they would hold it up."""
 WEIGHT = 0.2
 """Weight of the last step with prompts in how much longer they are believed to take than the profile says."""
+TYPICAL_ROWS = 8
+"""The batch by which the cost of one row more is taken."""
+NO_LIMIT = 1 << 20
+"""Stands for the output limit of a request of which it is not known."""
 STRETCH = 3.0
 """How much longer a step gets by prompts, at most, while requests are decoded here: prompts come first."""
+
+
+def _is_for_decode_side(request: Request) -> bool:
+    """Whether a decode engine is to decode a request whose prompt is computed here."""
+    return bool((request.kv_transfer_params or {}).get("do_remote_decode"))
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,11 @@ class ElasticPrefill:
         if known is None or not known.prefill or (options.moves_decodes and known.costs is None):
             raise AdrenalineError("there is no profile of this prefill engine; is the cache folder writable?")
         self._curve, self._block_size, self._clock = known.prefill, block_size, clock
-        self._moves_prompts, self._moves_decodes = options.moves_prompts, options.moves_decodes
+        self._moves_prompts = options.moves_prompts
         self._ttft_slo = options.ttft_slo_ms / 1000 or None
         self._feedback = Feedback(known.costs) if known.costs is not None and options.moves_decodes else None
         self._slower = 1.0  # what prompts take, over what the profile says
-        self._on_the_way: deque[tuple[float, Outcome, int]] = deque()
+        self._on_the_way: deque[tuple[float, Outcome, tuple[int, int]]] = deque()
         self.lengths = OutputLengths()
         self.counts: Counter[tuple[str, str]] = Counter()
 
@@ -91,7 +98,6 @@ class ElasticPrefill:
         waiting: Iterable[Request],
         slacks: Sequence[Slack | None],
         free_blocks: int,
-        busy: float,
     ) -> Iterator[Moved]:
         """Decide about the prompts that decode engines are to decode; yield those that move.
 
@@ -99,28 +105,34 @@ class ElasticPrefill:
             running, waiting: vLLM's requests, in the order in which they are computed.
             slacks: what each decode engine said last.
             free_blocks: blocks that this engine may use for requests that stay.
-            busy: the share of its time, 0 to 1, in which it computes prompts.
         """
-        sides = self._sides(slacks)
-        if not sides:
+        if not any(slacks):
             return
         decoding = [request for request in running if decodes(request)]
         prompts = [request for request in running if not decodes(request)]
         prompts += [request for request in waiting if not request.num_output_tokens]
         prompts = prompts[:MAX_PROMPTS_PER_STEP]
         seconds = [self._seconds(request) for request in prompts]
+        staying = [request for request in prompts if not _is_for_decode_side(request)]
+        decoded = self._rows([*decoding, *staying])
+        # What is computed here for decode engines is work that they have not heard of.
+        coming = {id(request): self._decode_seconds(request) for request in prompts if _is_for_decode_side(request)}
         ahead, waits = 0.0, sum(seconds)
         for request, own in zip(prompts, seconds, strict=True):
-            params = request.kv_transfer_params or {}
-            if not params.get("do_remote_decode") or request.num_in_flight_tokens:  # decoded here; or in a step now
+            if id(request) not in coming or request.num_in_flight_tokens:  # decoded here; or in a step now
                 ahead += own
                 continue
-            if self._moves_decodes and STAY in params and not request.num_computed_tokens:
-                staying = sum(tokens > 0 for _, outcome, tokens in self._on_the_way if outcome is Outcome.STAYS)
-                fits = self._fits(request, decoding, staying, free_blocks)
-                step = self._step(request, decoding, staying)
-                if cause := elastic.stay(step, busy, sides, waits - own <= IDLE_S, fits):
-                    yield self._moved(request, Outcome.STAYS, cause)
+            row = self._row(request)
+            alone, all_coming = self._work([row]), sum(coming.values())
+            sides = [
+                msgspec.structs.replace(side, work=max(side.work + all_coming, alone)) for side in self._sides(slacks)
+            ]
+            if STAY in request.kv_transfer_params and self._feedback is not None and not request.num_computed_tokens:
+                rows = [*decoded, *self._staying()]
+                fits = Memory(free_blocks + self._held(decoding), self._block_size, rows).fits(*row)
+                if cause := elastic.stay(waits + self._work([*rows, row]), sides, fits):
+                    yield self._moved(request, Outcome.STAYS, cause, row)
+                    del coming[id(request)]
                     continue
             if self._moves_prompts:
                 prompt = Prompt(
@@ -129,10 +141,11 @@ class ElasticPrefill:
                     waited=max(0.0, time.time() - request.arrival_time),
                     ahead=ahead,
                     seconds=own,
+                    work=waits + self._work([*decoded, *self._staying()]),
                 )
                 if cause := elastic.hand_over(prompt, sides, self._ttft_slo):
-                    yield self._moved(request, Outcome.HANDED_OVER, cause)
-                    sides = self._sides(slacks)
+                    yield self._moved(request, Outcome.HANDED_OVER, cause, (missing_tokens(request), 0))
+                    waits -= own
                     continue
             ahead += own
 
@@ -146,6 +159,12 @@ class ElasticPrefill:
         step = self._feedback.costs.seconds(len(decoding), sum(int(each.num_tokens) for each in decoding), [])
         per_token = self._slower * self._curve[-1][1] / self._curve[-1][0]
         return elastic.chunk(step, per_token, STRETCH * step, most)
+
+    def note_arrival(self) -> None:
+        """Note that a request came that is decoded here: one that was to stay is not on its way any more."""
+        staying = next((each for each in self._on_the_way if each[1] is Outcome.STAYS), None)
+        if staying is not None:
+            self._on_the_way.remove(staying)
 
     def observe_decodes(self, rows: int, tokens: int, seconds: float) -> None:
         """Note that a step with decodes only took so long: `rows` of them, with `tokens` of context."""
@@ -164,18 +183,21 @@ class ElasticPrefill:
         counts, self.counts = self.counts, Counter()
         return {f"placements/{outcome}/{cause}": float(count) for (outcome, cause), count in counts.items()}
 
-    def _moved(self, request: Request, outcome: Outcome, cause: Cause) -> Moved:
+    def _moved(self, request: Request, outcome: Outcome, cause: Cause, row: tuple[int, int]) -> Moved:
         self.counts[outcome.value, cause.value] += 1
-        tokens = missing_tokens(request) if outcome is Outcome.HANDED_OVER else int(request.num_tokens)
-        self._on_the_way.append((self._clock() + ON_THE_WAY_S, outcome, tokens))
+        self._on_the_way.append((self._clock() + ON_THE_WAY_S, outcome, row))
         return Moved(request, outcome, cause)
+
+    def _staying(self) -> list[tuple[int, int]]:
+        """Return tokens and expected growth of the requests that are to stay, and may not have come back yet."""
+        return [row for _, outcome, row in self._on_the_way if outcome is Outcome.STAYS]
 
     def _sides(self, slacks: Sequence[Slack | None]) -> list[Slack]:
         """Return what decode engines can take over, less what is on its way to any of them."""
         now = self._clock()
         while self._on_the_way and self._on_the_way[0][0] < now:
             self._on_the_way.popleft()
-        tokens = [tokens for _, outcome, tokens in self._on_the_way if outcome is Outcome.HANDED_OVER]
+        tokens = [tokens for _, outcome, (tokens, _) in self._on_the_way if outcome is Outcome.HANDED_OVER]
         return [
             msgspec.structs.replace(
                 slack,
@@ -194,23 +216,34 @@ class ElasticPrefill:
         """Return what a prompt takes by the profile up to so many tokens."""
         return elastic.prompt_seconds(self._curve, tokens)
 
-    def _step(self, request: Request, decoding: Collection[Request], staying: int) -> float:
-        """Return the seconds of a step of decodes with this request, and with `staying` others on their way."""
-        assert self._feedback is not None
-        tokens = sum(int(each.num_tokens) for each in decoding) + int(request.num_tokens) * (1 + staying)
-        seconds = self._feedback.costs.seconds(len(decoding) + 1 + staying, tokens, [])
+    def _rows(self, decoding: Iterable[Request]) -> list[tuple[int, int]]:
+        """Return tokens and expected growth of requests that are decoded here."""
+        return [
+            (int(each.num_tokens), self.lengths.expected_growth(int(each.num_output_tokens), each.max_tokens))
+            for each in decoding
+        ]
+
+    def _row(self, request: Request) -> tuple[int, int]:
+        """Return tokens and expected growth of a request whose prompt is to be computed."""
+        limit = (request.kv_transfer_params or {}).get(STAY, NO_LIMIT)
+        return int(request.num_tokens), self.lengths.expected_growth(0, limit)
+
+    def _decode_seconds(self, request: Request) -> float:
+        """Return what decoding a request adds to the work of an engine that decodes others already, in seconds."""
+        if self._feedback is None:
+            return 0.0
+        costs, (tokens, growth) = self._feedback.costs, self._row(request)
+        row = (costs.other(TYPICAL_ROWS) - costs.other(1)) / (TYPICAL_ROWS - 1)
+        return growth * (row + costs.local * (tokens + growth / 2))
+
+    def _held(self, decoding: Iterable[Request]) -> int:
+        """Return how many blocks these requests have."""
+        return sum(cdiv(int(each.num_tokens), self._block_size) for each in decoding)
+
+    def _work(self, rows: Sequence[tuple[int, int]]) -> float:
+        """Return how long requests take until the last one ends, in seconds."""
+        if self._feedback is None:
+            return 0.0
+        seconds = elastic.work_seconds(self._feedback.costs, rows)
         # Until decodes have shown what they take, the profile is as wrong for them as it is for prompts.
         return seconds if self._feedback.corrections else self._slower * seconds
-
-    def _fits(self, request: Request, decoding: Collection[Request], staying: int, free_blocks: int) -> bool:
-        """Whether there is memory for a request until its end, beside those that are decoded here."""
-        rows = [(int(each.num_tokens), self._growth(each, each.max_tokens)) for each in decoding]
-        own = (int(request.num_tokens), self._growth(request, self._limit(request)))
-        held = sum(cdiv(tokens, self._block_size) for tokens, _ in rows)
-        return Memory(free_blocks + held, self._block_size, rows + [own] * staying).fits(*own)
-
-    def _limit(self, request: Request) -> int:
-        return int((request.kv_transfer_params or {}).get(STAY, 0))
-
-    def _growth(self, request: Request, limit: int) -> int:
-        return self.lengths.expected_growth(int(request.num_output_tokens), limit)

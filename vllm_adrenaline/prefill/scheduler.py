@@ -77,7 +77,7 @@ class PrefillScheduler(Scheduler):
             weights=self._executors.weights,
         )
         self.control = ControlServer(options.listen_address, identity_of(self.vllm_config), self.lending)
-        self._utilization, self._prompting = (PrefillUtilization(time.monotonic) for _ in range(2))
+        self._utilization = PrefillUtilization(time.monotonic)
         known = profile.cached(profiling.key(self.vllm_config, options, ()))
         connector.tuner = self._make_tuner(options, known)
         self._elastic = ElasticPrefill(options, known, self.block_size) if options.elastic != "off" else None
@@ -181,8 +181,8 @@ class PrefillScheduler(Scheduler):
         beats = self._beats()
         kept = self.leases.reserve + (self._growth_reserve if self._lends(beats) else 0)
         free = self.kv_cache_manager.block_pool.get_num_free_blocks() - kept
-        slacks, busy = [beat.slack for beat in beats], self._prompting.share()
-        for moved in list(self._elastic.decide(self.running, self.waiting, slacks, free, busy)):
+        slacks = [beat.slack for beat in beats]
+        for moved in list(self._elastic.decide(self.running, self.waiting, slacks, free)):
             self._end_early(moved.request, moved.outcome)
 
     def _end_early(self, request: Request, outcome: Outcome) -> None:
@@ -211,8 +211,6 @@ class PrefillScheduler(Scheduler):
                 output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:
             self._utilization.begin()
-            if output.total_num_scheduled_tokens > len(output.num_scheduled_tokens):
-                self._prompting.begin()
             if self._elastic is not None:
                 self._began, self._observe = time.monotonic(), self._observer(self._elastic, output)
         return output
@@ -232,7 +230,6 @@ class PrefillScheduler(Scheduler):
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         self._utilization.end()
-        self._prompting.end()
         if scheduler_output.total_num_scheduled_tokens:
             self._observe(time.monotonic() - self._began)
         with self.kv_lock:
