@@ -32,7 +32,7 @@ class OwnPrompts:
             takes_over: whether prefill engines may hand prompts over.
         """
         rows, seconds = costs.step[-1]
-        self._per_token = seconds / rows
+        self._per_token, self._one_row = seconds / rows, costs.step[0][1]
         self._tpot_slo, self._most, self._takes_over = tpot_slo, most, takes_over
 
     def chunk(self, step: float) -> int:
@@ -62,8 +62,10 @@ class OwnPrompts:
         """
         room = int((1 - MARGIN) * memory.blocks) - peak(memory.rows, memory.block_size)
         accepts = self._takes_over and not is_full
+        # One that decodes nothing now will decode beside the next prompt what becomes of the last one.
+        soon = max(step, self._one_row)
         return Slack(
-            prompt_rate=elastic.chunk_rate(step, self._per_token, self.chunk(step)) if accepts else 0.0,
+            prompt_rate=elastic.chunk_rate(soon, self._per_token, self.chunk(soon)) if accepts else 0.0,
             prompt_backlog=missing,
             prompt_room=max(0, room * memory.block_size - growth),
             work=work + missing * self._per_token,
