@@ -33,7 +33,7 @@ from vllm_adrenaline.workload.load import Request
 
 FIXED = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Parts of the device that decode gets in runs with a fixed split."""
-PHASES = {"long prompts": (0.45, 1024, 16), "long answers": (0.9, 64, 96), "long prompts again": (0.45, 1024, 16)}
+PHASES = {"long prompts": (0.35, 512, 32), "long answers": (0.8, 96, 128), "long prompts again": (0.35, 512, 32)}
 """Requests a second, tokens of a prompt, tokens of an answer."""
 AFTER_S = 2.0
 """A token that comes so soon after a change of the shares counts as being at that change."""
