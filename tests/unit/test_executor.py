@@ -26,6 +26,7 @@ from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.space import remote_id
 from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.system import memory_file
+from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmSteps
 from vllm_adrenaline.transport.split import split_rows
 
@@ -41,8 +42,9 @@ class Decode:
         identity, channel = IDENTITY, self.channel
         self.process = None if in_process else subprocess.Popen(["sleep", "100"], pass_fds=[channel.fd])
         pid = os.getpid() if self.process is None else self.process.pid
+        memory = messages.MemoryFile(pid, channel.fd, process_space(), [0])
         sizes = (SHAPE.max_rows, SHAPE.max_tokens, SHAPE.max_blocks)
-        hello = messages.Attach(identity, engine, 0, pid, channel.fd, channel.epoch, [0], *sizes)
+        hello = messages.Attach(identity, engine, 0, memory, channel.epoch, *sizes)
         answer = sockets.ask_once(address, hello, 5)
         assert isinstance(answer, messages.Attached), answer
         channel.watch(-1, 5.0, shared_core=True)
@@ -191,7 +193,7 @@ def test_an_attachment_that_fails_in_an_unforeseen_way_is_refused_and_others_are
     other = Decode(address, "b")
     with monkeypatch.context() as patch:
         patch.setattr(memory_file, "check", lambda *_: {}["memory"])
-        hello = messages.Attach(IDENTITY, "a", 0, os.getpid(), 0, 1, [0], 4, 4, 2)
+        hello = messages.Attach(IDENTITY, "a", 0, messages.MemoryFile(os.getpid(), 0, process_space(), [0]), 1, 4, 4, 2)
         assert isinstance(sockets.ask_once(address, hello, 5), messages.Refused)
     assert other.step()
 

@@ -36,7 +36,7 @@ def costs_of(config: VllmConfig, options: Options, executors: Sequence[str]) -> 
     Args:
         config: the engine's.
         options: the engine's.
-        executors: what each peer says of its executors (Welcome.executor_share).
+        executors: what each peer says of its executors (engine/setup.py, executors_of).
 
     Raises:
         AdrenalineError: there is no profile, or it is of another number of executors.
@@ -72,7 +72,7 @@ def measure(config: VllmConfig, options: Options, runner: Any, remote: RemoteAtt
         runner: the worker's model runner.
         remote: the worker's remote attention, attached to all executors.
     """
-    executors = [link.executor_share for link in remote.links]
+    executors = [link.executors for link in remote.links]
     if (
         options.ratio is not None
         or options.profile
