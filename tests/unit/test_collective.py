@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 
 import pytest
 import torch
@@ -24,6 +24,9 @@ from vllm_adrenaline.transport.collective import CollectiveDecodeChannel, Collec
 from vllm_adrenaline.transport.pair import Disconnected, Pair
 from vllm_adrenaline.transport.steps import Steps
 
+# Executors are forked from a process that has imported torch, and has no thread yet.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__])
 LAYERS = 3
 BLOCKS = 8
 
@@ -63,7 +66,7 @@ class Executor:
     def __init__(self, timeout_s: float = 5.0, epoch: int | None = None, **faults: float) -> None:
         self.channel = CollectiveDecodeChannel(SHAPE, "lo", LAYERS)
         self.line, theirs = multiprocessing.Pipe()
-        self.process: SpawnProcess = multiprocessing.get_context("spawn").Process(
+        self.process: ForkServerProcess = CONTEXT.Process(
             target=executor, args=(theirs, epoch or self.channel.epoch, faults), daemon=True
         )
         self.process.start()
@@ -313,12 +316,21 @@ def test_a_wait_without_end_is_ended_by_an_abort_of_either_end() -> None:
 def test_a_peer_that_never_connects_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair, "CONNECT_S", 0.5)
     first, second = Pair(0, "lo"), Pair(1, "lo")
+    second.close()
+    second._maker.join()
     began = time.monotonic()
     with pytest.raises(Disconnected):
         first.connect(second.contact)
     assert time.monotonic() - began < 3
     first.close()
-    second.close()
+
+
+def test_a_peer_that_says_nothing_of_itself_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair, "CONNECT_S", 0.5)
+    first = Pair(0, "lo")
+    with pytest.raises(Disconnected, match="did not say where it is"):
+        first.connect(messages.Contact("127.0.0.1", 1, {}))
+    first.close()
 
 
 def test_it_listens_at_the_named_interface_only() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import select
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import zmq
 
 from vllm_adrenaline import cli
 from vllm_adrenaline.config import Options
@@ -101,24 +102,37 @@ def test_a_prefill_engine_with_another_key_than_its_address_says_is_not_talked_t
     assert prefill.heard == 0
 
 
-def test_nothing_can_be_read_on_the_way(tmp_path: Path, decode: Keys) -> None:
-    """A relay between the two sees every byte."""
-    secret = "prompt-of-somebody"
-    with Echo("tcp://127.0.0.1:*", make(tmp_path, "prefill", [decode.public.hex()])) as echo:
-        seen = bytearray()
-        relay = zmq.Context.instance().socket(zmq.STREAM)
-        port = relay.bind_to_random_port("tcp://127.0.0.1")
-        address = f"tcp://{echo.address[6:].partition('@')[0]}@127.0.0.1:{port}"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sockets, "HEARTBEAT_MS", 10_000)
-            socket = sockets.connect(address, decode)
-            socket.send(messages.encode(messages.Claim(secret)))
-            while relay.poll(300):
-                seen += relay.recv_multipart()[1]
-        assert b"CURVE" in seen
-        assert secret.encode() not in seen
-        socket.close()
-        relay.close(linger=0)
+class Relay(threading.Thread):
+    """What lies between two hosts: it passes on what it gets, and keeps what it saw."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self.listener, self.port, self.seen = socket.create_server(("127.0.0.1", 0)), port, bytearray()
+
+    def run(self) -> None:
+        with (
+            self.listener,
+            self.listener.accept()[0] as near,
+            socket.create_connection(("127.0.0.1", self.port)) as far,
+        ):
+            while True:
+                for ready in select.select([near, far], [], [])[0]:
+                    if not (data := ready.recv(65536)):
+                        return
+                    self.seen += data
+                    (far if ready is near else near).sendall(data)
+
+
+@pytest.mark.parametrize("has_keys", [True, False])
+def test_with_keys_nothing_can_be_read_on_the_way(tmp_path: Path, decode: Keys, has_keys: bool) -> None:
+    secret = messages.Claim("the-prompt-of-somebody")
+    with Echo("tcp://127.0.0.1:*", make(tmp_path, "p", [decode.public.hex()]) if has_keys else None) as echo:
+        key, _, port = echo.address.rpartition(":")
+        relay = Relay(int(port))
+        relay.start()
+        address = f"{key}:{relay.listener.getsockname()[1]}"
+        assert sockets.ask_once(address, secret, 10, decode) == messages.Load(total=7)
+        assert (secret.request.encode() in relay.seen) != has_keys
 
 
 @pytest.mark.parametrize("address", ["ipc://{}/p", "tcp://127.0.0.1:*"])

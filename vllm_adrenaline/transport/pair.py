@@ -5,8 +5,7 @@ handshake, over the control plane, which is authenticated (messages.Contact). Ne
 there is one, is not touched. torch.distributed's object collectives are never used, for they pickle.
 
 Messages of a direction arrive in the order in which they were sent. Both ends know the size of each before it comes.
-They must: gloo ends the process that receives a message longer than what it expects, and fills a longer one in part
-(docs/vllm-notes.md).
+They must: gloo ends a process that receives more than it expects, and takes less for enough (docs/vllm-notes.md).
 """
 
 from __future__ import annotations
@@ -154,7 +153,8 @@ class Pair:
         self.contact = Contact(host, self._port, dict(self._relay.told))
 
     def _make(self, device: Any) -> None:
-        options: Any = ProcessGroupGloo.Options()  # type: ignore[no-untyped-call]
+        gloo: Any = ProcessGroupGloo
+        options = gloo._Options()
         options._devices, options._threads, options._timeout = [device], 1, timedelta(seconds=CONNECT_S)
         try:
             self._group = ProcessGroupGloo(self._relay, self._rank, 2, options)
@@ -181,13 +181,12 @@ class Pair:
     def _find(self, contact: Contact) -> socket.socket:
         """Return the connection to the other end, one side of which is a listening port of an end."""
         for fd in _sockets():
-            with contextlib.suppress(OSError):
-                each = socket.socket(fileno=os.dup(fd))
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as each:
                 if _is_tcp(each):
                     host, port = each.getpeername()
                     if host == contact.host and (port == contact.port or each.getsockname()[1] == self._port):
-                        return each
-                each.close()
+                        # Not each.dup(), which would make gloo's own socket a blocking one.
+                        return socket.socket(fileno=os.dup(fd))
         raise Disconnected(f"there is no connection to {contact.host}:{contact.port}")
 
     def send(self, message: torch.Tensor) -> Any:
@@ -241,6 +240,7 @@ class Pair:
     def close(self) -> None:
         """End the connection and let go of everything. Only the thread that sends and receives may call it."""
         self.abort()
+        self._maker.join(1.0)  # it may still want to meet the other end, and ends now
         self._group = None
         with self._lock:
             if self._socket is not None:
@@ -249,4 +249,6 @@ class Pair:
 
 
 def _disconnected(error: Exception) -> Disconnected:
-    return Disconnected(str(error).partition("] ")[2].splitlines()[0] if "] " in str(error) else str(error))
+    """Return what gloo says without its place in the source, and without its advice."""
+    said = str(error)
+    return Disconnected((said.partition("] ")[2] or said).partition(". This is typically")[0])
