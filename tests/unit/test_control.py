@@ -458,3 +458,22 @@ def test_an_engine_that_does_not_fit_is_refused(server: ControlServer) -> None:
     assert isinstance(answer, messages.Refused)
     assert "block size is 128 on the prefill engine and 64 on the decode engine" in answer.reason
     socket.close()
+
+
+def test_a_decode_engine_on_another_host_is_not_watched_by_a_process_id_of_that_host(prefill: Prefill) -> None:
+    with subprocess.Popen(["sleep", "100"]) as somebody_else:
+        other = prefill.connect("a", somebody_else.pid, space="another host")
+        near = prefill.connect("b", somebody_else.pid)
+        somebody_else.kill()
+        eventually(lambda: prefill.revoked == ["b"])
+        assert isinstance(sockets.ask(other, messages.Heartbeat(), 5), messages.Load), "it is still there"
+    other.close()
+    near.close()
+
+
+def test_a_decode_engine_on_another_host_cannot_map_memory_and_learns_why(prefill: Prefill) -> None:
+    asked = messages.Map(IDENTITY, 0, "", 1, "another host")
+    answer = sockets.ask_once(prefill.control.address, asked, 5)
+    assert isinstance(answer, messages.Refused)
+    assert "on another host" in answer.reason
+    assert "--adrenaline-pool remote" in answer.reason
