@@ -27,9 +27,8 @@ LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 EVERY_INTERFACE = {"0.0.0.0", "::", "*"}
 HIGH_WATER_MARK = 10_000
 """Messages that wait in a socket at most, in each direction."""
-HEARTBEAT_MS = 2_000
-"""Between two signs of life that ZMQ itself sends over a connection; one that has given none for five times that is
-closed."""
+KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 60, zmq.TCP_KEEPALIVE_INTVL: 10, zmq.TCP_KEEPALIVE_CNT: 6}
+"""So that a TCP connection to a host that is gone does not stay for ever. A process that only sleeps keeps its own."""
 
 
 def default_address() -> str:
@@ -115,9 +114,8 @@ def _bounded(kind: int) -> zmq.Socket[bytes]:
     socket.setsockopt(zmq.MAXMSGSIZE, messages.MAX_FRAME)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-    # Of a peer whose host is gone TCP itself says nothing.
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5 * HEARTBEAT_MS)
+    for option, value in KEEPALIVE.items():
+        socket.setsockopt(option, value)
     return socket
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import zmq
 
@@ -164,7 +165,10 @@ class Link:
             raise on_another_host(self.address)
         if not answer.executors[self._rank]:
             raise NoAnswer(f"the attention executor {self._rank} of the prefill engine at {self.address} is starting")
-        return answer.executors[self._rank]
+        executor = answer.executors[self._rank]
+        if urlsplit(executor).username != urlsplit(self.address).username:
+            raise AdrenalineError(f"the prefill engine at {self.address} names an executor that has not its key")
+        return executor
 
     def is_let_go_of(self) -> bool:
         """Whether the executor says that it writes nothing for the present channel any more."""
