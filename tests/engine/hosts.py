@@ -127,9 +127,9 @@ class Host:
 def host(number: int) -> Iterator[Host]:
     """Make a host with `mgmt0`, and without `data0`."""
     name = f"host{number}"
-    prepare = (
-        f"hostname {name} && mount -t tmpfs tmpfs /dev/shm && ip link set lo up && echo ready && exec sleep infinity"
-    )
+    # /sys as this network has it: UCX looks there for its interfaces.
+    mounts = "mount -t tmpfs tmpfs /dev/shm && mount -t sysfs sysfs /sys"
+    prepare = f"hostname {name} && {mounts} && ip link set lo up && echo ready && exec sleep infinity"
     process = subprocess.Popen(
         ["unshare", "-n", "-i", "-p", "-m", "-u", "--fork", "--kill-child", "--mount-proc", "sh", "-c", prepare],
         stdout=subprocess.PIPE,
