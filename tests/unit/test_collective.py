@@ -31,9 +31,11 @@ LAYERS = 3
 BLOCKS = 8
 
 
-def executor(line: Connection, epoch: int, faults: dict[str, float]) -> None:
+def executor(line: Connection, epoch: int | None, faults: dict[str, float]) -> None:
     """The executor's process. It answers q + k * v, and says which plans came; `faults` says what goes wrong where."""
     torch.set_num_threads(1)
+    line.send("up")
+    epoch = epoch or line.recv()
     channel = CollectiveExecutorChannel(SHAPE, "lo", epoch, LAYERS, faults.get("timeout", 5.0))
     line.send(channel.contact)
     channel.connect(line.recv())
@@ -64,13 +66,14 @@ class Executor:
     """An executor in a process of its own, and the decode worker's channel to it."""
 
     def __init__(self, timeout_s: float = 5.0, epoch: int | None = None, **faults: float) -> None:
-        self.channel = CollectiveDecodeChannel(SHAPE, "lo", LAYERS)
         self.line, theirs = multiprocessing.Pipe()
-        self.process: ForkServerProcess = CONTEXT.Process(
-            target=executor, args=(theirs, epoch or self.channel.epoch, faults), daemon=True
-        )
+        self.process: ForkServerProcess = CONTEXT.Process(target=executor, args=(theirs, epoch, faults), daemon=True)
         self.process.start()
         theirs.close()
+        assert self.hear() == "up"
+        self.channel = CollectiveDecodeChannel(SHAPE, "lo", LAYERS)
+        if epoch is None:
+            self.line.send(self.channel.epoch)
         contact = self.hear()
         assert isinstance(contact, messages.Contact)
         self.line.send(self.channel.contact)

@@ -154,10 +154,10 @@ class Pair:
 
     def _make(self, device: Any) -> None:
         gloo: Any = ProcessGroupGloo
-        options = gloo._Options()
-        options._devices, options._threads, options._timeout = [device], 1, timedelta(seconds=CONNECT_S)
+        settings = gloo._Options()  # torch has no other way to say where a group listens
+        settings._devices, settings._threads, settings._timeout = [device], 1, timedelta(seconds=CONNECT_S)
         try:
-            self._group = ProcessGroupGloo(self._relay, self._rank, 2, options)
+            self._group = ProcessGroupGloo(self._relay, self._rank, 2, settings)
         except Exception as error:
             self._error = error
 
