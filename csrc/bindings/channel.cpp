@@ -1,4 +1,6 @@
 // Both ends of a channel (csrc/shm): the decode worker's, its steps over all of its channels, and the executor's.
+#include <cstddef>
+
 #include "../shm/decode_end.h"
 #include "../shm/executor_end.h"
 #include "edge.h"
@@ -30,7 +32,11 @@ PyObject* layout(PyObject*, PyObject* sizes) {
     Shape s;
     if (!parse_shape(sizes, &s)) return nullptr;
     const Layout at = layout_of(s);
-    return Py_BuildValue("{s:n,s:n,s:n,s:n,s:n,s:n,s:n,s:n,s:n}", "query_start_loc", at.query_start_loc, "seq_lens",
+    const auto word = [](size_t offset) { return static_cast<Py_ssize_t>(offset); };
+    return Py_BuildValue("{s:n,s:n,s:n,s:n,s:n,s:n,s:n,s:n,s:n,s:n,s:n,s:n,s:n,s:n}", "plan",
+                         word(offsetof(Header, plan)), "sent", word(offsetof(Header, sent)), "counts",
+                         word(offsetof(Header, num_rows)), "done", word(offsetof(Header, done)), "closed",
+                         word(offsetof(Header, closed)), "query_start_loc", at.query_start_loc, "seq_lens",
                          at.seq_lens, "block_table", at.block_table, "slot_mapping", at.slot_mapping, "q", at.q, "k",
                          at.k, "v", at.v, "out", at.out, "total", at.total);
   });

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../check.h"
 
@@ -85,7 +86,7 @@ struct Header {
   std::atomic<uint64_t> sent;
   std::atomic<uint32_t> to_executor;    // futex: rung after an announcement if the executor sleeps
   std::atomic<uint32_t> decode_sleeps;  // 1: the decode worker is to be woken
-  std::atomic<uint32_t> num_rows, padded_rows, padded_tokens;
+  std::atomic<uint32_t> num_rows, padded_rows, padded_tokens;  // side by side: "counts" in Python
 
   // Written by the executor.
   alignas(kLine) std::atomic<uint64_t> done;
@@ -99,7 +100,7 @@ struct Header {
   std::atomic<uint64_t> busy_ns;
 };
 
-static_assert(sizeof(Header) <= kPage);
+static_assert(sizeof(Header) <= kPage && std::is_standard_layout_v<Header>);
 static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
 
 }  // namespace adrenaline::shm

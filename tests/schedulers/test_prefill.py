@@ -23,6 +23,7 @@ from vllm_adrenaline.compat.side_channel import PORT
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
 from vllm_adrenaline.prefill import executor_pool
+from vllm_adrenaline.system.machine import process_space
 
 
 @pytest.fixture
@@ -225,7 +226,7 @@ def test_without_executors_an_objective_is_kept_by_prefill_workers_against_decod
         engine = prefill(pool="mapped", tpot_slo_ms=50)
         time.sleep(1.2)
         assert "decode_share" not in gauges(engine), "nobody is there to share with"
-        ask = messages.Map(engine.scheduler.control.identity, 0, engine.welcome.member, mapping.pid)
+        ask = messages.Map(engine.scheduler.control.identity, 0, engine.welcome.member, mapping.pid, process_space())
         assert isinstance(engine.ask(ask), messages.Mappable)
         eventually(lambda: "decode_share" in gauges(engine))
         assert os.getpriority(os.PRIO_PROCESS, worker.pid) == -10, "to begin with, half of the device is prefill's"

@@ -24,6 +24,7 @@ from vllm_adrenaline.control.server import FAILED, ControlServer
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill.leases import LeaseManager, Offer
 from vllm_adrenaline.prefill.lending import Lending
+from vllm_adrenaline.system.machine import process_space
 
 IDENTITY = messages.Identity(
     protocol=messages.PROTOCOL,
@@ -78,7 +79,9 @@ class Pool:
         messages.Claimed("r", [1, 2], 200, b"digest"),
         messages.Release(["r"], [3]),
         messages.KillExecutors([17]),
-        messages.Attach(IDENTITY, "d", 0, 1, 2, 3, [0], 4, 5, 6),
+        messages.Attach(IDENTITY, "d", 0, messages.MemoryFile(1, 2, "s", [0]), 3, 4, 5, 6),
+        messages.Attach(IDENTITY, "d", 0, messages.Group(messages.Contact("h", 1, {"0/0": b"x"})), 3, 4, 5, 6),
+        messages.Attached(["a"], 1, [0], messages.Contact("h", 1, {"0/1": b"x"})),
         messages.Drop(["r"]),
         messages.Leave(),
         messages.Revoke("d"),
@@ -156,11 +159,6 @@ def test_an_address_that_cannot_work_is_refused(address: str) -> None:
         sockets.check_address(address)
 
 
-def test_an_address_of_another_machine_is_refused_for_there_is_no_key_exchange() -> None:
-    with pytest.raises(AdrenalineError, match="loopback"):
-        sockets.check_address("tcp://10.0.0.1:5000")
-
-
 class Prefill:
     """A control server over ten blocks. `revoked`: whose channels were closed; that waits while `executors_hang`."""
 
@@ -188,10 +186,10 @@ class Prefill:
             time.sleep(0.005)
         self.revoked.append(engine)
 
-    def connect(self, engine: str, pid: int = 0) -> zmq.Socket[bytes]:
+    def connect(self, engine: str, pid: int = 0, space: str | None = None) -> zmq.Socket[bytes]:
         """Return the line of a decode engine that has said hello and has leased two blocks."""
         socket = sockets.connect(self.control.address)
-        welcome = sockets.ask(socket, messages.Hello(IDENTITY, True, engine, pid), 5)
+        welcome = sockets.ask(socket, messages.Hello(IDENTITY, True, engine, pid, space or process_space()), 5)
         assert isinstance(welcome, messages.Welcome)
         self.members[engine] = welcome.member
         leased = sockets.ask(socket, messages.Lease(2), 5)
@@ -280,6 +278,7 @@ from tests.unit.test_control import IDENTITY, LOAD, WELCOME, Pool
 from vllm_adrenaline.control.server import ControlServer
 from vllm_adrenaline.prefill.leases import LeaseManager
 from vllm_adrenaline.prefill.lending import Lending
+from vllm_adrenaline.system.machine import process_space
 leases = LeaseManager(Pool(), 0, 60, lambda: 0.0)
 calls = [lambda member: WELCOME, lambda: LOAD, lambda: sys.exit("the reason"), lambda pids: None, lambda engine: None]
 ControlServer(sys.argv[1], IDENTITY, Lending(leases, threading.RLock(), *calls)).start()
@@ -459,3 +458,22 @@ def test_an_engine_that_does_not_fit_is_refused(server: ControlServer) -> None:
     assert isinstance(answer, messages.Refused)
     assert "block size is 128 on the prefill engine and 64 on the decode engine" in answer.reason
     socket.close()
+
+
+def test_a_decode_engine_on_another_host_is_not_watched_by_a_process_id_of_that_host(prefill: Prefill) -> None:
+    with subprocess.Popen(["sleep", "100"]) as somebody_else:
+        other = prefill.connect("a", somebody_else.pid, space="another host")
+        near = prefill.connect("b", somebody_else.pid)
+        somebody_else.kill()
+        eventually(lambda: prefill.revoked == ["b"])
+        assert isinstance(sockets.ask(other, messages.Heartbeat(), 5), messages.Load), "it is still there"
+    other.close()
+    near.close()
+
+
+def test_a_decode_engine_on_another_host_cannot_map_memory_and_learns_why(prefill: Prefill) -> None:
+    asked = messages.Map(IDENTITY, 0, "", 1, "another host")
+    answer = sockets.ask_once(prefill.control.address, asked, 5)
+    assert isinstance(answer, messages.Refused)
+    assert "on another host" in answer.reason
+    assert "--adrenaline-pool remote" in answer.reason

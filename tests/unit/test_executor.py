@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,18 +17,22 @@ import pytest
 import torch
 import zmq
 
-from tests.unit.test_control import IDENTITY, NESTED
+from tests.unit.test_control import IDENTITY, NESTED, eventually
 from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.server import Server
 from vllm_adrenaline.attention.spec import ExecutorSpec
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
+from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.space import remote_id
 from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.system import memory_file
+from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.transport.collective import CollectiveDecodeChannel
 from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmSteps
 from vllm_adrenaline.transport.split import split_rows
+from vllm_adrenaline.transport.steps import Steps
 
 BLOCKS, BLOCK, LAYERS = 4, 32, 2
 SHAPE = Shape(4, 4, 2, num_heads=2, num_kv_heads=2, head_size=32, dtype=torch.float32)
@@ -41,8 +46,9 @@ class Decode:
         identity, channel = IDENTITY, self.channel
         self.process = None if in_process else subprocess.Popen(["sleep", "100"], pass_fds=[channel.fd])
         pid = os.getpid() if self.process is None else self.process.pid
+        memory = messages.MemoryFile(pid, channel.fd, process_space(), [0])
         sizes = (SHAPE.max_rows, SHAPE.max_tokens, SHAPE.max_blocks)
-        hello = messages.Attach(identity, engine, 0, pid, channel.fd, channel.epoch, [0], *sizes)
+        hello = messages.Attach(identity, engine, 0, memory, channel.epoch, *sizes)
         answer = sockets.ask_once(address, hello, 5)
         assert isinstance(answer, messages.Attached), answer
         channel.watch(-1, 5.0, shared_core=True)
@@ -75,9 +81,9 @@ class Decode:
         return all(self.layer(index) for index in range(LAYERS))
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
-    """Where an executor listens that serves for the time of a test."""
+@contextmanager
+def executor_at(address: str, interface: str = "") -> Iterator[str]:
+    """An executor that serves until the context ends, other hosts over this interface."""
     layer_bytes = 4 * BLOCKS * 2 * 2 * BLOCK * 32
     fd = memory_file.create("kv", LAYERS * layer_bytes)
     layers = [LayerSpec(str(index), index * layer_bytes, 1.0) for index in range(LAYERS)]
@@ -85,10 +91,24 @@ def address(tmp_path: Path) -> Iterator[str]:
     kv = KVExport(
         os.getpid(), fd, LAYERS * layer_bytes, [BLOCKS, 2, 2 * BLOCK, 32], strides, "float32", "vec", 2, layers, [0], 1
     )
-    server = Server(ExecutorSpec(0, f"ipc://{tmp_path}/e", IDENTITY, kv, [0], 1, 5.0))
+    server = Server(ExecutorSpec(0, address, IDENTITY, kv, [0], 1, 5.0, interface=interface))
     threading.Thread(target=server.serve, daemon=True).start()
-    yield f"ipc://{tmp_path}/e"
+    yield address
     os.close(fd)
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Where an executor listens that serves for the time of a test."""
+    with executor_at(f"ipc://{tmp_path}/e") as found:
+        yield found
+
+
+@pytest.fixture
+def networked(tmp_path: Path) -> Iterator[str]:
+    """Where an executor listens that serves other hosts, too."""
+    with executor_at(f"ipc://{tmp_path}/e", "lo") as found:
+        yield found
 
 
 def test_one_decode_engine_is_let_go_of_and_another_served_as_before(address: str) -> None:
@@ -191,7 +211,7 @@ def test_an_attachment_that_fails_in_an_unforeseen_way_is_refused_and_others_are
     other = Decode(address, "b")
     with monkeypatch.context() as patch:
         patch.setattr(memory_file, "check", lambda *_: {}["memory"])
-        hello = messages.Attach(IDENTITY, "a", 0, os.getpid(), 0, 1, [0], 4, 4, 2)
+        hello = messages.Attach(IDENTITY, "a", 0, messages.MemoryFile(os.getpid(), 0, process_space(), [0]), 1, 4, 4, 2)
         assert isinstance(sockets.ask_once(address, hello, 5), messages.Refused)
     assert other.step()
 
@@ -339,3 +359,121 @@ def test_what_executors_run_on_fits_a_message_on_any_machine() -> None:
         assert messages.decode(messages.encode(welcome)) == welcome
         assert words == executor_pool.in_words(specs(ranks, cores)), "profiles are kept by it"
         assert words != executor_pool.in_words(specs(ranks, [*cores, 2000]))
+
+
+# Decode workers on other hosts
+
+
+@contextmanager
+def linked(address: str, monkeypatch: pytest.MonkeyPatch, engine: str, interface: str = "lo") -> Iterator[Link]:
+    """The link of a decode worker to an executor of which it believes that it is on another host."""
+    welcome = messages.Welcome("p", "h", 1, BLOCKS, [address], "", 60.0, process_space="another host")
+    with monkeypatch.context() as patch:
+        patch.setattr(sockets, "ask_once", lambda *_: welcome)
+        link = Link("tcp://p:1", IDENTITY, engine, 0, [str(n) for n in range(LAYERS)], SHAPE, 5.0, interface)
+        executor = link._find()
+    monkeypatch.setattr(link, "_find", lambda: executor)
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+def far_step(link: Link, block: int = 1) -> list[int]:
+    """Run a step over a link; return which executors failed in each layer."""
+    table = torch.full((1, 2), remote_id(0, block), dtype=torch.int32)
+    starts, lens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
+    steps = Steps(SHAPE)
+    steps.begin(split_rows(table, starts, lens, torch.zeros(1, dtype=torch.int64), [], BLOCK).handle, {0: link.channel})
+    failed = []
+    for layer in range(LAYERS):
+        steps.send(layer, *[torch.ones(1, 2, 32)] * 3)
+        failed.append(steps.receive(layer, torch.ones(1, 2, 32)))
+    return failed
+
+
+def test_a_worker_on_another_host_is_served_over_the_network_beside_one_on_this_host(
+    networked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near = Decode(networked, "b")
+    with linked(networked, monkeypatch, "a") as link:
+        assert link.is_far
+        link.attach()
+        assert isinstance(link.channel, CollectiveDecodeChannel)
+        assert far_step(link) == [0, 0]
+        assert near.step()
+        assert far_step(link) == [0, 0]
+        assert link.pid == os.getpid()
+
+
+def test_a_decode_engine_on_another_host_that_is_let_go_of_may_come_back(
+    networked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with linked(networked, monkeypatch, "a") as link, linked(networked, monkeypatch, "b") as other:
+        link.attach()
+        other.attach()
+        assert far_step(link) == [0, 0]
+        assert sockets.ask_once(networked, messages.Revoke("a"), 5) == messages.Revoked("a")
+        began = time.monotonic()
+        assert far_step(link) == [1, 0]
+        assert time.monotonic() - began < 2, "it learns that at once"
+        assert link.is_let_go_of(), "so the executor need not be killed"
+        assert far_step(other) == [0, 0]
+        link.close()
+        link.attach()
+        assert far_step(link) == [0, 0]
+
+
+def test_a_step_that_cannot_be_served_costs_another_host_its_channel_and_nobody_else(
+    networked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with linked(networked, monkeypatch, "a") as link, linked(networked, monkeypatch, "a") as other:
+        link.attach()
+        other.attach()
+        assert far_step(link, block=BLOCKS) == [1, 0]
+        assert link.is_let_go_of()
+        assert far_step(other) == [0, 0], "of the same decode engine, but another channel"
+
+
+def test_an_executor_in_a_step_lets_go_only_when_it_has_left_it(
+    networked: str, monkeypatch: pytest.MonkeyPatch, kernel: Kernel
+) -> None:
+    with linked(networked, monkeypatch, "a") as link:
+        link.timeout_s = 0.2
+        link.attach()
+        assert far_step(link) == [1, 0], "it is late"
+        assert not link.is_let_go_of(), "it may still write"
+        kernel.may_go.set()
+        eventually(link.is_let_go_of)
+
+
+def test_without_a_network_between_them_two_hosts_learn_which_option_names_it(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with linked(address, monkeypatch, "a") as link, pytest.raises(AdrenalineError, match="--adrenaline-interface"):
+        link.attach()
+    with (
+        pytest.raises(AdrenalineError, match="--adrenaline-interface, here and there"),
+        linked(address, monkeypatch, "a", interface=""),
+    ):
+        pass
+
+
+def test_an_executor_that_has_not_the_key_of_its_prefill_engine_is_not_talked_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key = "ab" * 32
+    for executor in ("tcp://10.0.0.1:5", f"tcp://{'cd' * 32}@10.0.0.1:5"):
+        welcome = messages.Welcome("p", "h", 1, BLOCKS, [executor], "", 60.0, process_space="another host")
+        link = Link(f"tcp://{key}@10.0.0.1:1", IDENTITY, "a", 0, ["0"], SHAPE, 5.0, "lo")
+        with monkeypatch.context() as patch:
+            patch.setattr(sockets, "ask_once", lambda *_, answer=welcome: answer)
+            with pytest.raises(AdrenalineError, match="has not its key"):
+                link._find()
+
+
+def test_memory_of_a_process_on_another_host_is_not_looked_for_among_our_own(address: str) -> None:
+    memory = messages.MemoryFile(os.getpid(), 0, "another host", [0])
+    answer = sockets.ask_once(address, messages.Attach(IDENTITY, "a", 0, memory, 1, 4, 4, 2), 5)
+    assert isinstance(answer, messages.Refused)
+    assert "another host" in answer.reason

@@ -15,6 +15,7 @@ from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.decode import link
 from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.transport.shm import Shape
 
 SHAPE = Shape(4, 4, 2, num_heads=2, num_kv_heads=2, head_size=32, dtype=torch.float32)
@@ -45,7 +46,9 @@ def test_whatever_happens_an_executor_that_was_lost_is_looked_for_again(
 def test_a_worker_waits_for_an_executor_that_starts_and_not_for_one_that_refuses(tmp_path: Path) -> None:
     early = to(f"ipc://{tmp_path}/p")
     socket, address = sockets.bind(f"ipc://{tmp_path}/p")
-    starting = messages.Welcome("e", "h", 1, 1, executors=[""], executor_share="", lease_seconds=60.0)
+    starting = messages.Welcome(
+        "e", "h", 1, 1, executors=[""], executor_share="", lease_seconds=60.0, process_space=process_space()
+    )
     said = [messages.Load(), starting, messages.Refused("another model")]
     answers = [b"\xff", *map(messages.encode, said)]
 

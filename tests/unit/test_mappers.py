@@ -16,6 +16,7 @@ from tests.unit.test_control import IDENTITY, LOAD, Prefill, eventually
 from tests.unit.test_mapped_memory import Cache
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.prefill.mappers import Mappers
+from vllm_adrenaline.system.machine import process_space
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def prefill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prefill
 
 
 def ask_to_map(prefill: Prefill, engine: str, pid: int) -> messages.AnyMessage | None:
-    message = messages.Map(IDENTITY, 0, prefill.members[engine], pid)
+    message = messages.Map(IDENTITY, 0, prefill.members[engine], pid, process_space())
     return sockets.ask_once(prefill.control.address, message, 5)
 
 
@@ -47,9 +48,9 @@ def mapping(prefill: Prefill, engine: str, pid: int) -> zmq.Socket[bytes]:
 
 
 def test_a_worker_is_told_where_the_cache_is_without_belonging_to_anything(prefill: Prefill) -> None:
-    answer = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 0, "", os.getpid()), 5)
+    answer = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 0, "", os.getpid(), process_space()), 5)
     assert answer == messages.Mappable(prefill.lending.exports[0])
-    other = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 1, "", os.getpid()), 5)
+    other = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 1, "", os.getpid(), process_space()), 5)
     assert isinstance(other, messages.Refused)
 
 
@@ -88,7 +89,9 @@ def test_a_decode_engine_that_comes_back_says_when_it_has_let_go(
     assert prefill.members["a"] != before
     eventually(lambda: prefill.revoked == ["a"])
     assert prefill.pool.get_num_free_blocks() == 6, "a step over the old blocks may still run"
-    refused = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 0, before, worker.pid), 5)
+    refused = sockets.ask_once(
+        prefill.control.address, messages.Map(IDENTITY, 0, before, worker.pid, process_space()), 5
+    )
     assert isinstance(refused, messages.Refused), "nobody joins what is about to be taken back"
     again.send(messages.encode(messages.LetGo("nobody")))
     again.send(messages.encode(messages.LetGo(before)))

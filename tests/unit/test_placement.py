@@ -358,3 +358,32 @@ class Cluster(RuleBasedStateMachine):
 
 
 TestCluster = Cluster.TestCase
+
+
+def over(link_s: float) -> Costs:
+    """Costs of an executor on another host."""
+    return msgspec.structs.replace(COSTS, link=[link_s])
+
+
+def test_nothing_is_offloaded_over_a_link_that_local_attention_does_not_hide() -> None:
+    assert place(observed(decode=FULL, costs=over(0.002)), REQUEST) == Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
+    assert place(observed(decode=FULL, costs=over(0.020)), REQUEST) == Decision(Placement.WAIT, Reason.OVER_BOUND)
+    long = engine(capacity=100_000, room=90_000, rows=8, tokens=20_000)
+    request = msgspec.structs.replace(REQUEST, tokens=4_000)
+    assert place(observed(decode=long, costs=over(0.002)), request).placement is Placement.OFFLOADED
+    assert place(observed(decode=long, costs=over(0.060)), request) == Decision(Placement.LOCAL, Reason.FITS)
+
+
+def test_a_request_behind_a_link_that_became_slow_comes_back() -> None:
+    decode = engine(capacity=100_000, room=90_000, rows=4, tokens=2_000)
+    remote = engine(capacity=10_000, room=9_000, rows=1, tokens=500)
+    assert move(observed(decode=decode, executor=remote, costs=over(0.002)), [REQUEST]) is None
+    assert move(observed(decode=decode, executor=remote, costs=over(0.060)), [REQUEST]) == (0, Reason.EXECUTOR_SLOW)
+
+
+def test_the_link_of_one_executor_is_not_anothers() -> None:
+    costs = Costs(COSTS.step, COSTS.local, [2e-6, 2e-6], COSTS.exchange, link=[0.0, 0.060])
+    state = observed(decode=FULL, executors=[ROOMY, ROOMY], costs=costs)
+    assert place(state, REQUEST) == Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
+    second = msgspec.structs.replace(REQUEST, executor=1)
+    assert place(state, second) == Decision(Placement.WAIT, Reason.OVER_BOUND)

@@ -18,6 +18,7 @@ from tests.unit.test_control import IDENTITY
 from vllm_adrenaline import config
 from vllm_adrenaline.compat import versions
 from vllm_adrenaline.config import Options
+from vllm_adrenaline.control import messages
 from vllm_adrenaline.engine import setup
 from vllm_adrenaline.errors import AdrenalineError
 
@@ -26,6 +27,10 @@ VALUES: dict[str, tuple[str, str, Any]] = {
     "pool": ("decode", "both", "both"),
     "listen": ("prefill", "ipc:///x", "ipc:///x"),
     "peers": ("decode", "ipc:///x,ipc:///y", "ipc:///x,ipc:///y"),
+    "key": ("decode", "file", "file"),
+    "allow": ("prefill", "file --adrenaline-key other", "file"),
+    "insecure": ("decode", "", True),
+    "interface": ("decode", "eth7", "eth7"),
     "share_weights": ("decode", "on", "on"),
     "offload_ratio": ("decode", "0.25", "0.25"),
     "offload_rule": ("decode", "and", "and"),
@@ -57,7 +62,7 @@ def test_every_option_is_a_flag_with_help(name: str) -> None:
         parser.add_argument(flag, dest=field, **arguments)
     role, text, value = VALUES[name]
     flag = f"--adrenaline-{name.replace('_', '-')}"
-    given = vars(parser.parse_args(["--adrenaline-role", role, flag, text]))
+    given = vars(parser.parse_args(["--adrenaline-role", role, flag, *text.split()]))
     assert getattr(Options.parse(given), name) == value
     (action,) = (action for action in parser._actions if flag in action.option_strings)
     shown = "".join(parser.format_help().split())  # lines end anywhere, at hyphens too
@@ -137,6 +142,40 @@ def test_nixl_stays_on_loopback_unless_an_operator_names_an_interface(
     )
     setup.apply(EngineArgs(model=str(tmp_path)), Options.parse({"role": role}))
     assert os.environ["UCX_NET_DEVICES"] == (chosen or "lo")
+
+
+def test_the_interface_between_hosts_is_that_of_all_that_nixl_listens_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)})
+    setup.apply(EngineArgs(model=str(tmp_path)), Options.parse({"role": "decode", "interface": "lo"}))
+    assert os.environ["UCX_NET_DEVICES"] == "lo"
+    assert os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
+    with pytest.raises(AdrenalineError, match="no interface nothing0"):
+        setup.apply(EngineArgs(model=str(tmp_path)), Options.parse({"role": "decode", "interface": "nothing0"}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "on another host: name the network .* --adrenaline-interface"),
+        ({"interface": "lo", "pool": "mapped"}, "memory cannot be mapped"),
+        ({"interface": "lo", "pool": "both"}, "memory cannot be mapped"),
+        ({"interface": "lo"}, None),
+    ],
+)
+def test_what_does_not_reach_another_host_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, values: dict[str, Any], message: str | None
+) -> None:
+    far = messages.Welcome("p", "h", 1, 1, ["ipc:///x"], "", 60.0, process_space="another host")
+    monkeypatch.setattr(setup, "identity_of", lambda _: IDENTITY)
+    monkeypatch.setattr(setup.sockets, "ask_once", lambda *_, **__: far)
+    monkeypatch.delenv(setup.PEERS_START_TOO, raising=False)
+    options = Options.parse({"role": "decode", "peers": f"ipc://{tmp_path}/p"} | values)
+    with contextlib.nullcontext() if message is None else pytest.raises(AdrenalineError, match=message):
+        setup.check_peers(options, None, print)  # type: ignore[arg-type]
 
 
 FIRST_IN_A_FRESH_PROCESS = """

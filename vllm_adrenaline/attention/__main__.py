@@ -36,8 +36,11 @@ def main() -> None:
     import torch
 
     from vllm_adrenaline.attention.server import Server
+    from vllm_adrenaline.control import sockets
+    from vllm_adrenaline.control.keys import Keys
 
     torch.set_num_threads(spec.threads)
+    sockets.use_keys(Keys.load(spec.key, spec.allow) if spec.key else None)
     Server(spec).serve()
 
 

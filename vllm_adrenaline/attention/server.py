@@ -18,6 +18,10 @@ from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.spec import READY, ExecutorSpec
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.transport.channel import ExecutorChannel
+from vllm_adrenaline.transport.collective import CollectiveExecutorChannel
+from vllm_adrenaline.transport.pair import Disconnected
 from vllm_adrenaline.transport.shm import Shape, ShmExecutorChannel
 
 logger = logging.getLogger("vllm.adrenaline")
@@ -31,16 +35,31 @@ REVOKE_POLL_MS = 2
 class ChannelThread(threading.Thread):
     """The thread that serves one decode worker, of decode engine `engine`. Between steps it sleeps on the channel."""
 
-    def __init__(self, attention: CpuAttention, channel: ShmExecutorChannel, engine: str) -> None:
+    def __init__(
+        self,
+        attention: CpuAttention,
+        channel: ExecutorChannel,
+        message: messages.Attach,
+        contact: messages.Contact | None = None,
+    ) -> None:
+        """`contact`: of a decode worker on another host, to which the channel is to be connected first."""
         super().__init__(name="adrenaline-channel", daemon=True)
-        self.channel, self.engine = channel, engine
-        self._attention = attention
+        self.channel, self.engine, self._epoch = channel, message.engine, message.epoch
+        self._attention, self._contact = attention, contact
+
+    def is_meant(self, revoke: messages.Revoke) -> bool:
+        """Whether a revocation is of this channel."""
+        return revoke.engine == self.engine and revoke.epoch in (0, self._epoch)
 
     def run(self) -> None:
         try:
+            if self._contact is not None:
+                self.channel.connect(self._contact)
             while (found := self.channel.next_step()) is not None:
                 number, _, step = found
                 self._serve_step(number, step)
+        except Disconnected as error:
+            logger.warning("decode engine %s is not attended for over this connection: %s", self.engine, error)
         except Exception:
             # The decode engine learns it at once and recomputes; it attaches anew. Others are served as before.
             logger.exception("a step of decode engine %s failed: its channel is closed", self.engine)
@@ -104,9 +123,10 @@ class Server:
         self._attention = CpuAttention.mapped(spec.kv, fd, spec.identity.split_kv)
         os.close(fd)
         self._socket, self._address = sockets.bind(spec.address)
-        self._threads: dict[int, ChannelThread] = {}  # by the pidfd of the decode worker
+        self._threads: dict[int, ChannelThread] = {}  # by the pidfd of the decode worker; negative on another host
+        self._far = 0  # channels to other hosts so far
         self._ending: list[ChannelThread] = []  # told to end; perhaps still in a step
-        self._revoking: list[tuple[bytes, str]] = []  # who waits for the end of which decode engine's
+        self._revoking: list[tuple[bytes, messages.Revoke]] = []  # who waits for the end of which channels
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self.bad_frames = 0
@@ -118,8 +138,8 @@ class Server:
             while True:
                 ready = dict(self._poller.poll(REVOKE_POLL_MS if self._revoking else None))
                 # Before messages: one may revoke a channel whose worker has ended, too.
-                for pidfd in self._threads.keys() & ready.keys():
-                    self._drop(pidfd)
+                for key in self._threads.keys() & ready.keys():
+                    self._drop(key)
                 if self._socket in ready:
                     self._serve_one()
                 self._acknowledge()
@@ -142,19 +162,21 @@ class Server:
                 answer = messages.Refused("the attention executor failed; its log says how")
             sockets.answer(self._socket, peer, answer)
         elif isinstance(message, messages.Revoke):
-            for pidfd in [fd for fd, thread in self._threads.items() if thread.engine == message.engine]:
-                self._drop(pidfd)
-            self._revoking.append((peer, message.engine))
+            for key in [key for key, thread in self._threads.items() if thread.is_meant(message)]:
+                self._drop(key)
+            self._revoking.append((peer, message))
 
     def _acknowledge(self) -> None:
-        """Answer the revocations of decode engines whose threads have all left their last step."""
+        """Answer the revocations of channels whose threads have all left their last step."""
         self._ending = [thread for thread in self._ending if thread.is_alive()]
-        busy = {thread.engine for thread in self._ending}
-        for peer, engine in self._revoking:
-            if engine not in busy:
-                logger.info("decode engine %s is not attended for any more", engine)
-                sockets.answer(self._socket, peer, messages.Revoked(engine))
-        self._revoking = [(peer, engine) for peer, engine in self._revoking if engine in busy]
+        waiting = []
+        for peer, revoke in self._revoking:
+            if any(thread.is_meant(revoke) for thread in self._ending):
+                waiting.append((peer, revoke))
+                continue
+            logger.info("decode engine %s is not attended for any more", revoke.engine)
+            sockets.answer(self._socket, peer, messages.Revoked(revoke.engine, revoke.epoch))
+        self._revoking = waiting
 
     def _attach(self, message: messages.Attach) -> messages.Attached:
         reason = messages.mismatch(self._spec.identity, message.identity, "attention executor", "decode worker")
@@ -177,12 +199,23 @@ class Server:
             attention.head_size,
             attention.dtype,
         )
-        pidfd = os.pidfd_open(message.pid)
+        contact = None
+        if isinstance(message.channel, messages.Group):
+            contact = self._join(message, message.channel, shape)
+        else:
+            self._map(message, message.channel, shape)
+        return messages.Attached([layer.name for layer in self._spec.kv.layers], os.getpid(), self._spec.cpus, contact)
+
+    def _map(self, message: messages.Attach, memory: messages.MemoryFile, shape: Shape) -> None:
+        """Serve a channel in shared memory."""
+        if memory.process_space != process_space():
+            raise AdrenalineError("a decode worker on another host shares no memory with this attention executor")
+        pidfd = os.pidfd_open(memory.pid)
         try:
-            fd = os.open(f"/proc/{message.pid}/fd/{message.fd}", os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(f"/proc/{memory.pid}/fd/{memory.fd}", os.O_RDWR | os.O_CLOEXEC)
             try:
                 # Whether spinning keeps the prefill worker, or the decode worker itself, from this core.
-                shared = bool(set(self._spec.cpus) & {*self._spec.kv.cpus, *message.cpus})
+                shared = bool(set(self._spec.cpus) & {*self._spec.kv.cpus, *memory.cpus})
                 layers, timeout = self._spec.kv.layers, self._spec.idle_timeout
                 channel = ShmExecutorChannel(fd, shape, message.epoch, shared, len(layers), timeout)
             finally:
@@ -190,15 +223,30 @@ class Server:
         except Exception:
             os.close(pidfd)
             raise
-        thread = ChannelThread(attention, channel, message.engine)
-        thread.start()
-        self._threads[pidfd] = thread
+        self._begin(pidfd, ChannelThread(self._attention, channel, message))
         self._poller.register(pidfd, zmq.POLLIN)
-        return messages.Attached([layer.name for layer in layers], os.getpid(), self._spec.cpus)
 
-    def _drop(self, pidfd: int) -> None:
-        self._poller.unregister(pidfd)
-        os.close(pidfd)
-        thread = self._threads.pop(pidfd)
+    def _join(self, message: messages.Attach, group: messages.Group, shape: Shape) -> messages.Contact:
+        """Serve a channel to another host; return what its decode worker has to be told."""
+        if not self._spec.interface:
+            raise AdrenalineError(
+                "the decode engine is on another host: start the prefill engine with --adrenaline-interface, which "
+                "names the network between the two"
+            )
+        layers, timeout = self._spec.kv.layers, self._spec.idle_timeout
+        channel = CollectiveExecutorChannel(shape, self._spec.interface, message.epoch, len(layers), timeout)
+        self._far += 1
+        self._begin(-self._far, ChannelThread(self._attention, channel, message, group.contact))
+        return channel.contact
+
+    def _begin(self, key: int, thread: ChannelThread) -> None:
+        self._threads[key] = thread
+        thread.start()
+
+    def _drop(self, key: int) -> None:
+        if key >= 0:
+            self._poller.unregister(key)
+            os.close(key)
+        thread = self._threads.pop(key)
         thread.channel.stop()
         self._ending.append(thread)

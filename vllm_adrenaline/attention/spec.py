@@ -20,6 +20,8 @@ class ExecutorSpec(msgspec.Struct, frozen=True):
         cpus, threads: the executor's own cores, and the number of its threads.
         idle_timeout: how long it waits for the next layer of a step before it drops the step, in seconds.
         share: of its cores' time, when others want them as well (system/priority.py).
+        key, allow: files with the keys of its prefill engine (control/keys.py); empty for none.
+        interface: over which decode workers on other hosts are served; empty for none.
     """
 
     rank: int
@@ -30,3 +32,6 @@ class ExecutorSpec(msgspec.Struct, frozen=True):
     threads: int
     idle_timeout: float
     share: float = 1.0
+    key: str = ""
+    allow: str = ""
+    interface: str = ""

@@ -60,7 +60,9 @@ class PrefillClient(threading.Thread):
         self.answers: deque[tuple[int, messages.AnyMessage]] = deque()
         self.answered = threading.Event()
         self._process_space = process_space()
-        self._hello = messages.Hello(identity, borrows=True, engine=engine, pid=os.getpid())
+        self._hello = messages.Hello(
+            identity, borrows=True, engine=engine, pid=os.getpid(), process_space=process_space()
+        )
         self._outbox: deque[tuple[int | None, messages.Message]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._life = 0

@@ -63,13 +63,15 @@ class Hello(Message, frozen=True):
         borrows: whether the sender will claim and lease. A start-up check does not, nor does a worker that asks where
             its executor listens.
         engine: names this life of the decode engine, as its workers do in Attach.
-        pid: the process whose end is the end of the decode engine (its engine core). 0: its end cannot be seen.
+        pid, process_space: the process whose end is the end of the decode engine (its engine core), and who can see it
+            under that id (system/machine.py). 0: its end cannot be seen.
     """
 
     identity: Identity
     borrows: bool
     engine: Name = ""
     pid: Count = 0
+    process_space: Name = ""
 
 
 class Welcome(Message, frozen=True):
@@ -228,13 +230,14 @@ class Map(Message, frozen=True):
         rank: the worker's tensor-parallel rank, which must be the same on both sides.
         member: what the decode engine has there, as in Welcome. Whatever belongs to it is not taken back before this
             worker has ended, or the decode engine says LetGo. Empty: only tell me how large it is and how it is read.
-        pid: the worker's process.
+        pid, process_space: the worker's process, and who can see it under that id. Memory can be mapped there only.
     """
 
     identity: Identity
     rank: Count
     member: Name
     pid: Count
+    process_space: Name
 
 
 class SharedWeights(msgspec.Struct, frozen=True):
@@ -270,52 +273,93 @@ class LetGo(Message, frozen=True):
     member: Name
 
 
+class MemoryFile(msgspec.Struct, frozen=True, tag=True):
+    """A channel in shared memory (transport/shm.py), for two processes on one host.
+
+    Attributes:
+        pid, fd: the decode worker's process, and the memory file that it has open there.
+        process_space: who can see that process under that id.
+        cpus: the cores that the worker may use.
+    """
+
+    pid: Count
+    fd: Count
+    process_space: Name
+    cpus: Cpus
+
+
+class Contact(msgspec.Struct, frozen=True):
+    """Where one end of a process group listens (transport/pair.py).
+
+    Attributes:
+        host, port: of the connection between both ends, should this end be the one that listens.
+        values: what the library that connects them has to say to the other end, by its names for that.
+    """
+
+    host: Name
+    port: Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
+    values: Annotated[dict[Name, Annotated[bytes, msgspec.Meta(max_length=4096)]], msgspec.Meta(max_length=8)]
+
+
+class Group(msgspec.Struct, frozen=True, tag=True):
+    """A channel over a process group (transport/collective.py), for two processes on two hosts."""
+
+    contact: Contact
+
+
 class Attach(Message, frozen=True):
-    """Decode worker to attention executor: map this channel and serve it.
+    """Decode worker to attention executor: join this channel and serve it.
 
     Attributes:
         identity: what must be equal on both sides.
         engine: the decode engine's life, as in Hello.
         rank: the worker's tensor-parallel rank, which must be the executor's.
-        pid, fd: the worker's process, and the channel's memory file that it has open there.
+        channel: where the channel is.
         epoch: the life of the channel, 1 to MAX_EPOCH.
-        cpus: the cores that the worker may use.
         max_rows, max_tokens, max_blocks: what the channel is sized for: rows, tokens, and blocks in a row.
     """
 
     identity: Identity
     engine: Name
     rank: Count
-    pid: Count
-    fd: Count
+    channel: MemoryFile | Group
     epoch: Count
-    cpus: Cpus
     max_rows: Count
     max_tokens: Count
     max_blocks: Count
 
 
 class Attached(Message, frozen=True):
-    """Attention executor to decode worker: process `pid` serves the channel, on the cores `cpus`.
+    """Attention executor to decode worker: I serve the channel.
 
-    `layers` names the attention layers, in the order of their numbers.
+    Attributes:
+        layers: names of the attention layers, in the order of their numbers.
+        pid: the executor's process, as its prefill engine knows it.
+        cpus: its cores.
+        contact: its end of the process group; None for a channel in shared memory.
     """
 
     layers: Names
     pid: Count
     cpus: Cpus
+    contact: Contact | None = None
 
 
 class Revoke(Message, frozen=True):
-    """Prefill engine to attention executor: serve this decode engine's channels no more."""
+    """Prefill engine, or decode worker, to attention executor: serve this decode engine's channels no more.
+
+    `epoch`: of the one channel that is meant; 0 for all of them.
+    """
 
     engine: Name
+    epoch: Count = 0
 
 
 class Revoked(Message, frozen=True):
-    """Attention executor to prefill engine: from now on nothing is written for that decode engine."""
+    """Attention executor to whoever sent Revoke: from now on nothing is written there for that decode engine."""
 
     engine: Name
+    epoch: Count = 0
 
 
 AnyMessage = (

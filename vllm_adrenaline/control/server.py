@@ -17,6 +17,7 @@ from typing import Protocol
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.system.machine import process_space
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -143,7 +144,9 @@ class ControlServer(threading.Thread):
         if peer in self._engines:
             return
         self._engines[peer] = hello.engine
-        if hello.pid:
+        if hello.process_space != process_space():
+            logger.info("decode engine %s is on another host: only its silence shows when it has gone", hello.engine)
+        elif hello.pid:
             with contextlib.suppress(OSError):  # it cannot be seen from here: its lease tells when it is gone
                 pidfd = os.pidfd_open(hello.pid)
                 self._processes[pidfd] = peer
@@ -193,6 +196,11 @@ class ControlServer(threading.Thread):
             return self._greet(peer, message)
         if isinstance(message, messages.Map):
             reason = messages.mismatch(self.identity, message.identity, "prefill engine", "decode worker")
+            if reason is None and message.process_space != process_space():
+                reason = (
+                    "the decode engine is on another host than the prefill engine, and cannot map its memory: start "
+                    "both with --adrenaline-pool remote, and without --adrenaline-share-weights"
+                )
             return self.handler.map(message) if reason is None else messages.Refused(reason)
         is_known = self.handler.note_sign_of_life(peer)
         if not is_known and not isinstance(message, messages.LetGo):  # that is of what was taken from its sender before

@@ -1,8 +1,12 @@
 """The ZMQ sockets of the control plane: frames and queues are bounded, and each socket has one thread that owns it.
 
-An address is `ipc:///path` (the default, protected by the folder's permissions) or `tcp://host:port`. A TCP address
-that is not loopback is refused: there is no key exchange yet.
+An address is `ipc:///path` (the default, protected by the folder's permissions) or `tcp://host:port`. Who connects to
+a TCP address may demand a key there, and writes it into the address: `tcp://KEY@host:port`. Both sides have to prove
+their keys then, and everything is encrypted (CURVE; keys.py). Beyond loopback that is a must, unless the operator says
+that it is not (--adrenaline-insecure).
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
@@ -14,12 +18,17 @@ from urllib.parse import urlsplit
 import msgspec
 import zmq
 
+from vllm_adrenaline.control import keys as curve
 from vllm_adrenaline.control import messages
+from vllm_adrenaline.control.keys import Keys
 from vllm_adrenaline.errors import AdrenalineError
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+EVERY_INTERFACE = {"0.0.0.0", "::", "*"}
 HIGH_WATER_MARK = 10_000
 """Messages that wait in a socket at most, in each direction."""
+KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 60, zmq.TCP_KEEPALIVE_INTVL: 10, zmq.TCP_KEEPALIVE_CNT: 6}
+"""So that a TCP connection to a host that is gone does not stay for ever. A process that only sleeps keeps its own."""
 
 
 def default_address() -> str:
@@ -27,26 +36,55 @@ def default_address() -> str:
     return f"ipc://{tempfile.gettempdir()}/vllm-adrenaline-{os.getuid()}/prefill"
 
 
-def check_address(address: str) -> str:
-    """Return `address` if it has a form that can be used, else raise AdrenalineError."""
+def check_address(address: str, binds: bool = False, has_keys: bool = False, insecure: bool = False) -> str:
+    """Return `address` if it can be used.
+
+    Args:
+        address: what an operator, or a peer, says.
+        binds: whether we are to listen there, or else to connect.
+        has_keys: whether we have a key of our own, and if we listen an allow-list.
+        insecure: whether other machines may be talked to without keys.
+
+    Raises:
+        AdrenalineError: it has no form that can be used, or other machines would be trusted without a key.
+    """
     parts = urlsplit(address)
     if parts.scheme == "ipc" and parts.path.startswith("/") and len(parts.path) < 100:
         return address
-    if parts.scheme == "tcp":
-        try:
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            host, port = None, None
-        if host and port is not None:
-            if host not in LOOPBACK:
-                raise AdrenalineError(
-                    f"address {address} is not on this machine: only loopback is supported, for control messages "
-                    "are neither encrypted nor authenticated yet"
-                )
-            return address
-    raise AdrenalineError(
-        f"address {address!r} is neither ipc:///absolute/path (under 100 characters) nor tcp://host:port"
-    )
+    host, port = _host_of(address)
+    if parts.scheme != "tcp" or host is None or port is None:
+        raise AdrenalineError(
+            f"address {address!r} is neither ipc:///absolute/path (under 100 characters) nor tcp://host:port"
+        )
+    key = parts.username
+    if key is not None:
+        if binds:
+            raise AdrenalineError(f"address {address}: whoever listens there has no key in its address")
+        curve.parse(key, f"what stands before the @ of the address of {host}")
+        if not has_keys:
+            raise AdrenalineError(f"whoever listens at {host}:{port} wants to know our key: give --adrenaline-key")
+    if host in EVERY_INTERFACE:
+        raise AdrenalineError(f"address {address} is of every interface: name the address of one")
+    if host not in LOOPBACK and not insecure and (not has_keys if binds else key is None):
+        wanted = (
+            "--adrenaline-key and --adrenaline-allow"
+            if binds
+            else "--adrenaline-key, and its public key in the address, tcp://KEY@host:port"
+        )
+        raise AdrenalineError(
+            f"address {address} is not loopback: give {wanted} (docs/security.md); or --adrenaline-insecure, and then "
+            "everybody who reaches this network can read, write and end what is served"
+        )
+    return address
+
+
+def _host_of(address: str) -> tuple[str | None, int | None]:
+    """Return host and port of a TCP address; None for what is not there, or is none."""
+    parts = urlsplit(address)
+    try:
+        return parts.hostname, parts.port
+    except ValueError:
+        return None, None
 
 
 def check_free(address: str) -> None:
@@ -76,24 +114,50 @@ def _bounded(kind: int) -> zmq.Socket[bytes]:
     socket.setsockopt(zmq.MAXMSGSIZE, messages.MAX_FRAME)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    for option, value in KEEPALIVE.items():
+        socket.setsockopt(option, value)
     return socket
 
 
-def bind(address: str) -> tuple[zmq.Socket[bytes], str]:
-    """Return a bound ROUTER socket and the address that it really has. Raises AdrenalineError if it cannot be bound."""
-    parts = urlsplit(address)
+_active: Keys | None = None
+
+
+def use_keys(keys: Keys | None) -> None:
+    """Have all TCP sockets that this process makes from now on use these keys; None: it has none.
+
+    Scheduler, worker and executor are made by others, and each of them is a process of its own.
+    """
+    global _active
+    _active = keys
+
+
+def bind(address: str, keys: Keys | None = None) -> tuple[zmq.Socket[bytes], str]:
+    """Return a bound ROUTER socket, and the address by which others connect to it.
+
+    Args:
+        address: where to listen.
+        keys: those to use for a TCP address; None for those of this process.
+
+    Raises:
+        AdrenalineError: it cannot be bound.
+    """
+    parts, keys = urlsplit(address), keys or _active
     if not address.endswith(":*"):
         check_free(address)
     if parts.scheme == "ipc":
         folder = Path(parts.path).parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     socket = _bounded(zmq.ROUTER)
+    has_keys = keys is not None and parts.scheme == "tcp"
     try:
+        if keys is not None and has_keys:
+            curve.guard(socket, keys)
         socket.bind(address)
     except zmq.ZMQError as error:
         socket.close()
         raise AdrenalineError(f"cannot listen at {address}: {error}") from None
-    return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+    found = socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+    return socket, found.replace("tcp://", f"tcp://{keys.public.hex()}@", 1) if keys is not None and has_keys else found
 
 
 def unbind(socket: zmq.Socket[bytes], address: str) -> None:
@@ -104,16 +168,38 @@ def unbind(socket: zmq.Socket[bytes], address: str) -> None:
             os.unlink(urlsplit(address).path)
 
 
-def connect(address: str) -> zmq.Socket[bytes]:
-    """Return a DEALER socket that talks to the ROUTER at `address`, which need not be there yet."""
+def connect(address: str, keys: Keys | None = None) -> zmq.Socket[bytes]:
+    """Return a DEALER socket that talks to the ROUTER at `address`, which need not be there yet.
+
+    Args:
+        address: with the key that is demanded there, if one is.
+        keys: our own; None for those of this process.
+
+    Raises:
+        AdrenalineError: the address demands a key, and we have none.
+    """
+    parts, keys = urlsplit(address), keys or _active
     socket = _bounded(zmq.DEALER)
-    socket.connect(address)
+    try:
+        if parts.username is not None:
+            if keys is None:
+                raise AdrenalineError(
+                    f"whoever listens at {parts.hostname} wants to know our key: give --adrenaline-key"
+                )
+            curve.prove(socket, keys, curve.parse(parts.username, f"the key of {parts.hostname}"))
+            address = address.replace(f"{parts.username}@", "", 1)
+        socket.connect(address)
+    except BaseException:
+        socket.close()
+        raise
     return socket
 
 
-def ask_once(address: str, message: messages.Message, timeout_s: float) -> messages.AnyMessage | None:
+def ask_once(
+    address: str, message: messages.Message, timeout_s: float, keys: Keys | None = None
+) -> messages.AnyMessage | None:
     """Ask the ROUTER at `address` over a connection of its own; return the answer, as `ask` does."""
-    socket = connect(address)
+    socket = connect(address, keys)
     try:
         return ask(socket, message, timeout_s)
     finally:

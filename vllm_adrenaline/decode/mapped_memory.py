@@ -25,6 +25,7 @@ from vllm_adrenaline.decode.link import ANSWER_S, NoAnswer, until_answered
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system import memory_file
 from vllm_adrenaline.system.address_range import AddressRange
+from vllm_adrenaline.system.machine import process_space
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -189,7 +190,7 @@ def ask_to_map(address: str, identity: messages.Identity, rank: int, member: str
     Raises:
         AdrenalineError: it refuses; NoAnswer: it does not answer.
     """
-    answer = sockets.ask_once(address, messages.Map(identity, rank, member, os.getpid()), ANSWER_S)
+    answer = sockets.ask_once(address, messages.Map(identity, rank, member, os.getpid(), process_space()), ANSWER_S)
     if isinstance(answer, messages.Refused):
         raise AdrenalineError(answer.reason)
     if not isinstance(answer, messages.Mappable):

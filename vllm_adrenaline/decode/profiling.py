@@ -33,7 +33,7 @@ def costs_of(config: VllmConfig, options: Options, executors: Sequence[str]) -> 
     Args:
         config: the engine's.
         options: the engine's.
-        executors: what each peer says of its executors (Welcome.executor_share).
+        executors: what each peer says of its executors (engine/setup.py, executors_of).
 
     Raises:
         AdrenalineError: there is no profile, or it is of another number of executors.
@@ -69,12 +69,12 @@ def measure(config: VllmConfig, options: Options, runner: Any, remote: RemoteAtt
         runner: the worker's model runner.
         remote: the worker's remote attention, attached to all executors.
     """
-    executors = [link.executor_share for link in remote.links]
-    if (
-        options.ratio is not None
-        or options.profile
-        or profiling.agree_on_known(profiling.key(config, options, executors))
-    ):
+    executors = [link.executors for link in remote.links]
+    if options.ratio is not None or options.profile:
+        return
+    # A network may be another one than it was, and nothing that a profile is kept by would tell.
+    is_any_far = any(link.is_far for link in remote.links)
+    if not is_any_far and profiling.agree_on_known(profiling.key(config, options, executors)):
         return
     began = time.monotonic()
     logger.info("measuring what a decode step costs here, once (some seconds)")
@@ -82,18 +82,30 @@ def measure(config: VllmConfig, options: Options, runner: Any, remote: RemoteAtt
     attention = profiling.attention_of(config)
     rows, context = profiling.typical_batch(config)
     local = profiling.attention_seconds(attention, rows, 1, context) / (rows * context)
-    per_row, per_step, per_token = [], [], []  # seconds of remote attention, by executor
+    per_row, per_step, per_token, links = [], [], [], []  # seconds of remote attention, by executor
     for executor, link in enumerate(remote.links):
         one = _remote_seconds(remote, executor, 1, 1, attention)
         few = _remote_seconds(remote, executor, rows, 1, attention)
         many = _remote_seconds(remote, executor, rows, context, attention)
-        per_step.append(one)
+        per_step.append(0.0 if link.is_far else one)
+        links.append(one if link.is_far else 0.0)
         per_row.append(max(few - one, 0.0) / max(rows - 1, 1))
         # Of a small model the difference drowns in noise: serving shows what a token really costs.
         per_token.append(max((many - few) / (rows * (context - 1)), local / 100))
-        us = (1e6 * each[-1] for each in (per_token, per_row, per_step))
-        logger.info("executor at %s: %.3f us a token, %.0f us a row, %.0f us a step", link.address, *us)
-    costs = Costs(step, local, per_token, max(per_row, default=0.0), max(per_step, default=0.0))
+        logger.info(
+            "executor at %s%s: %.3f us a token, %.0f us a row, %.0f us a step",
+            link.address,
+            " on another host" if link.is_far else "",
+            *(1e6 * each for each in (per_token[-1], per_row[-1], one)),
+        )
+    costs = Costs(
+        step,
+        local,
+        per_token,
+        max(per_row, default=0.0),
+        max(per_step, default=0.0),
+        links if is_any_far else [],
+    )
     logger.info("local attention: %.3f us a token; all in %.1f s", 1e6 * local, time.monotonic() - began)
     profiling.keep(profile.Profile(profiling.key(config, options, executors), costs))
 

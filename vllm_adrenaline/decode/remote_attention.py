@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vllm_adrenaline.decode.link import Link
     from vllm_adrenaline.decode.mapped_memory import MappedMemory
     from vllm_adrenaline.transport.channel import StepTransport
+    from vllm_adrenaline.transport.collective import CollectiveDecodeChannel
     from vllm_adrenaline.transport.shm import ShmDecodeChannel
 
 
@@ -75,14 +76,14 @@ class StepPlan:
         """Begin the step on all channels that it needs."""
         self.has_local = split.has_local
         self.layer_index = owner.layer_index
-        self.send = owner.transport.send
-        self._receive = owner.transport.receive
         self._owner = owner
         channels = {executor: owner.links[executor].channel for executor in split.executors}
         for executor, channel in channels.items():
             if channel is None:
                 owner.note_failure(executor)
         owner.transport.begin(split.handle, channels)
+        # What they are may depend on which channels the step has.
+        self.send, self._receive = owner.transport.send, owner.transport.receive
 
     def receive(self, layer: int, output: torch.Tensor) -> None:
         """Fill the offloaded rows of `output` [T, Hq, D]. Rows of an executor that failed become zero."""
@@ -103,7 +104,7 @@ class RemoteAttention:
     def __init__(
         self,
         links: list[Link],
-        transport: StepTransport[ShmDecodeChannel],
+        transport: StepTransport[ShmDecodeChannel | CollectiveDecodeChannel],
         mapped: MappedMemory | None,
         layers: list[str],
         block_size: int,
@@ -208,7 +209,7 @@ class RemoteAttention:
         """Note that these executors (as bits) failed in a layer, and give their channels up."""
         for executor, link in enumerate(self.links):
             if executors >> executor & 1:
-                if link.channel is not None and not link.channel.is_closed:
+                if link.channel is not None and not link.is_let_go_of():
                     self._hanging.add(link.pid)
                 link.fail()
                 self.note_failure(executor)

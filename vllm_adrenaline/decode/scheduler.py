@@ -18,6 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_adrenaline.compat import scheduler as compat
 from vllm_adrenaline.compat.message_queue import wait_without_spinning
 from vllm_adrenaline.config import Options
+from vllm_adrenaline.control import sockets
 from vllm_adrenaline.control.client import PrefillClient
 from vllm_adrenaline.decode import leases, profiling
 from vllm_adrenaline.decode.admission import EngineAdmission
@@ -26,6 +27,7 @@ from vllm_adrenaline.decode.own_prompts import OwnPrompts
 from vllm_adrenaline.decode.remote_attention import Report
 from vllm_adrenaline.decode.request_table import RequestTable
 from vllm_adrenaline.engine.identity import identity_of
+from vllm_adrenaline.engine.setup import executors_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.placement.batch import Batch
 from vllm_adrenaline.placement.policy import Reason
@@ -42,6 +44,7 @@ class DecodeScheduler(Scheduler):
         come_first()
         super().__init__(*args, **kwargs)
         options = Options.of(self.vllm_config)
+        sockets.use_keys(options.load_keys())
         identity = identity_of(self.vllm_config)
         engine = self.vllm_config.kv_transfer_config.engine_id
         self.clients = [PrefillClient(address, identity, engine) for address in options.peer_addresses]
@@ -50,7 +53,7 @@ class DecodeScheduler(Scheduler):
         self._wait_for_peers(options.connect_timeout)
         tensor_parallel_size = self.vllm_config.parallel_config.tensor_parallel_size
         blocks = self.kv_cache_manager.block_pool.num_gpu_blocks
-        shares = [client.welcome.executor_share for client in self.clients if client.welcome is not None]
+        shares = [executors_of(client.welcome) for client in self.clients if client.welcome is not None]
         costs = profiling.costs_of(self.vllm_config, options, shares)
         admission = EngineAdmission(options, costs, blocks, self.block_size, self.max_num_running_reqs)
         self.table = RequestTable(self.clients, admission, self.block_size, tensor_parallel_size)

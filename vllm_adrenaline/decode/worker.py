@@ -19,13 +19,15 @@ from vllm_adrenaline.compat.cpu_attention import allow_amx
 from vllm_adrenaline.compat.sampling import without_generators
 from vllm_adrenaline.compat.worker_cores import settle_worker
 from vllm_adrenaline.config import Options
+from vllm_adrenaline.control import sockets
 from vllm_adrenaline.decode import backend, profiling, remote_attention, shared_weights
 from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.decode.mapped_memory import MappedMemory
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system.priority import come_first
-from vllm_adrenaline.transport.shm import Shape, ShmSteps
+from vllm_adrenaline.transport.shm import Shape
+from vllm_adrenaline.transport.steps import Steps
 from vllm_adrenaline.weights.regions import Region, regions_of
 
 
@@ -75,6 +77,7 @@ class DecodeWorker(CPUWorker):
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise AdrenalineError(f"the model has {len(groups)} KV cache groups; one is supported")
+        sockets.use_keys(Options.of(self.vllm_config).load_keys())
         options, config, model = Options.of(self.vllm_config), self.vllm_config, self.vllm_config.model_config
         layers = list(groups[0].layer_names)
         shape = Shape(
@@ -90,7 +93,7 @@ class DecodeWorker(CPUWorker):
         engine = config.kv_transfer_config.engine_id
         addresses = options.peer_addresses
         links = [
-            Link(address, identity, engine, self.rank, layers, shape, options.executor_timeout)
+            Link(address, identity, engine, self.rank, layers, shape, options.executor_timeout, options.interface)
             for address in (addresses if options.uses_executors else [])
         ]
         deadline = time.monotonic() + max(options.connect_timeout, 1.0)
@@ -108,7 +111,7 @@ class DecodeWorker(CPUWorker):
             shared_weights.share(self._weights, options, identity, self.rank)
             self._weights = []
         self.remote = remote_attention.RemoteAttention(
-            links, ShmSteps(shape), mapped, layers, config.cache_config.block_size, counts_rows=self.rank == 0
+            links, Steps(shape), mapped, layers, config.cache_config.block_size, counts_rows=self.rank == 0
         )
         remote_attention.activate(self.remote)
         connector.connector_worker.remote = self.remote

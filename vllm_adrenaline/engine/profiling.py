@@ -49,7 +49,7 @@ def key(config: VllmConfig, options: Options, executors: Sequence[str]) -> profi
     Args:
         config: the engine's.
         options: the engine's.
-        executors: of a decode engine, what each peer says of its executors (Welcome.executor_share); else empty.
+        executors: of a decode engine, what each peer says of its executors (engine/setup.py, executors_of); else empty.
     """
     identity = identity_of(config)
     found = {

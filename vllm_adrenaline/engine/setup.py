@@ -21,6 +21,8 @@ from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.space import MAX_EXECUTORS
 from vllm_adrenaline.native import loader
 from vllm_adrenaline.system import cores
+from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.system.network import address_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 UCX_INTERFACES = "UCX_NET_DEVICES"
 """Environment variable that names the network interfaces at which UCX, and so NIXL, listens."""
+SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
+"""Environment variable with the address of NIXL's side channel, as in vLLM: there others ask how memory is read."""
 WAIT_POLICY = "OMP_WAIT_POLICY"
 """Environment variable that says whether OpenMP's threads spin between two parallel regions, which they do by default,
 or sleep. Those that spin take the cores from the other engine (docs/performance.md). Workers inherit it."""
@@ -93,7 +97,9 @@ def apply(args: EngineArgs, options: Options) -> None:
     )
     # Else NIXL's UCX listens on every interface of the machine, five ports a worker. An operator who serves other
     # machines names the interface; workers inherit it.
-    os.environ.setdefault(UCX_INTERFACES, "lo")
+    os.environ.setdefault(UCX_INTERFACES, options.interface or "lo")
+    if options.interface:
+        os.environ.setdefault(SIDE_CHANNEL_HOST, address_of(options.interface))
     if options.maps:  # two engines share their cores
         os.environ.setdefault(WAIT_POLICY, "passive")
 
@@ -143,6 +149,7 @@ def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
     Raises:
         AdrenalineError: the check fails.
     """
+    sockets.use_keys(options.load_keys())
     if options.role == "prefill":
         sockets.check_free(options.listen_address)
         return
@@ -155,6 +162,13 @@ def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
         welcome = _await_welcome(address, hello, options.connect_timeout, say)
         if options.uses_executors and not welcome.executors:
             raise no_executors(address)
+        if is_far(welcome) and options.maps:
+            raise AdrenalineError(
+                f"the prefill engine at {address} is on another host, whose memory cannot be mapped here: start both "
+                "with --adrenaline-pool remote"
+            )
+        if is_far(welcome) and not options.interface:
+            raise on_another_host(address)
 
 
 def no_executors(address: str) -> AdrenalineError:
@@ -162,6 +176,24 @@ def no_executors(address: str) -> AdrenalineError:
     return AdrenalineError(
         f"the prefill engine at {address} runs no attention executors: start it with --adrenaline-pool remote or both, "
         "or this engine with --adrenaline-pool mapped"
+    )
+
+
+def is_far(welcome: messages.Welcome) -> bool:
+    """Whether a prefill engine is on another host: its processes cannot be seen from here, nor its memory mapped."""
+    return welcome.process_space != process_space()
+
+
+def executors_of(welcome: messages.Welcome) -> str:
+    """Return in words what a prefill engine's executors run on, and whether that is another host."""
+    return f"{welcome.executor_share}, on another host" if is_far(welcome) else welcome.executor_share
+
+
+def on_another_host(address: str) -> AdrenalineError:
+    """Return the error of a decode engine that names no network to the other host that its prefill engine is on."""
+    return AdrenalineError(
+        f"the prefill engine at {address} is on another host: name the network between the two with "
+        "--adrenaline-interface, here and there"
     )
 
 

@@ -62,7 +62,11 @@ def split(
     """
 
 def layout(max_rows: int, max_tokens: int, max_blocks: int, q_row: int, kv_row: int, out_row: int, /) -> dict[str, int]:
-    """Return where each part of a channel begins, by name, and its size as "total". All sizes are in bytes."""
+    """Return where each part of a channel begins, by name, and its size as "total". All sizes are in bytes.
+
+    The words of the header are "plan", "sent" and "done" (int64: announcements), "counts" (three of int32: rows, padded
+    rows, padded tokens) and "closed" (int32).
+    """
 
 @final
 class DecodeEnd:

@@ -32,7 +32,8 @@ def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
 class Costs(msgspec.Struct, frozen=True):
     """Seconds. `step`: everything but attention, by rows of the batch, ascending. `local`: attention of the decode
     engine, all layers, by token of context. `remote`: the same of each executor. `exchange`: what the data plane takes
-    for a row and step; `plan`: what a step takes longer for having any offloaded row.
+    for a row and step; `plan`: what a step takes longer for having any offloaded row. `link`: of each executor, how
+    long a step's remote attention takes for nothing but being on another host; empty if none is.
     """
 
     step: Annotated[list[tuple[int, Seconds]], msgspec.Meta(min_length=1, max_length=256)]
@@ -40,6 +41,12 @@ class Costs(msgspec.Struct, frozen=True):
     remote: list[Seconds]
     exchange: Seconds = 0.0
     plan: Seconds = 0.0
+    link: Annotated[list[Seconds], msgspec.Meta(max_length=64)] = []
+
+    def link_seconds(self, executor: int) -> float:
+        """Return how long after its start a step's first output of an executor is there at the earliest: 0 on this
+        host."""
+        return self.link[executor] if self.link else 0.0
 
     def other(self, rows: float) -> float:
         """Return the seconds of a step without its attention: between measured sizes, and beyond them, on a line."""
@@ -51,7 +58,7 @@ class Costs(msgspec.Struct, frozen=True):
 
     def remote_seconds(self, executor: int, rows: float, tokens: float) -> float:
         """Return how long after its start the output of `rows` offloaded rows with `tokens` of context is there."""
-        return self.remote[executor] * tokens + self.exchange * rows
+        return self.remote[executor] * tokens + self.exchange * rows + self.link_seconds(executor)
 
     def seconds(self, rows: float, local_tokens: float, remote: Sequence[tuple[float, float]]) -> float:
         """Return the seconds of a step: `remote` holds (rows, tokens) of each executor; the slowest side counts."""

@@ -69,6 +69,7 @@ class Feedback:
             remote=[each * sums.factor() for each, sums in zip(old.remote, self._remote, strict=True)],
             exchange=old.exchange,
             plan=old.plan,
+            link=old.link,
         )
         self.corrections += self.costs != old
 

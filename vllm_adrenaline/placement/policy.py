@@ -3,8 +3,8 @@
 The rules, in order (docs/placement.md): offload only to an available executor, map only memory that may be mapped; with
 a fixed ratio, keep it; else offload what makes the step clearly shorter, if the prefill engine has the time; map what
 the prefill engine's memory has more room for than the decode engine's; else stay local while the decode engine has
-memory; offload what does not fit while remote attention hides under local attention (placement/bounds.py); beyond that,
-while a larger batch is clearly worth it; otherwise wait, as in vLLM.
+memory; offload what does not fit while remote attention hides under local attention (placement/bounds.py), and the link
+to another host does; beyond that, while a larger batch is clearly worth it; otherwise wait, as in vLLM.
 """
 
 from __future__ import annotations
@@ -181,13 +181,19 @@ def place(o: Observed, request: Candidate) -> Decision:
         return Decision(Placement.MAPPED, Reason.LOCAL_FULL)
     local = (o.decode.rows, o.decode.tokens)
     limit = bound(o, request.executor)
-    if bounds.within(o.rule, (executor.rows, executor.tokens), request.tokens, request.final, local, limit):
+    is_within = bounds.within(o.rule, (executor.rows, executor.tokens), request.tokens, request.final, local, limit)
+    if is_within and _is_hidden(o, request.executor):
         return Decision(Placement.OFFLOADED, Reason.LOCAL_FULL)
     if executor.mappable:
         return Decision(Placement.MAPPED, Reason.LOCAL_FULL)
     if _is_worth(o, request):
         return Decision(Placement.OFFLOADED, Reason.THROUGHPUT)
     return Decision(Placement.WAIT, Reason.OVER_BOUND)
+
+
+def _is_hidden(o: Observed, executor: int) -> bool:
+    """Whether local attention hides the link to an executor. The bounds know memory and bandwidth, and no time."""
+    return o.costs.link_seconds(executor) <= o.costs.local * o.decode.tokens
 
 
 def _is_emptier(o: Observed, executor: EngineState, request: Candidate, own: int) -> bool:

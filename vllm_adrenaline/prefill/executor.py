@@ -33,6 +33,7 @@ class PrefillExecutor(MultiprocExecutor):
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         super().initialize_from_config(kv_cache_configs)
         options = Options.of(self.vllm_config)
+        sockets.use_keys(options.load_keys())
         identity = identity_of(self.vllm_config)
         exports = [msgspec.convert(export, KVExport) for export in self.collective_rpc("export_kv")]
         weights = [msgspec.convert(each, SharedWeights | None) for each in self.collective_rpc("export_weights")]
@@ -50,6 +51,9 @@ class PrefillExecutor(MultiprocExecutor):
                 or (len(cores[rank]) if options.executor_cores else min(len(cores[rank]), export.threads)),
                 idle_timeout=options.lease_seconds,
                 share=options.executor_share,
+                key=options.key,
+                allow=options.allow,
+                interface=options.interface,
             )
             for rank, export in enumerate(exports)
             if options.uses_executors

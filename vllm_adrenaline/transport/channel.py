@@ -1,13 +1,17 @@
-"""The interface of a transport of the data plane, as the decode worker sees it. Shared memory implements it (shm.py).
+"""The interfaces of the data plane: the two ends of a channel, and all channels of a decode worker in a step.
+
+A channel is in shared memory (shm.py), or goes to another host (collective.py). A step may have both (steps.py).
 
 A step has one `begin`, with the plans of all executors. A layer has one `send` and one `receive`, however many
 executors there are. None of them raises because of an executor: one that is late or has ended is a bit of the result.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
+
+from vllm_adrenaline.control.messages import Contact
 
 
 class DecodeChannel(Protocol):
@@ -23,6 +27,26 @@ class DecodeChannel(Protocol):
 
     def close(self) -> None:
         """Let go of the memory. Never fails; may be called twice."""
+
+
+class ExecutorChannel(Protocol):
+    """The executor's end of the channel to one decode worker."""
+
+    def connect(self, contact: Contact) -> None:
+        """Connect to the decode worker, where the transport wants that. Raises Disconnected if it does not answer."""
+
+    def next_step(self) -> tuple[int, int, dict[str, torch.Tensor]] | None:
+        """Sleep until a step's plan comes; return its number, rows and tensors. None: the channel has ended."""
+
+    @property
+    def next_layer(self) -> Callable[[], int | None]:
+        """Gives back the output of the layer before, waits for the next, and returns its number. None: no more."""
+
+    def stop(self) -> None:
+        """End the waits of this end, from any thread."""
+
+    def close(self) -> None:
+        """Serve the decode worker no more. Only the thread that serves it may say so."""
 
 
 Channel = TypeVar("Channel", bound=DecodeChannel, contravariant=True)

@@ -12,9 +12,11 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from vllm_adrenaline.control.messages import Contact
 from vllm_adrenaline.native.library import library
 from vllm_adrenaline.system import memory_file
 
@@ -67,17 +69,22 @@ class Memory:
         return flat.view(sizes)
 
 
+def draw_epoch() -> int:
+    """Return a number for a channel's life, 1 to MAX_EPOCH: it tells its announcements from any other's."""
+    return 1 + secrets.randbelow(library.MAX_EPOCH)
+
+
 class ShmDecodeChannel:
     """The decode worker's end of a channel. It makes the memory.
 
     Attributes:
-        epoch: the number of this channel's life, drawn at random: it tells its announcements from any other's.
+        epoch: the number of this channel's life, drawn at random.
         fd: the memory file; -1 once it is closed.
         end: the native end.
     """
 
     def __init__(self, shape: Shape) -> None:
-        self.epoch = 1 + secrets.randbelow(library.MAX_EPOCH)
+        self.epoch = draw_epoch()
         self.fd = memory_file.create("adrenaline-channel", library.layout(*shape.sizes)["total"])
         try:
             self._memory = Memory(self.fd, shape)
@@ -111,6 +118,13 @@ class ShmDecodeChannel:
             self.fd = -1
 
 
+class HasEnd(Protocol):
+    """A channel of a decode worker: `end` is its native end."""
+
+    @property
+    def end(self) -> library.DecodeEnd: ...
+
+
 class ShmSteps:
     """The steps of a decode worker over all its channels: a StepTransport. A layer is one native call each way."""
 
@@ -118,9 +132,9 @@ class ShmSteps:
         self._steps = library.Steps(*shape.sizes[3:5])
         # Bound here, so that a layer costs no Python frame.
         self.send, self.receive = self._steps.send, self._steps.receive
-        self._channels: list[ShmDecodeChannel | None] = []
+        self._channels: list[HasEnd | None] = []
 
-    def begin(self, split: library.Split, channels: Mapping[int, ShmDecodeChannel | None]) -> None:
+    def begin(self, split: library.Split, channels: Mapping[int, HasEnd | None]) -> None:
         self._steps.clear()
         self._channels = [*channels.values()]  # whose memory this step uses
         for executor, channel in channels.items():
@@ -129,6 +143,39 @@ class ShmSteps:
     @property
     def times_ns(self) -> tuple[int, int]:
         return self._steps.times_ns()
+
+
+def tokens_of(memory: Memory, shape: Shape) -> dict[str, torch.Tensor]:
+    """Return the slots q, k, v and out of a channel, by name: [T, heads, head size]."""
+    heads = {"q": shape.num_heads, "k": shape.num_kv_heads, "v": shape.num_kv_heads, "out": shape.num_heads}
+    return {n: memory.array(n, (shape.max_tokens, h, shape.head_size), shape.dtype) for n, h in heads.items()}
+
+
+class StepTensors:
+    """What an executor attends a step with, as tensors by name: those of the plan, and the slots q, k, v and out."""
+
+    def __init__(self, whole: Mapping[str, torch.Tensor]) -> None:
+        """`whole`: the tensors at their largest."""
+        self._whole = whole
+        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+
+    @classmethod
+    def of(cls, memory: Memory, shape: Shape) -> StepTensors:
+        """Return those in memory that nobody else writes."""
+        plan = {
+            "query_start_loc": memory.array("query_start_loc", (shape.max_rows + 1,), torch.int32),
+            "seq_lens": memory.array("seq_lens", (shape.max_rows,), torch.int32),
+            "block_table": memory.array("block_table", (shape.max_rows, shape.max_blocks), torch.int32),
+            "slot_mapping": memory.array("slot_mapping", (shape.max_tokens,), torch.int64),
+        }
+        return cls(plan | tokens_of(memory, shape))
+
+    def view(self, rows: int, tokens: int) -> dict[str, torch.Tensor]:
+        """Return the tensors of a padded size, which are kept. Sizes are few (csrc/shm/layout.h, bucket)."""
+        if (rows, tokens) not in self._views:
+            sizes = {"query_start_loc": rows + 1, "seq_lens": rows, "block_table": rows}
+            self._views[rows, tokens] = {n: array[: sizes.get(n, tokens)] for n, array in self._whole.items()}
+        return self._views[rows, tokens]
 
 
 class ShmExecutorChannel:
@@ -155,30 +202,21 @@ class ShmExecutorChannel:
         """
         memory = Memory(fd, shape)
         self._memory = memory
-        r, t, d = shape.max_rows, shape.max_tokens, shape.head_size
         # The native end copies each step's plan to here, so that what was checked is what kernels read.
-        self._query_start_loc = torch.zeros(r + 1, dtype=torch.int32)
-        self._rows = {
-            "seq_lens": torch.zeros(r, dtype=torch.int32),
-            "block_table": torch.zeros(r, shape.max_blocks, dtype=torch.int32),
+        copies = {
+            "query_start_loc": torch.zeros(shape.max_rows + 1, dtype=torch.int32),
+            "seq_lens": torch.zeros(shape.max_rows, dtype=torch.int32),
+            "block_table": torch.zeros(shape.max_rows, shape.max_blocks, dtype=torch.int32),
+            "slot_mapping": torch.zeros(shape.max_tokens, dtype=torch.int64),
         }
-        slots = torch.zeros(t, dtype=torch.int64)
-        copies = (self._query_start_loc, *self._rows.values(), slots)
-        starts, lens, table, numbers = (copy.data_ptr() for copy in copies)
+        self._tensors = StepTensors(copies | tokens_of(memory, shape))
+        starts, lens, table, numbers = (copy.data_ptr() for copy in copies.values())
         timeout_ns = int(timeout_s * 1e9)
         self._end = library.ExecutorEnd(
             memory.address, shape.sizes, epoch, num_layers, timeout_ns, shared_core, starts, lens, table, numbers
         )
         # Bound here, so that a layer costs no Python frame.
         self.next_layer = self._end.next_layer
-        self._tokens = {
-            "slot_mapping": slots,
-            "q": memory.array("q", (t, shape.num_heads, d), shape.dtype),
-            "k": memory.array("k", (t, shape.num_kv_heads, d), shape.dtype),
-            "v": memory.array("v", (t, shape.num_kv_heads, d), shape.dtype),
-            "out": memory.array("out", (t, shape.num_heads, d), shape.dtype),
-        }
-        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
 
     def next_step(self) -> tuple[int, int, dict[str, torch.Tensor]] | None:
         """Sleep until a step's plan comes.
@@ -194,16 +232,10 @@ class ShmExecutorChannel:
         if found is None:
             return None
         step, rows, padded_rows, padded_tokens = found
-        views = self._views.get((padded_rows, padded_tokens))
-        return step, rows, views or self._view(padded_rows, padded_tokens)
+        return step, rows, self._tensors.view(padded_rows, padded_tokens)
 
-    def _view(self, rows: int, tokens: int) -> dict[str, torch.Tensor]:
-        """Make and keep the tensors of a padded size. Sizes are few (csrc/shm/layout.h, bucket)."""
-        arrays = {"query_start_loc": self._query_start_loc[: rows + 1]}
-        arrays |= {name: array[:rows] for name, array in self._rows.items()}
-        arrays |= {name: array[:tokens] for name, array in self._tokens.items()}
-        self._views[rows, tokens] = arrays
-        return arrays
+    def connect(self, contact: Contact) -> None:
+        """Nothing: who has the memory mapped is connected."""
 
     def stop(self) -> None:
         """End the waits of this end, from any thread."""
