@@ -1,6 +1,6 @@
 // The kernel: append the new tokens of a batch to vLLM's paged KV cache, and attend. A block of four warps walks along its
-// stretch of the work (work.h). Of each part it loads tiles of 64 tokens through a ring of stages. Its warps divide a tile:
-// by queries where there are more than 16, else by tokens.
+// stretch of the work (work.h). Of each part it loads the tokens through a ring of stages. Its warps divide what a stage
+// has: by queries where there are more than 16, else by tokens.
 #pragma once
 
 #include "merge.h"
@@ -28,11 +28,12 @@ class Attention {
     const int rest = span.row.queries * group - first, queries = rest < kRowBlock ? rest : kRowBlock;
     const int row_tiles = queries <= 16 ? 1 : queries <= 32 ? 2 : 4;
     const int row_tile = warp_index() % row_tiles;
-    const int stages = call.stages, tiles = span.part.tiles, thread = device::thread_index();
+    constexpr int kLoad = Memory::Layout::kLoad;
+    const int stages = call.stages, loads = span.part.tiles * (kTile / kLoad), thread = device::thread_index();
 
-    if (thread < kTile)
-      for (int tile = 0; tile < stages && tile < tiles; ++tile)
-        device::shared_store(Memory::place_at(tile, thread), place_of(call, span, span.position(tile, thread)));
+    if (thread < kLoad)
+      for (int load = 0; load < stages && load < loads; ++load)
+        device::shared_store(Memory::place_at(load, thread), place_of(call, span, span.position(load * kLoad + thread)));
 
     uint32_t packed[Parts::kSteps][4];
     Logits logits{call.scale * call.k_scale, call.soft_cap, {-1, -1}, call.batch.window};
@@ -47,27 +48,27 @@ class Attention {
     }
     Parts::load_queries(packed, rows[0], rows[1]);
 
-    device::barrier();
-    for (int tile = 0; tile < stages - 1; ++tile) {
-      if (tile < tiles) Memory::load(call, span, tile, tile);
+    device::barrier();  // places are there for all
+    for (int load = 0; load < stages - 1; ++load) {
+      if (load < loads) Memory::start(call, span, load, load);
       device::copy_commit();
     }
     Running<T, C, kHead> running;
-    int stage = 0, free = stages - 1;  // of the tile that is attended, and of the one that is loaded
-    for (int tile = 0; tile < tiles; ++tile) {
+    int stage = 0, free = stages - 1;  // of what is attended, and of what is loaded
+    for (int load = 0; load < loads; ++load) {
       device::copy_wait(stages - 2);
-      device::barrier();  // the tile is there for all, and nobody attends the one before any more
-      const int ahead = tile + stages;
-      const bool finds_place = ahead < tiles && thread < kTile;
-      const int64_t place = finds_place ? place_of(call, span, span.position(ahead, thread)) : kNowhere;
-      if (ahead - 1 < tiles) Memory::load(call, span, ahead - 1, free);
+      device::barrier();  // this load is there for all, and nobody attends the one before any more
+      const int ahead = load + stages;
+      const bool finds_place = ahead < loads && thread < kLoad;
+      const int64_t place = finds_place ? place_of(call, span, span.position(ahead * kLoad + thread)) : kNowhere;
+      if (ahead - 1 < loads) Memory::start(call, span, ahead - 1, free);
       device::copy_commit();
-      for (int token = warp_index() / row_tiles * 16; token < kTile; token += kWarps / row_tiles * 16) {
-        const int position = span.position(tile, token);
+      for (int token = warp_index() / row_tiles * 16; token < kLoad; token += kWarps / row_tiles * 16) {
+        const int position = span.position(load * kLoad + token);
         if (position >= span.row.end) break;
         running.attend(packed, logits, Memory::keys_at(stage), Memory::values_at(stage), token, position);
       }
-      // What was asked for a tile ago has come by now.
+      // What was asked for at the start has come by now.
       if (finds_place) device::shared_store(Memory::place_at(ahead, thread), place);
       free = stage;
       stage = stage + 1 == stages ? 0 : stage + 1;
@@ -76,9 +77,9 @@ class Attention {
     device::barrier();  // the stages are free for outputs
     const Merge<T, C, kHead> merge(call, span, queries, row_tiles);
     merge.leave(running);
-    device::barrier();
+    device::barrier();  // outputs are there
+    // The next part writes to this memory behind a barrier only; places it writes before, and those are not in use.
     merge.finish();
-    device::barrier();  // shared memory is free for the next part
   }
 };
 

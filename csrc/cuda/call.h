@@ -56,18 +56,21 @@ template <typename T, typename C, int kHead>
 struct SharedLayout {
   static constexpr int kPieces = kHead * int{sizeof(C)} / 16;  // pieces of 16 bytes in a head of a token
   static constexpr int kRow = kHead * int{sizeof(C)} + 16;     // an odd number of pieces, so that banks do not collide
-  static constexpr int kTileBytes = kTile * kRow, kStageBytes = 2 * kTileBytes;
+  // Tokens in a stage, a tile or half of it: two stages must fit the 99 KiB that the smallest devices have.
+  static constexpr int kLoad = kRow > 272 ? kTile / 2 : kTile;
+  static constexpr int kLoadBytes = kLoad * kRow, kStageBytes = 2 * kLoadBytes;
   static constexpr int kOutputRow = 4 * (kHead + 8);
   static constexpr int kPlaces = 0;
-  static constexpr int kSums = kPlaces + kMostStages * kTile * int{sizeof(int64_t)};
+  static constexpr int kSums = kPlaces + kMostStages * kLoad * int{sizeof(int64_t)};
   static constexpr int kFlag = kSums + kWarps * 16 * 2 * int{sizeof(float)};
   static constexpr int kStages = kFlag + 16;
-  static_assert(kRow / 16 % 2 == 1 && kStages % 16 == 0);
+  static_assert(kRow / 16 % 2 == 1 && kStages % 16 == 0 && kLoad * kPieces % kThreads == 0);
 
   static constexpr int bytes(int stages) {
     const int outputs = kWarps * 16 * kOutputRow;
     return kStages + (stages * kStageBytes > outputs ? stages * kStageBytes : outputs);
   }
+  static_assert(kStages + 2 * kStageBytes <= 99 << 10 && kStages + kWarps * 16 * kOutputRow <= 99 << 10);
 };
 
 }  // namespace adrenaline::cuda

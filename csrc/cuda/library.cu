@@ -9,7 +9,7 @@ namespace adrenaline::cuda {
 namespace {
 
 template <typename T, typename C, int kHead>
-__global__ void __launch_bounds__(kThreads) attend_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_constant__ Call call) {
   Attention<T, C, kHead>::run(call);
 }
 

@@ -91,7 +91,7 @@ class Merge {
   // Tell the other blocks that this part is there. Return whether all of the unit are: in one block only. A block begins
   // at most one unit that others share, so a unit's counter is that of the block which begins it.
   ADRENALINE_DEVICE bool is_last() const {
-    device::barrier();
+    device::barrier();  // the whole part is stored
     if (device::thread_index() == 0) {
       uint32_t* counter = call_.counters + span_.part.first_block;
       device::fence();  // releases what the block stored before the barrier

@@ -19,6 +19,9 @@
 //   pack_bf16, pack_half(low, high)            two floats, rounded to nearest even, in one word
 //   widen_bf16, widen_half(bits)               the float that 16 bits stand for
 //   scale_bf16, scale_half(two, factors)       products of two packed pairs
+//
+// and macros: ADRENALINE_DEVICE and ADRENALINE_BOTH before a function for the device, or for host and device;
+// ADRENALINE_UNROLL and ADRENALINE_ROLLED before a loop that must be unrolled, or must not.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -9,6 +9,7 @@
 #define ADRENALINE_DEVICE __device__ __forceinline__
 #define ADRENALINE_BOTH __host__ __device__ inline
 #define ADRENALINE_UNROLL _Pragma("unroll")
+#define ADRENALINE_ROLLED _Pragma("unroll 1")
 
 namespace adrenaline::cuda::device {
 

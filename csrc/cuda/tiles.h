@@ -24,9 +24,8 @@ struct Span {
   Part part;
   Row row;
 
-  ADRENALINE_DEVICE int position(int tile, int token) const {
-    return row.begin + (part.tile + tile) * kTile + token;
-  }
+  // Of a token, counted from the first of the part.
+  ADRENALINE_DEVICE int position(int token) const { return row.begin + part.tile * kTile + token; }
 };
 
 ADRENALINE_DEVICE int64_t place_of(const Call& call, const Span& span, int position) {
@@ -45,35 +44,52 @@ template <typename T, typename C, int kHead>
 struct Tiles {
   using Layout = SharedLayout<T, C, kHead>;
 
-  static ADRENALINE_DEVICE uint32_t place_at(int tile, int token) {
-    return Layout::kPlaces + (tile % kMostStages * kTile + token) * uint32_t{sizeof(int64_t)};
+  static ADRENALINE_DEVICE uint32_t place_at(int load, int token) {
+    return Layout::kPlaces + (load % kMostStages * Layout::kLoad + token) * uint32_t{sizeof(int64_t)};
   }
   static ADRENALINE_DEVICE uint32_t keys_at(int stage) { return Layout::kStages + stage * Layout::kStageBytes; }
-  static ADRENALINE_DEVICE uint32_t values_at(int stage) { return keys_at(stage) + Layout::kTileBytes; }
+  static ADRENALINE_DEVICE uint32_t values_at(int stage) { return keys_at(stage) + Layout::kLoadBytes; }
 
-  // Start loading tile number `tile` of a part into `stage`. Its places must be in shared memory.
-  static ADRENALINE_DEVICE void load(const Call& call, const Span& span, int tile, int stage) {
+  // Start load number `load` of a part, into `stage`. Its places must be in shared memory.
+  static ADRENALINE_DEVICE void start(const Call& call, const Span& span, int load, int stage) {
     const C* keys = static_cast<const C*>(call.keys);
     const C* values = static_cast<const C*>(call.values);
-    static_assert(kTile * Layout::kPieces % kThreads == 0);
+    constexpr int kEach = Layout::kLoad * Layout::kPieces / kThreads;
     ADRENALINE_UNROLL
-    for (int i = 0; i < kTile * Layout::kPieces / kThreads; ++i) {
-      const int number = i * kThreads + device::thread_index();
-      const int token = number / Layout::kPieces, piece = number % Layout::kPieces;
-      const int64_t place = device::shared_load<int64_t>(place_at(tile, token));
-      const uint32_t in_tile = token * Layout::kRow + piece * 16;
-      if (place < 0 && place != kNowhere) {
-        append(call, span, static_cast<int>(-1 - place), piece, keys_at(stage) + in_tile, values_at(stage) + in_tile);
-        continue;
-      }
+    for (int i = 0; i < kEach; ++i) {
+      const InTile at = in_tile(i);
+      const int64_t place = device::shared_load<int64_t>(place_at(load, at.token));
+      if (is_new(place)) continue;
       const bool there = place != kNowhere;
-      const int64_t offset = (there ? place : 0) + piece * (16 / int{sizeof(C)});
-      device::copy_async(keys_at(stage) + in_tile, keys + offset, there);
-      device::copy_async(values_at(stage) + in_tile, values + offset, there);
+      const int64_t offset = (there ? place : 0) + at.piece * (16 / int{sizeof(C)});
+      device::copy_async(keys_at(stage) + at.offset, keys + offset, there);
+      device::copy_async(values_at(stage) + at.offset, values + offset, there);
+    }
+    // The last tokens of a row: apart, so that the loop above stays short.
+    if (span.position((load + 1) * Layout::kLoad - 1) < span.row.context) return;
+    ADRENALINE_ROLLED
+    for (int i = 0; i < kEach; ++i) {
+      const InTile at = in_tile(i);
+      const int64_t place = device::shared_load<int64_t>(place_at(load, at.token));
+      if (is_new(place))
+        append(call, span, static_cast<int>(-1 - place), at.piece, keys_at(stage) + at.offset,
+               values_at(stage) + at.offset);
     }
   }
 
  private:
+  // What the calling thread loads as its `i`th: a piece of a token, and where in the stage that belongs.
+  struct InTile {
+    int token, piece;
+    uint32_t offset;
+  };
+  static ADRENALINE_DEVICE InTile in_tile(int i) {
+    const int number = i * kThreads + device::thread_index(), token = number / Layout::kPieces;
+    const int piece = number % Layout::kPieces;
+    return {token, piece, static_cast<uint32_t>(token * Layout::kRow + piece * 16)};
+  }
+  static ADRENALINE_DEVICE bool is_new(int64_t place) { return place < 0 && place != kNowhere; }
+
   static ADRENALINE_DEVICE void append(const Call& call, const Span& span, int token, int piece, uint32_t key_at,
                                        uint32_t value_at) {
     constexpr int kNumbers = 16 / int{sizeof(C)};

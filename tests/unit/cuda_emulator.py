@@ -9,13 +9,20 @@ import subprocess
 from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
+import pytest
 import torch
 
 from vllm_adrenaline.native import cuda
 
 ROOT = Path(__file__).parent.parent.parent
 FLAGS = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
-KERNELS = [("Bf16", "Bf16", 128), ("Half", "Half", 96), ("Half", "Fp8", 64), ("Bf16", "Fp8", 256)]
+KERNELS = [
+    ("Bf16", "Bf16", 128),
+    ("Bf16", "Bf16", 256),
+    ("Bf16", "Fp8", 128),
+    ("Half", "Half", 96),
+    ("Half", "Fp8", 64),
+]
 """What CI emulates: message, cache, head size. Every head size is among them, and every type."""
 ALL_KERNELS = [
     (message, cache, head)
@@ -30,12 +37,12 @@ def kernels_option(kernels: list[tuple[str, str, int]]) -> str:
     return "-DADRENALINE_KERNELS(X)=" + " ".join(f"X({m},{c},{head})" for m, c, head in kernels)
 
 
-def build(folder: Path, source: str, options: list[str]) -> Path:
+def build(folder: Path, source: str, options: list[str], csrc: Path = ROOT / "csrc") -> Path:
     """Compile a source of csrc/tests, unless `folder` has what the same sources, options and compiler made."""
-    command = ["g++", *FLAGS, *options, str(ROOT / "csrc" / "tests" / source)]
+    command = ["g++", *FLAGS, *options, str(csrc / "tests" / source)]
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(f"{version}{command}".encode())
-    files = [*sorted((ROOT / "csrc" / "cuda").rglob("*.h")), ROOT / "csrc" / "tests" / source, ROOT / "csrc" / "check.h"]
+    files = [*sorted((csrc / "cuda").rglob("*.h")), csrc / "tests" / source, csrc / "check.h"]
     for path in files:
         digest.update(f"{path.name}{path.read_text()}".encode())
     name = Path(source).stem
@@ -48,6 +55,20 @@ def build(folder: Path, source: str, options: list[str]) -> Path:
             assert done.returncode == 0, done.stderr
             made.rename(wanted)
     return wanted
+
+
+def build_library(
+    folder: Path, kernels: list[tuple[str, str, int]], options: list[str], csrc: Path = ROOT / "csrc"
+) -> Path:
+    """Compile the library of emulated kernels."""
+    options = [*options, "-shared", "-fPIC", kernels_option(kernels)]
+    return build(folder, "emulated_attention.cpp", options, csrc)
+
+
+def kept_programs(config: pytest.Config, factory: pytest.TempPathFactory) -> Path:
+    """Return the folder where compiled programs are kept for later runs."""
+    cache: pytest.Cache | None = getattr(config, "cache", None)  # none with -p no:cacheprovider
+    return cache.mkdir("cuda-programs") if cache else factory.mktemp("cuda-programs")
 
 
 class Emulator:

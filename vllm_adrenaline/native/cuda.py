@@ -20,7 +20,7 @@ STAGES = (2, 3, 4)
 class Batch(ctypes.Structure):
     """A step's rows, as in csrc/cuda/work.h."""
 
-    _fields_ = [  # noqa: RUF012 - ctypes wants it like this
+    _fields_ = [
         ("query_start_loc", c_void_p),
         ("seq_lens", c_void_p),
         *((name, c_int32) for name in ("rows", "group", "kv_heads", "window")),
@@ -30,7 +30,7 @@ class Batch(ctypes.Structure):
 class Call(ctypes.Structure):
     """One launch, as in csrc/cuda/call.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("batch", Batch),
         *((name, c_void_p) for name in ("q", "k", "v")),
         *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride")),
@@ -50,13 +50,13 @@ class Call(ctypes.Structure):
 class Kind(ctypes.Structure):
     """Which kernel: the type of the message, whether the cache is fp8, and the head size."""
 
-    _fields_ = [(name, c_int32) for name in ("is_half", "is_fp8", "head_size")]  # noqa: RUF012
+    _fields_ = [(name, c_int32) for name in ("is_half", "is_fp8", "head_size")]
 
 
 class Resources(ctypes.Structure):
     """What a kernel needs of a device, and how many of its blocks fit a multiprocessor."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, c_int32)
         for name in ("multiprocessors", "stages", "shared_bytes", "blocks_each", "registers", "spilled_bytes")
     ]
@@ -205,7 +205,7 @@ class CudaLibrary:
             raise RuntimeError(f"CUDA: {self._lib.adrenaline_error(error).decode()}")
 
     def prepare(self, kind: Kind) -> Resources:
-        """Return what the kernel needs of the current device, and allow it that. To be called before its first launch."""
+        """Return what the kernel needs of the current device, and allow it that. Its first launch comes after this."""
         found = Resources()
         self._check(self._lib.adrenaline_prepare(kind, found))
         return found

@@ -10,6 +10,7 @@
 #include "../../check.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define ADRENALINE_ASAN 1
 #else
@@ -41,16 +42,22 @@ class Fiber {
     ADRENALINE_CHECK(found != MAP_FAILED, "no memory for a fiber");
     stack_ = static_cast<char*>(found);
   }
-  ~Fiber() { munmap(stack_, kStack); }
+  ~Fiber() {
+#if ADRENALINE_ASAN
+    __asan_unpoison_memory_region(stack_, kStack);
+#endif
+    munmap(stack_, kStack);
+  }
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // Make it ready to run `main(argument)` from the start. That function must never return: it leaves for the last time.
+  // Make it ready to run `main(argument)` from the start. That function must never return.
   void prepare(void (*main)(void*), void* argument) {
     main_ = main;
     argument_ = argument;
 #if ADRENALINE_ASAN
     fake_ = nullptr;
+    __asan_unpoison_memory_region(stack_, kStack);  // frames that were left for good are still marked
 #endif
 #if defined(__x86_64__)
     // What change_stack finds: six registers, the address it returns to, and a stack aligned as after a call.
@@ -98,7 +105,6 @@ class Fiber {
     __sanitizer_finish_switch_fiber(nullptr, &self->outside_stack_, &self->outside_size_);
 #endif
     self->main_(self->argument_);
-    __builtin_trap();
   }
 
 #if defined(__x86_64__)

@@ -30,6 +30,7 @@ class GlobalMemory {
       held.thread = who.thread;
       held.block = who.block;
       held.block_epoch = who.block_epoch;
+      held.fenced_by = -1;
       held.released = 0;
       std::memcpy(&held.value, static_cast<const char*>(from) + i, kWord);
     }
@@ -46,7 +47,7 @@ class GlobalMemory {
         if (held.thread != who.thread && held.block_epoch == who.block_epoch)
           return "global memory is read and written by different threads of a block with no barrier between";
       } else if (held.released == 0) {
-        return "what another block wrote is read, and that block has made no fence";
+        return "what another block wrote is read, and that block has made no fence before its atomic";
       } else if (held.released > who.acquired) {
         return "what another block wrote is read with no fence after the atomic that announced it";
       }
@@ -55,12 +56,19 @@ class GlobalMemory {
     return nullptr;
   }
 
-  // A fence: what the thread wrote, and what others of its block wrote before a barrier, may be seen from now on.
-  void release(const Access& who, uint64_t now) {
+  // A fence: what the thread wrote, and what others of its block wrote before a barrier, will be seen by those who see
+  // what the thread announces from now on.
+  void fence(const Access& who) {
     for (auto& [word, held] : held_)
-      if (held.block == who.block && held.released == 0 &&
+      if (held.block == who.block && held.fenced_by < 0 &&
           (held.thread == who.thread || held.block_epoch < who.block_epoch))
-        held.released = now;
+        held.fenced_by = who.thread;
+  }
+
+  // An atomic: it announces what its thread has fenced.
+  void announce(const Access& who, uint64_t now) {
+    for (auto& [word, held] : held_)
+      if (held.fenced_by == who.thread && held.released == 0) held.released = now;
   }
 
   const char* store(void* to, const void* from, size_t size, const Access& who) {
@@ -88,7 +96,7 @@ class GlobalMemory {
  private:
   static constexpr int kSeveral = -2;
   struct Held {
-    int thread = -1, block = -1;
+    int thread = -1, block = -1, fenced_by = -1;
     uint32_t block_epoch = 0, value = 0;
     uint64_t released = 0;
   };

@@ -9,6 +9,7 @@
 #define ADRENALINE_DEVICE inline
 #define ADRENALINE_BOTH inline
 #define ADRENALINE_UNROLL
+#define ADRENALINE_ROLLED
 
 namespace adrenaline::cuda {
 
@@ -151,11 +152,12 @@ T load_from_blocks(const T* from) {
   return value;
 }
 inline void fence() {
-  emu::machine().global.release(emu::machine().access(), emu::machine().tick());
+  emu::machine().global.fence(emu::machine().access());
   emu::self().acquired = emu::self().seen_atomic;
 }
 inline uint32_t atomic_increment(uint32_t* counter) {
   emu::self().seen_atomic = emu::machine().tick();
+  emu::machine().global.announce(emu::machine().access(), emu::self().seen_atomic);
   return (*counter)++;
 }
 
