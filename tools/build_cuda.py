@@ -1,6 +1,6 @@
 """Compile csrc/cuda with nvcc: to check it for every architecture, or to make the library for the GPU at hand.
 
-    python tools/build_cuda.py check [--all]    as `make cuda-compile`: warnings are errors, the report is held to bounds
+    python tools/build_cuda.py check [--all]    warnings are errors, the report is held to bounds
     python tools/build_cuda.py library OUT [--arch 90a]
 
 Standard library only. Without nvcc `check` says so and succeeds: it is no part of the installation.
@@ -24,13 +24,13 @@ SOURCE = ROOT / "csrc" / "cuda" / "library.cu"
 OPTIONS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra"]
 ARCHITECTURES = ("80", "90a", "100", "120")
 FEW = (("Bf16", "Bf16", 128), ("Bf16", "Fp8", 128), ("Bf16", "Bf16", 256))
-"""The kernels that are checked in little time: message, cache, head size. `--all` checks all of csrc/cuda/instances.h."""
+"""The kernels that are checked in little time: message, cache, head size. With `--all` all of instances.h are."""
 
 REGISTERS, THREADS = 65536, 128
 """32-bit registers of a multiprocessor, and threads of a block (csrc/cuda/call.h)."""
 SHARED = {"80": (164, 163), "90a": (228, 227), "100": (228, 227), "120": (100, 99)}
-"""Shared memory by architecture, KiB: of a multiprocessor, and what one block may have. CUDA takes 1 KiB for itself from
-every block. From the CUDA C++ programming guide, compute capabilities."""
+"""Shared memory by architecture, KiB: of a multiprocessor, and what one block may have. CUDA takes 1 KiB of every block
+for itself. From the CUDA C++ programming guide, compute capabilities."""
 STAGES = (4, 3, 2)
 
 
@@ -62,7 +62,7 @@ class Kernel:
         return 4 * load * 8 + 64 * 8 + 16 + max(stages * 2 * load * row, outputs)
 
     def fit(self, arch: str) -> tuple[int, int]:
-        """Return the stages and the blocks of a multiprocessor, chosen as by adrenaline_prepare in csrc/cuda/library.cu."""
+        """Return the stages and the blocks of a multiprocessor, chosen as adrenaline_prepare does (library.cu)."""
         whole, each = (size << 10 for size in SHARED[arch])
         # Registers are given to a warp in units of 256.
         by_registers = REGISTERS // ((self.registers * 32 + 255) // 256 * 256 * (THREADS // 32))

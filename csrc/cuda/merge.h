@@ -7,7 +7,7 @@
 
 namespace adrenaline::cuda {
 
-struct Two {
+struct alignas(8) Two {
   float first, second;
 };
 

@@ -12,7 +12,7 @@
 
 namespace adrenaline::cuda {
 
-struct Piece {  // 16 bytes
+struct alignas(16) Piece {
   uint32_t word[4];
 };
 

@@ -19,6 +19,13 @@ int tell(const std::string& what, char* said, size_t room) {
 extern "C" {
 
 size_t adrenaline_call_bytes() { return sizeof(Call); }
+// 0 for a kernel that is not compiled.
+int adrenaline_shared_bytes(const Kind* kind, int stages) {
+  int bytes = 0;
+  for_kind(*kind, [&](auto instance) { bytes = decltype(instance)::Layout::bytes(stages); });
+  return bytes;
+}
+
 int64_t adrenaline_partial_floats(int blocks, int head_size) { return partial_floats(blocks, head_size); }
 
 int adrenaline_emulate_plan(const Call* call, int32_t* first_tile, uint64_t seed, char* said, size_t room) {

@@ -183,25 +183,34 @@ def attended(made: Made, keys: torch.Tensor, values: torch.Tensor) -> tuple[torc
     return out, sizes
 
 
+class Expected:
+    """What must come of a step, worked out before it runs."""
+
+    def __init__(self, made: Made) -> None:
+        self.keys, self.values = appended(made)
+        self._out, self._sizes = attended(made, self.keys, self.values)
+
+    def hold(self, out: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Compare what came. The cache must be equal bit by bit, and nothing else of `out` may be written."""
+        assert torch.equal(bytes_of(keys), bytes_of(self.keys)), "other keys in the cache"
+        assert torch.equal(bytes_of(values), bytes_of(self.values)), "other values in the cache"
+        assert torch.equal(out.isnan(), self._out.isnan()), "other rows were written"
+        error = (out.double() - self._out).abs().nan_to_num() - ERROR[out.dtype] * self._sizes.nan_to_num()
+        assert error.max() <= 1e-6, f"wrong by {float(error.max())} more than rounding explains"
+
+
 def run(emulator: Emulator, case: Case) -> str:
     """Run the case and hold it to what must come. Return what the emulator found wrong, empty if nothing."""
     made = make(case)
-    step, layer = made.step, made.layer
-    keys, values = appended(made)
-    wanted, sizes = attended(made, keys, values)
-    kind = cuda.kind_of(step["q"], layer.keys)
-    work = emulator.workspace(case.kernel[2], len(step["seq_lens"]), case.grid)
-    call = cuda.call_of(step, layer, work, case.stages)
+    expected = Expected(made)
+    kind = cuda.kind_of(made.step["q"], made.layer.keys)
+    work = emulator.workspace(case.kernel[2], len(made.step["seq_lens"]), case.grid)
+    call = cuda.call_of(made.step, made.layer, work, case.stages)
     emulator.plan(call, case.seed)
     if wrong := emulator.attend(call, kind, case.grid, case.seed):
         return wrong
-    assert torch.equal(bytes_of(layer.keys), bytes_of(keys)), "other keys in the cache"
-    assert torch.equal(bytes_of(layer.values), bytes_of(values)), "other values in the cache"
+    expected.hold(made.step["out"], made.layer.keys, made.layer.values)
     assert not work.counters.any(), "counters are not left as they were"
-    found = step["out"].double()
-    assert torch.equal(found.isnan(), wanted.isnan()), "other rows were written"
-    error = (found - wanted).abs().nan_to_num() - ERROR[step["q"].dtype] * sizes.nan_to_num()
-    assert error.max() <= 1e-6, f"wrong by {float(error.max())} more than rounding explains"
     return ""
 
 

@@ -78,6 +78,7 @@ class Emulator:
         self._lib = ctypes.CDLL(str(path))
         signatures = {
             "adrenaline_call_bytes": (c_size_t, []),
+            "adrenaline_shared_bytes": (c_int, [POINTER(cuda.Kind), c_int]),
             "adrenaline_partial_floats": (c_int64, [c_int, c_int]),
             "adrenaline_plan_on_host": (None, [POINTER(cuda.Call), c_void_p]),
             "adrenaline_parts": (c_int, [POINTER(cuda.Call), c_void_p, c_int, c_int, c_void_p, c_int]),
@@ -100,6 +101,9 @@ class Emulator:
             partials=torch.full((floats,), torch.nan),
             counters=torch.zeros(blocks, dtype=torch.int32),
         )
+
+    def shared_bytes(self, kind: cuda.Kind, stages: int) -> int:
+        return int(self._lib.adrenaline_shared_bytes(kind, stages))
 
     def plan(self, call: cuda.Call, seed: int = 0) -> None:
         said = ctypes.create_string_buffer(400)
