@@ -66,12 +66,11 @@ class Kernel:
         whole, each = (size << 10 for size in SHARED[arch])
         # Registers are given to a warp in units of 256.
         by_registers = REGISTERS // ((self.registers * 32 + 255) // 256 * 256 * (THREADS // 32))
-        blocks = stages = 0
         for wanted in (2, 1):
-            for count in STAGES:
-                if blocks < wanted and self.shared_bytes(count) <= each:
-                    stages, blocks = count, min(by_registers, whole // (self.shared_bytes(count) + 1024))
-        return stages, blocks
+            for stages in (count for count in STAGES if self.shared_bytes(count) <= each):
+                if (blocks := min(by_registers, whole // (self.shared_bytes(stages) + 1024))) >= wanted:
+                    return stages, blocks
+        return STAGES[-1], 0
 
 
 def demangled(symbol: str) -> tuple[str, str, int] | None:

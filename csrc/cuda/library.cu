@@ -57,8 +57,8 @@ int adrenaline_prepare(const Kind* kind, Resources* found) {
     if (error != cudaSuccess) return;
     found->registers = attributes.numRegs;
     found->spilled_bytes = static_cast<int32_t>(attributes.localSizeBytes);
-    for (int wanted = 2; wanted > 0 && found->blocks_each < wanted; --wanted)
-      for (int stages = kMostStages; stages >= kLeastStages && found->blocks_each < wanted; --stages) {
+    for (int wanted = 2; wanted > 0; --wanted)
+      for (int stages = kMostStages; stages >= kLeastStages; --stages) {
         if (Layout::bytes(stages) > each) continue;
         found->stages = stages;
         found->shared_bytes = Layout::bytes(stages);
@@ -66,7 +66,7 @@ int adrenaline_prepare(const Kind* kind, Resources* found) {
         if (error == cudaSuccess)
           error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found->blocks_each, kernel, kThreads,
                                                                 found->shared_bytes);
-        if (error != cudaSuccess) return;
+        if (error != cudaSuccess || found->blocks_each >= wanted) return;
       }
   });
   if (error != cudaSuccess) return error;

@@ -90,8 +90,10 @@ void test_bounds() {
     if (device::thread_index() == 0) device::shared_store(4092, 1);
   });
   expect("a store beyond", "written out of bounds", [] { device::shared_store(4096, 1); });
-  expect("a load beyond", "read out of bounds", [] { device::shared_load<int>(4094); });
+  expect("a load beyond", "read out of bounds", [] { device::shared_load<int>(4096); });
   expect("half a word", "parts of a word", [] { device::shared_store(2, uint16_t{1}); });
+  expect("not aligned", "not aligned", [] { device::shared_load<int>(2); });
+  expect("a pair that is not aligned", "not aligned", [] { device::shared_store(4, uint64_t{1}); });
   expect("nobody wrote", "nobody wrote", [] { device::shared_load<int>(0); });
 }
 

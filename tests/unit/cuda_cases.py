@@ -65,8 +65,9 @@ class Made:
     spans: list[tuple[int, int, int, list[int]]]  # of each row: first token, length, first token read, blocks
 
 
-def bytes_of(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """Return a view that compares and copies as bits: nothing is not a number there, and every type is known."""
+    return x.view(torch.uint8 if x.itemsize == 1 else torch.int16)
 
 
 def make(case: Case) -> Made:
@@ -102,9 +103,10 @@ def make(case: Case) -> Made:
             old_values[at, :, at % head] = 1
             new["v"][starts[-1] : starts[-1] + queries] = old_values[context:]
         in_cache = length if row in case.received else context
-        for t in range(begin, in_cache):
-            keys[its[t // size], t % size] = old_keys[t].to(cache)
-            values[its[t // size], t % size] = old_values[t].to(cache)
+        at = torch.arange(begin, in_cache)
+        block = torch.tensor(its, dtype=torch.int64)[at // size]
+        bits(keys)[block, at % size] = bits(old_keys[begin:in_cache].to(cache))
+        bits(values)[block, at % size] = bits(old_values[begin:in_cache].to(cache))
         for i in range(begin // size, used[row]):
             table[row, i] = its[i]
         at_slot = [its[t // size] * size + t % size for t in range(context, length)]
@@ -139,13 +141,12 @@ def appended(made: Made) -> tuple[torch.Tensor, torch.Tensor]:
         (made.layer.values, "v", made.layer.v_scale),
     ):
         after = cache.clone()
-        for token, slot in enumerate(made.step["slot_mapping"].tolist()):
-            if slot >= 0:
-                new = made.step[name][token]
-                is_fp8 = cache.dtype == FP8
-                after[slot // cache.shape[1], slot % cache.shape[1]] = (
-                    (new.float() / scale).clamp(-448, 448).to(FP8) if is_fp8 else new
-                )
+        slots = made.step["slot_mapping"]
+        new = made.step[name][slots >= 0]
+        if cache.dtype == FP8:
+            new = (new.float() / scale).clamp(-448, 448).to(FP8)
+        slots = slots[slots >= 0]
+        bits(after)[slots // cache.shape[1], slots % cache.shape[1]] = bits(new)
         found.append(after)
     return found[0], found[1]
 
@@ -192,8 +193,8 @@ class Expected:
 
     def hold(self, out: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Compare what came. The cache must be equal bit by bit, and nothing else of `out` may be written."""
-        assert torch.equal(bytes_of(keys), bytes_of(self.keys)), "other keys in the cache"
-        assert torch.equal(bytes_of(values), bytes_of(self.values)), "other values in the cache"
+        assert torch.equal(bits(keys), bits(self.keys)), "other keys in the cache"
+        assert torch.equal(bits(values), bits(self.values)), "other values in the cache"
         assert torch.equal(out.isnan(), self._out.isnan()), "other rows were written"
         error = (out.double() - self._out).abs().nan_to_num() - ERROR[out.dtype] * self._sizes.nan_to_num()
         assert error.max() <= 1e-6, f"wrong by {float(error.max())} more than rounding explains"

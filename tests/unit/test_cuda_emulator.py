@@ -9,7 +9,9 @@ import pytest
 from tests.unit.cuda_emulator import ASAN, build, kept_programs
 
 
-@pytest.mark.parametrize("options", [["-O1"], ASAN], ids=["plain", "address and undefined behaviour"])
+@pytest.mark.parametrize(
+    "options", [["-O1"], pytest.param(ASAN, marks=pytest.mark.extended)], ids=["plain", "sanitized"]
+)
 def test_the_emulator_computes_right_and_finds_planted_faults(
     options: list[str], pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

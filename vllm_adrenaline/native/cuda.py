@@ -128,6 +128,10 @@ def call_of(step: dict[str, torch.Tensor], layer: Layer, work: Workspace, stages
         raise ValueError("keys and values lie differently, or their heads are not contiguous")
     if any(x.stride(1) != head or x.stride(2) != 1 for x in (q, k, v, out)):
         raise ValueError("the heads of a token are not contiguous")
+    if any(x.data_ptr() % 4 or x.stride(0) % 2 for x in (q, out)):
+        raise ValueError("queries or outputs do not begin at multiples of 4 bytes")
+    if layer.sinks is not None and (layer.sinks.dtype != torch.float32 or layer.sinks.shape != q.shape[1:2]):
+        raise ValueError("sinks are not one float32 for each query head")
     moved = (keys, values, k, v)
     if any(x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in x.stride()[:-1]) for x in moved):
         raise ValueError("keys or values do not begin at multiples of 16 bytes")

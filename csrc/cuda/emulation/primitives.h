@@ -62,6 +62,16 @@ inline void land(uint64_t pending) {
   }
 }
 
+// A device takes no value from an address that is no multiple of its alignment.
+template <typename T>
+void check_aligned(uintptr_t at) {
+  if (at % alignof(T)) machine().complain("an access is not aligned");
+}
+template <typename T>
+void check_aligned(const T* at) {
+  check_aligned<T>(reinterpret_cast<uintptr_t>(at));
+}
+
 }  // namespace emulation
 
 namespace device {
@@ -89,27 +99,30 @@ inline float shuffle_xor(float mine, int mask, const char* file = __builtin_FILE
 
 template <typename T>
 T shared_load(uint32_t at) {
+  emu::check_aligned<T>(at);
   T value;
   emu::machine().check(emu::self().block->shared.load(at, &value, sizeof value, emu::self().moment()));
   return value;
 }
 template <typename T>
 void shared_store(uint32_t at, const T& value) {
+  emu::check_aligned<T>(at);
   emu::machine().check(emu::self().block->shared.store(at, &value, sizeof value, emu::self().moment()));
 }
 
+struct alignas(16) Rows8 {
+  uint32_t word[4];
+};
 inline void copy_async(uint32_t to, const void* from, bool there) {
   emu::Thread& t = emu::self();
   emu::machine().check(t.block->shared.begin_copy(to, emu::kCopy, t.moment()));
-  if (reinterpret_cast<uintptr_t>(from) % emu::kCopy) emu::machine().complain("an asynchronous copy is not aligned");
+  emu::check_aligned<Rows8>(to);
+  emu::check_aligned(static_cast<const Rows8*>(from));
   t.copies.push_back({to, from, there ? emu::kCopy : 0, t.committed});
 }
 inline void copy_commit() { ++emu::self().committed; }
 inline void copy_wait(int pending) { emu::land(static_cast<uint64_t>(pending)); }
 
-struct Rows8 {
-  uint32_t word[4];
-};
 inline void load_matrices(uint32_t (&to)[4], uint32_t at, const char* file = __builtin_FILE(),
                           int line = __builtin_LINE()) {
   const Rows8 mine = shared_load<Rows8>(at);
@@ -134,19 +147,23 @@ inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t at, const char*
 
 template <typename T>
 T load(const T* from) {
+  emu::check_aligned(from);
   return *from;
 }
 template <typename T>
 void store(T* to, const T& value) {
+  emu::check_aligned(to);
   emu::machine().check(emu::machine().global.store(to, &value, sizeof value, emu::machine().access()));
 }
 template <typename T>
 void store_for_blocks(T* to, const T& value) {
+  emu::check_aligned(to);
   emu::machine().check(emu::machine().global.store_for_blocks(to, &value, sizeof value, emu::machine().access()));
   *to = value;  // for ASan
 }
 template <typename T>
 T load_from_blocks(const T* from) {
+  emu::check_aligned(from);
   T value;
   emu::machine().check(emu::machine().global.load_from_blocks(from, &value, sizeof value, emu::machine().access()));
   return value;
