@@ -57,6 +57,9 @@ int adrenaline_prepare(const Kind* kind, Resources* found) {
     if (error != cudaSuccess) return;
     found->registers = attributes.numRegs;
     found->spilled_bytes = static_cast<int32_t>(attributes.localSizeBytes);
+    // L1 is wanted for little more than block tables.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) return;
     for (int wanted = 2; wanted > 0; --wanted)
       for (int stages = kMostStages; stages >= kLeastStages; --stages) {
         if (Layout::bytes(stages) > each) continue;

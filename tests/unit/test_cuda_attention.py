@@ -173,7 +173,7 @@ def test_a_fault_in_the_kernel_would_be_seen(fault: str, tmp_path: Path) -> None
     source.write_text(text.replace(planted.there, planted.instead))
     kernel = KERNELS[0]
     emulated = Emulator(build_library(tmp_path, [kernel], ["-O1"], tmp_path / "csrc"))
-    case = Case(kernel=kernel, rows=((300, 5), (64, 1), (2, 1)), group=16, kv_heads=1, grid=4)
+    case = Case(kernel=kernel, rows=((500, 5), (64, 1), (2, 1)), group=16, kv_heads=1, grid=4)
     found = []
     for window, has_sinks in ((0, True), (40, False)):
         try:
