@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := vllm_adrenaline tests tools benchmarks
 # Tests that start no engine run side by side, one more than there are cores, for they often wait. Those that start
 # engines would only take the cores from each other.
-FAST := $(BIN)/pytest -n $(shell expr $$(nproc) + 1) --maxprocesses 5 --dist loadfile tests/unit tests/schedulers
+FAST := $(BIN)/pytest -n $(shell expr $$(nproc) + 1) --maxprocesses 5 --dist loadfile tests/unit tests/schedulers tests/gpu
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-fast lint cuda-compile format clean

@@ -239,6 +239,7 @@ def read_beyond_the_cache(emulator: Emulator, kernel: tuple[str, str, int]) -> N
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     emulated = Emulator(Path(sys.argv[1]))
     compiled = [(m, c, int(d)) for m, c, d in (name.split(",") for name in sys.argv[3:])]
     if sys.argv[2] == "beyond":

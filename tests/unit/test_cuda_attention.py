@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +62,15 @@ FAULTS = {
 IN_CI = ("a stage is not waited for", "no fence before the merge", "a token less")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sizes are small: threads of torch would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def kept(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return kept_programs(pytestconfig, tmp_path_factory)
@@ -105,7 +115,7 @@ def test_steps_with_everything_in_them(number: int, emulator: Emulator) -> None:
     assert cuda_cases.run(emulator, cuda_cases.some_cases(KERNELS)[number]) == ""
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(steps(KERNELS, longest=150))
 def test_any_step_is_appended_and_attended(emulator: Emulator, case: Case) -> None:
     assert cuda_cases.run(emulator, case) == ""
