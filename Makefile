@@ -5,13 +5,13 @@ BIN := .venv/bin
 SOURCES := vllm_adrenaline tests tools benchmarks
 # Tests that start no engine run side by side, one more than there are cores, for they often wait. Those that start
 # engines would only take the cores from each other.
-FAST := $(BIN)/pytest -n $(shell expr $$(nproc) + 1) --maxprocesses 5 --dist loadfile tests/unit tests/schedulers
+FAST := $(BIN)/pytest -n $(shell expr $$(nproc) + 1) --maxprocesses 5 --dist loadfile tests/unit tests/schedulers tests/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast lint format clean
+.PHONY: help setup demo test test-all test-fast lint cuda-compile format clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## Make .venv with vLLM for CPU, this package and its tools (at once if it is up to date)
 	@$(PYTHON) tools/setup_env.py
@@ -19,11 +19,12 @@ setup:  ## Make .venv with vLLM for CPU, this package and its tools (at once if 
 demo: setup  ## Compare plain vLLM, disaggregation and offloading on a small model, on this machine
 	@$(BIN)/adrenaline demo
 
-test: setup lint  ## Check style and types, then run the tests, on real engines
+test: setup lint cuda-compile  ## Check style and types, then run the tests, on real engines
 	@$(FAST) -m "not extended"
 	@$(BIN)/pytest -m "not extended" tests/engine
 
 test-all: setup lint  ## The same, with what takes longer
+	@$(PYTHON) tools/build_cuda.py check --all
 	@$(FAST)
 	@$(BIN)/pytest tests/engine
 
@@ -35,6 +36,9 @@ lint: setup  ## Check style, formatting, types and the layers of the package
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+
+cuda-compile:  ## Compile the CUDA kernels for every architecture, if nvcc is there
+	@$(PYTHON) tools/build_cuda.py check
 
 format: setup  ## Format the sources and fix what ruff can fix
 	@$(BIN)/ruff check --fix $(SOURCES)

@@ -110,6 +110,8 @@ def test_the_digest_knows_every_source_and_ignores_tests(tmp_path: Path) -> None
     (tmp_path / "a.h").write_text("1")
     before = build_hash(tmp_path)
     (tmp_path / "tests" / "t.cpp").write_text("1")
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "c.h").write_text("1")  # a library of its own
     assert build_hash(tmp_path) == before
     (tmp_path / "a.h").write_text("2")
     assert build_hash(tmp_path) != before
