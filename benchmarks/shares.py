@@ -33,7 +33,7 @@ from vllm_adrenaline.workload.load import Request
 
 FIXED = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Parts of the device that decode gets in runs with a fixed split."""
-PHASES = {"long prompts": (0.35, 512, 32), "long answers": (0.8, 96, 128), "long prompts again": (0.35, 512, 32)}
+PHASES = {"long prompts": (0.25, 512, 24), "long answers": (0.5, 96, 128), "long prompts again": (0.25, 512, 24)}
 """Requests a second, tokens of a prompt, tokens of an answer."""
 AFTER_S = 2.0
 """A token that comes so soon after a change of the shares counts as being at that change."""
@@ -137,8 +137,8 @@ def picture(runs: dict[str, dict[str, Any]], seconds: float) -> str:
 def main() -> None:
     parser = report.parser(__doc__.splitlines()[0], "three minutes a run and two fixed splits, instead of six and five")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the shares over time there, as SVG")
-    parser.add_argument("--ttft", type=float, default=6000, help="objective for the time to first token, milliseconds")
-    parser.add_argument("--tpot", type=float, default=150, help="objective for the time per output token, milliseconds")
+    parser.add_argument("--ttft", type=float, default=5000, help="objective for the time to first token, milliseconds")
+    parser.add_argument("--tpot", type=float, default=90, help="objective for the time per output token, milliseconds")
     parser.add_argument("--seconds", type=float, help="length of a phase (default: 60 with --quick, else 120)")
     args = parser.parse_args()
     seconds = args.seconds or (60 if args.quick else 120)

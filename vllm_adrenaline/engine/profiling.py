@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group
-from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.parallel_state import get_tp_group, model_parallel_is_initialized
 from vllm.utils.math_utils import cdiv
 
 from vllm_adrenaline.attention.kernels import CpuAttention
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.adrenaline")
 
 REPEATS = 5
-"""How often each thing is measured; the shortest time counts."""
+"""How often each thing is measured, once it is warm; the shortest time counts."""
+LONG_S = 5.0
+"""After how many seconds nothing is measured once more, with one rank: engines are to start."""
 DISTURBED = 1.25
 """What a run takes over its own work, above which others had the core: engines that start at the same time."""
 ROWS, CONTEXT = 8, 512
@@ -83,7 +85,7 @@ def keep(measured: profile.Profile) -> None:
 
 
 def shortest_seconds(*measures: Callable[[], object], is_own_work: bool = True) -> list[float]:
-    """Return the shortest of REPEATS runs of each measure, in seconds.
+    """Return the shortest of REPEATS runs of each measure, in seconds; of fewer if they take LONG_S.
 
     Other runs are longer because engines start beside this one. The measures take turns, for such a disturbance lasts
     longer than a few runs.
@@ -97,9 +99,13 @@ def shortest_seconds(*measures: Callable[[], object], is_own_work: bool = True) 
         measure()
         return time.perf_counter() - began, time.thread_time() - own
 
-    for each in measures:
-        each()
-    rounds = [[timed(each) for each in measures] for _ in range(REPEATS)]
+    # Ranks measure together, so with several of them none may stop before the others.
+    is_alone = not model_parallel_is_initialized() or get_tp_group().world_size == 1
+    began, rounds = time.perf_counter(), []
+    for _ in range(1 + REPEATS):  # the first one warms up
+        rounds.append([timed(each) for each in measures])
+        if is_alone and time.perf_counter() - began > LONG_S:
+            break
     shortest = []
     for runs in zip(*rounds, strict=True):
         passed, own = (min(each) for each in zip(*runs, strict=True))
