@@ -146,9 +146,10 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Literal["off", "prompts", "decodes", "both"],
         _option(
             "Which engine may do the other's work when it has the time. `prompts`: decode engines compute prompts, in "
-            "chunks beside their decodes, when the prefill engine would be later. `decodes`: requests are decoded by "
-            "the prefill engine when decode engines are full or slower; asked for by `adrenaline up` and `adrenaline "
-            "proxy`, not by other routers. To be the same on both sides. Default: off."
+            "chunks beside their decodes, when the prefill engine would be later. `decodes`: the prefill engine "
+            "decodes requests when decode engines are full or have more to do. That works behind `adrenaline up` and "
+            "`adrenaline proxy`, not behind other routers. Give all engines the same value, or nothing moves. Default: "
+            "off."
         ),
     ] = "off"
     profile: Annotated[

@@ -62,15 +62,14 @@ def test_a_side_that_will_decode_for_longer_gets_no_prompt_without_an_objective(
     assert elastic.hand_over(prompt(ahead=2.0), [decoding], 1.0) is Cause.TTFT
 
 
-def test_a_request_stays_where_all_is_done_clearly_sooner_and_there_is_memory() -> None:
+def test_a_request_stays_where_all_is_done_clearly_sooner() -> None:
     busy, full = Slack(work=10.0), Slack(work=20.0, is_full=True)
-    assert elastic.stay(7.9, [busy], fits=True) is Cause.SOONER
-    assert elastic.stay(8.1, [busy], fits=True) is None
-    assert elastic.stay(7.9, [full], fits=True) is Cause.DECODE_FULL
-    assert elastic.stay(7.9, [full, busy], fits=True) is Cause.SOONER
-    assert elastic.stay(8.1, [full, busy], fits=True) is None, "one of them has room, and is as fast"
-    assert elastic.stay(7.9, [busy], fits=False) is None
-    assert elastic.stay(0.0, [], fits=True) is None
+    assert elastic.stay(7.9, [busy]) is Cause.SOONER
+    assert elastic.stay(8.1, [busy]) is None
+    assert elastic.stay(7.9, [full]) is Cause.DECODE_FULL
+    assert elastic.stay(7.9, [full, busy]) is Cause.SOONER
+    assert elastic.stay(8.1, [full, busy]) is None, "one of them has room, and is as fast"
+    assert elastic.stay(0.0, []) is None
 
 
 def test_work_is_done_when_the_longest_answer_is() -> None:

@@ -202,6 +202,35 @@ def test_a_request_that_is_to_stay_is_sent_to_the_prefill_engine_again_as_it_cam
     with_proxy(Staying, good_decode, test)
 
 
+def test_a_request_that_was_to_stay_goes_on_without_its_prefill_engine() -> None:
+    class Dying(FakeEngine):
+        async def handle(self, request: web.Request) -> web.StreamResponse:
+            if self.seen:
+                assert request.transport is not None
+                request.transport.abort()
+            self.answer = {"kv_transfer_params": {bodies.STAY: True}}
+            return await super().handle(request)
+
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", json=BODY) as answer:
+            assert (answer.status, await answer.json()) == (200, {"choices": [{"text": "x"}]})
+        assert d.seen[0][1] == BODY
+
+    with_proxy(Dying, good_decode, test)
+
+
+def test_the_limit_of_an_answer_is_the_one_that_vllm_takes() -> None:
+    def limit(**body: object) -> object:
+        return bodies.for_prefill({"model": "m", **body})["kv_transfer_params"][bodies.STAY]
+
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    assert limit(prompt="x") == CompletionRequest(model="m", prompt="x").max_tokens
+    assert limit(prompt="x", max_tokens=5, max_completion_tokens=3) == 5
+    assert limit(messages=[], max_tokens=5, max_completion_tokens=3) == 3
+    assert limit(messages=[]) == limit(messages=[], max_tokens="many") == bodies.ANY_LENGTH
+
+
 def test_both_sides_ask_for_a_stay_by_the_same_name() -> None:
     assert bodies.STAY == stamp.STAY
 

@@ -77,20 +77,53 @@ def missing_tokens(request: Request) -> int:
     return int(request.num_tokens) - int(request.num_computed_tokens)
 
 
+def cached_tokens(scheduler: Scheduler, request: Request) -> int:
+    """Return how many tokens of a waiting request the prefix cache has. Unlike vLLM's own look, it counts nowhere."""
+    manager = scheduler.kv_cache_manager
+    if not manager.prefix_cache_lookup_enabled(request):
+        return 0
+    _, found, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
+    return int(found)
+
+
+def move_to_front(scheduler: Scheduler, request: Request) -> None:
+    """Let a request that was just added be the first of those that wait."""
+    scheduler.waiting.remove_request(request)
+    scheduler.waiting.prepend_request(request)
+
+
 def decodes(request: Request) -> bool:
     """Whether a running request has at most one token to compute in its next step."""
     return missing_tokens(request) <= 1
 
 
 @contextlib.contextmanager
-def at_most(scheduler: Scheduler, tokens: int) -> Iterator[None]:
-    """A context in which a step that is scheduled computes at most so many tokens, and no more than otherwise."""
-    before = scheduler.max_num_scheduled_tokens
-    scheduler.max_num_scheduled_tokens = min(before, tokens)
+def prompts_in_chunks(scheduler: Scheduler, chunk: int | None, starting: int) -> Iterator[None]:
+    """A context in which a step that is scheduled computes one running prompt, and at most `chunk` tokens of it.
+
+    All that decodes comes first. Other running prompts are left out of the step. What the step may compute beyond that
+    is for `starting` requests that begin to decode, a token each: vLLM gives running requests all that there is.
+
+    `chunk` None: prompts are computed as vLLM does it.
+    """
+    if chunk is None:
+        yield
+        return
+    scheduler.running.sort(key=lambda request: not decodes(request))
+    prompts = [request for request in scheduler.running if not decodes(request)]
+    for request in prompts[1:]:
+        leave_out_of_step(scheduler, request)
+    config = scheduler.scheduler_config
+    before = scheduler.max_num_scheduled_tokens, config.long_prefill_token_threshold
+    adaptive = scheduler.adaptive_long_prefill_threshold
+    most = len(scheduler.running) - len(prompts) + starting + chunk
+    scheduler.max_num_scheduled_tokens = min(before[0], most)
+    config.long_prefill_token_threshold, scheduler.adaptive_long_prefill_threshold = chunk, False
     try:
         yield
     finally:
-        scheduler.max_num_scheduled_tokens = before
+        scheduler.max_num_scheduled_tokens, config.long_prefill_token_threshold = before
+        scheduler.adaptive_long_prefill_threshold = adaptive
 
 
 def end_early(scheduler: Scheduler, request: Request, keep: bool) -> None:

@@ -195,7 +195,7 @@ class Heartbeat(Message, frozen=True):
         tpot: what my steps took lately, in seconds: the 90th percentile; 0 when there was none.
         waiting: KV blocks of your prompts whose requests wait here to be placed.
         offloads: whether any of your blocks are attended for me, by your executors or by myself.
-        slack: what I could do of your work; None: nothing, for I was not told to.
+        slack: what I could do of your work. None: I take nothing over (--adrenaline-elastic is off).
     """
 
     tpot: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0

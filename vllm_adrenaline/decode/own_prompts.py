@@ -62,12 +62,13 @@ class OwnPrompts:
         """
         room = int((1 - MARGIN) * memory.blocks) - peak(memory.rows, memory.block_size)
         accepts = self._takes_over and not is_full
-        # One that decodes nothing now will decode beside the next prompt what becomes of the last one.
+        # Who decodes nothing now will soon: the request whose prompt was taken over last.
         soon = max(step, self._one_row)
+        most = 1 << 24  # of what a message may say
         return Slack(
             prompt_rate=elastic.chunk_rate(soon, self._per_token, self.chunk(soon)) if accepts else 0.0,
-            prompt_backlog=missing,
-            prompt_room=max(0, room * memory.block_size - growth),
+            prompt_backlog=min(missing, most),
+            prompt_room=min(max(0, room * memory.block_size - growth), most),
             work=work + missing * self._per_token,
             is_full=is_full,
         )

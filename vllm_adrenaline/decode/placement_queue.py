@@ -46,7 +46,7 @@ class PlacementQueue:
         """
         self._pending[pending.name] = pending
         if self._admission.ratio is None:
-            blocks = self._told[pending.name] = cdiv(pending.request.num_tokens, self._block_size)
+            blocks = self._told[pending.name] = cdiv(pending.request.num_tokens - pending.unfinished, self._block_size)
             pending.pool.client.waiting += blocks
 
     def drop(self, request_id: str) -> None:

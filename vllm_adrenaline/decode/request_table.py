@@ -112,6 +112,11 @@ class RequestTable:
         """Return how far the requests are that are not placed yet."""
         return [each.progress for each in self.requests.values() if each.state in (State.CLAIMING, State.WAITING)]
 
+    @property
+    def unfinished_tokens(self) -> int:
+        """How many tokens of prompts that ended early are still to be computed here, of requests that do not run."""
+        return sum(each.unfinished for each in self.requests.values())
+
     def admit_pending(self, pools: Pools, batch: Batch) -> None:
         """Decide about requests that could run now."""
         for placed, is_mapped in self.queue.admit(pools, batch):
@@ -278,7 +283,7 @@ class RequestTable:
                 continue
             last = len(new.prompt_token_ids or ()) - 1
             is_last = new.num_computed_tokens == last and scheduler_output.num_scheduled_tokens[new.req_id] == 1
-            if is_last and known.is_intact:
+            if is_last and known.is_intact and not known.unfinished:
                 result.add(new.req_id)
             if known.state is State.RECEIVED:
                 self._leave(known)

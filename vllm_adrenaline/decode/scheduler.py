@@ -95,21 +95,19 @@ class DecodeScheduler(Scheduler):
             self.running.sort(key=lambda request: not table.is_offloaded(request.request_id))
         leases.adjust(table.requests, table.pools, self.block_size)
         table.settle()
-        with compat.at_most(self, self._most_tokens()):
+        running = {request.request_id for request in self.running}
+        with compat.prompts_in_chunks(self, self._chunk(), starting=len(table.requests.keys() - running)):
             output = super().schedule(*args, **kwargs)
         self._batch = table.batch(self.running)
         return output
 
-    def _most_tokens(self) -> int:
-        """Return how many tokens the next step may compute: all decodes, and a chunk of prompts."""
+    def _chunk(self) -> int | None:
+        """Return how many tokens of prompts the next step may compute; None for as many as vLLM computes."""
         if self._own_prompts is None:
-            return self.max_num_scheduled_tokens
-        self.running.sort(key=lambda request: not compat.decodes(request))  # a prompt would take what they need
-        decodes = list(filter(compat.decodes, self.running))
-        batch = self.table.batch(decodes)
+            return None
+        batch = self.table.batch(filter(compat.decodes, self.running))
         self._step_seconds = self.table.admission.step_seconds(batch, len(self.table.pools))
-        starting = len(self.table.requests)  # a token each, if they start in this step
-        return len(decodes) + starting + self._own_prompts.chunk(self._step_seconds)
+        return self._own_prompts.chunk(self._step_seconds)
 
     def _tell_slack(self) -> None:
         """Have prefill engines told how much of their work this engine could do."""
@@ -126,8 +124,8 @@ class DecodeScheduler(Scheduler):
             work=admission.work_seconds(batch, table.unplaced()),
             memory=admission.own_memory(self._spare() - unborn, batch),
             growth=admission.lengths.expected_growth(0, self.max_model_len),
-            missing=sum(map(compat.missing_tokens, own)),
-            is_full=table.queue.is_stuck,
+            missing=sum(map(compat.missing_tokens, own)) + table.unfinished_tokens,
+            is_full=table.queue.is_stuck or len(self.running) >= self.max_num_running_reqs,
         )
         for pool in table.pools:
             pool.client.slack = slack

@@ -109,7 +109,7 @@ def shortest_seconds(*measures: Callable[[], object], is_own_work: bool = True) 
     shortest = []
     for runs in zip(*rounds, strict=True):
         passed, own = (min(each) for each in zip(*runs, strict=True))
-        shortest.append(own if is_own_work and passed > DISTURBED * own else passed)
+        shortest.append(own if is_own_work and is_alone and passed > DISTURBED * own else passed)
     return shortest
 
 

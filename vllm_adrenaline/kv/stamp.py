@@ -38,12 +38,12 @@ class Stamp(msgspec.Struct, frozen=True):
     num_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     signature: Annotated[str, msgspec.Meta(max_length=512)] = ""
 
-    def fits(self, prompt: Sequence[int], only_begin: bool = False) -> bool:
+    def fits(self, prompt: Sequence[int], is_beginning: bool = False) -> bool:
         """Whether the stamp is of this prompt, given as token ids, and of a version that is understood here.
 
-        `only_begin`: it is to be of less than the whole prompt.
+        `is_beginning`: it is to be of less than the whole prompt.
         """
-        is_complete = self.num_tokens < len(prompt) if only_begin else self.num_tokens == len(prompt)
+        is_complete = self.num_tokens < len(prompt) if is_beginning else self.num_tokens == len(prompt)
         is_known = self.version == VERSION and is_complete
         return is_known and self.prompt_hash == prompt_hash(prompt[: self.num_tokens]).hex()
 

@@ -80,12 +80,12 @@ class Prompt(msgspec.Struct, frozen=True):
     """A prompt on the prefill engine.
 
     Attributes:
-        missing: Tokens that are not computed yet.
+        missing: Tokens that the other side would have to compute.
         tokens: All its tokens.
         waited: Seconds since its request came.
         ahead: Seconds of other prompts' work that come before it here.
         seconds: Seconds of its own work here.
-        work: Seconds until all that is to be done here is done, if it stays; without what it would decode here.
+        work: Seconds until all that is to be done here is done, with this prompt computed here.
     """
 
     missing: int
@@ -117,16 +117,15 @@ def hand_over(prompt: Prompt, sides: Sequence[Side], ttft_slo: float | None) -> 
     return Cause.SOONER if is_free else None
 
 
-def stay(work: float, sides: Sequence[Side], fits: bool) -> Cause | None:
+def stay(work: float, sides: Sequence[Side]) -> Cause | None:
     """Return why the prefill engine is to decode a request as well; None if it is not to.
 
     Args:
         work: Seconds until all that is to be done here is done, with the request decoded here.
         sides: All decode engines, with what decoding the request adds to their work. The best of them counts: if one
             will be done sooner, the request is to go there.
-        fits: Whether there is memory for it here, until its end.
     """
-    if not sides or not fits or any(work >= SOONER * side.work for side in sides):
+    if not sides or any(work >= SOONER * side.work for side in sides):
         return None
     return Cause.DECODE_FULL if all(side.is_full for side in sides) else Cause.SOONER
 

@@ -56,8 +56,6 @@ class PrefillSchedulerSide(SchedulerSide):
             request.kv_transfer_params = {"do_remote_decode": True} if keep else None
             if keep and type(limit := params.get(STAY)) is int and 0 < limit <= MAX_TOKENS:
                 request.kv_transfer_params[STAY] = limit
-        if self.elastic is not None and not request.kv_transfer_params:
-            self.elastic.note_arrival()
         super().on_new_request(request)
 
     def request_finished(
@@ -67,11 +65,12 @@ class PrefillSchedulerSide(SchedulerSide):
         if not is_held:
             self._note_answer(request)
             return is_held, params
-        self.tuner.observe_ttft(time.time() - request.arrival_time)
         tokens, ids = int(request.num_prompt_tokens), block_ids[0]
         params = dict(params or {})
         is_unfinished = request.num_computed_tokens < tokens
-        if is_unfinished:
+        if not is_unfinished:
+            self.tuner.observe_ttft(time.time() - request.arrival_time)
+        else:
             ids = ids[: request.num_computed_tokens // self.block_size]
             tokens = len(ids) * self.block_size
             params["do_remote_prefill"] = False  # nobody is to take it for the whole prompt (decode/params.py)
@@ -84,7 +83,10 @@ class PrefillSchedulerSide(SchedulerSide):
 
     def _note_answer(self, request: Request) -> None:
         """Note how long the answer of a request got that was decoded here."""
-        if self.elastic is not None and not request.kv_transfer_params and request.get_finished_reason() in ANSWERED:
+        if self.elastic is None or request.kv_transfer_params:
+            return
+        self.elastic.returned.discard(request.request_id)
+        if request.get_finished_reason() in ANSWERED:
             self.elastic.lengths.ended(request.num_output_tokens)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:

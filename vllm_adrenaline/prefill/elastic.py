@@ -11,11 +11,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from vllm_adrenaline.compat.scheduler import decodes, missing_tokens
+from vllm_adrenaline.compat.scheduler import decodes
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control.messages import Slack
 from vllm_adrenaline.engine.profile import Profile
@@ -37,6 +37,8 @@ ON_THE_WAY_S = 0.5
 """For how long what moved is counted as on its way: until decode engines have it, and have said so (two heartbeats)."""
 WEIGHT = 0.2
 """Weight of the last step with prompts in how much longer they are believed to take than the profile says."""
+STAY_SEATS = 0.75
+"""Part of the requests that may run at the same time which may be such that stay: the rest is for prompts."""
 TYPICAL_ROWS = 8
 """The batch by which the cost of one row more is taken."""
 NO_LIMIT = 1 << 20
@@ -46,8 +48,26 @@ STRETCH = 3.0
 
 
 def _is_for_decode_side(request: Request) -> bool:
-    """Whether a decode engine is to decode a request whose prompt is computed here."""
-    return bool((request.kv_transfer_params or {}).get("do_remote_decode"))
+    """Whether nothing is wanted here but a prompt, which a decode engine goes on with."""
+    params = request.kv_transfer_params or {}
+    is_all = request.max_tokens == 1 and request.sampling_params.prompt_logprobs is None
+    return bool(params.get("do_remote_decode")) and is_all
+
+
+class OnTheWay(NamedTuple):
+    """What has moved a moment ago, so that nobody counts it yet.
+
+    Attributes:
+        until: when it is taken to be there (seconds, by the clock).
+        outcome: what became of it.
+        row: its tokens, and the expected growth of a request that stays.
+        seconds: what its prompt takes here, if it stays.
+    """
+
+    until: float
+    outcome: Outcome
+    row: tuple[int, int]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -65,10 +85,17 @@ class ElasticPrefill:
     Attributes:
         lengths: how long answers of requests that stay get.
         counts: what was decided since they were taken, by outcome and cause.
+        returned: names of requests that came back because they were told to stay, and that have not ended.
     """
 
     def __init__(
-        self, options: Options, known: Profile | None, block_size: int, clock: Callable[[], float] = time.monotonic
+        self,
+        options: Options,
+        known: Profile | None,
+        block_size: int,
+        seats: int,
+        cached: Callable[[Request], int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin with nothing moved.
 
@@ -76,6 +103,8 @@ class ElasticPrefill:
             options: of this engine.
             known: its profile.
             block_size: tokens of a KV block.
+            seats: requests that may run at the same time.
+            cached: returns how many tokens of a waiting request the prefix cache has.
             clock: returns the time, in seconds.
 
         Raises:
@@ -84,11 +113,13 @@ class ElasticPrefill:
         if known is None or not known.prefill or (options.moves_decodes and known.costs is None):
             raise AdrenalineError("there is no profile of this prefill engine; is the cache folder writable?")
         self._curve, self._block_size, self._clock = known.prefill, block_size, clock
+        self._seats, self._cached = int(STAY_SEATS * seats), cached
         self._moves_prompts = options.moves_prompts
         self._ttft_slo = options.ttft_slo_ms / 1000 or None
         self._feedback = Feedback(known.costs) if known.costs is not None and options.moves_decodes else None
-        self._slower = 1.0  # what prompts take, over what the profile says
-        self._on_the_way: deque[tuple[float, Outcome, tuple[int, int]]] = deque()
+        self._seen, self._expected = 1.0, 1.0  # seconds of the last steps with prompts, and what the profile said
+        self._on_the_way: deque[OnTheWay] = deque()
+        self.returned: set[str] = set()
         self.lengths = OutputLengths()
         self.counts: Counter[tuple[str, str]] = Counter()
 
@@ -106,65 +137,64 @@ class ElasticPrefill:
             slacks: what each decode engine said last.
             free_blocks: blocks that this engine may use for requests that stay.
         """
-        if not any(slacks):
+        if not slacks or any(slack is None for slack in slacks):  # a router may choose one that takes nothing over
             return
+        self._forget()
         decoding = [request for request in running if decodes(request)]
         prompts = [request for request in running if not decodes(request)]
         prompts += [request for request in waiting if not request.num_output_tokens]
-        prompts = prompts[:MAX_PROMPTS_PER_STEP]
-        seconds = [self._seconds(request) for request in prompts]
-        staying = [request for request in prompts if not _is_for_decode_side(request)]
-        decoded = self._rows([*decoding, *staying])
         # What is computed here for decode engines is work that they have not heard of.
-        coming = {id(request): self._decode_seconds(request) for request in prompts if _is_for_decode_side(request)}
-        ahead, waits = 0.0, sum(seconds)
-        for request, own in zip(prompts, seconds, strict=True):
-            if id(request) not in coming or request.num_in_flight_tokens:  # decoded here; or in a step now
+        coming = sum(self._decode_seconds(request) for request in prompts if _is_for_decode_side(request))
+        seconds = [self._seconds(request, self._computed(request)) for request in prompts[:MAX_PROMPTS_PER_STEP]]
+        seconds += [self._seconds(request, 0) for request in prompts[MAX_PROMPTS_PER_STEP:]]
+        staying = [each for each in self._on_the_way if each.outcome is Outcome.STAYS]
+        rows = self._rows([*decoding, *(request for request in prompts if not _is_for_decode_side(request))])
+        rows += [each.row for each in staying]
+        ahead, waits, work = 0.0, sum(seconds) + sum(each.seconds for each in staying), self._work(rows)
+        for request, own in zip(prompts[:MAX_PROMPTS_PER_STEP], seconds, strict=False):
+            if not _is_for_decode_side(request) or request.num_in_flight_tokens:  # decoded here; or in a step now
                 ahead += own
                 continue
-            row = self._row(request)
-            alone, all_coming = self._work([row]), sum(coming.values())
-            sides = [
-                msgspec.structs.replace(side, work=max(side.work + all_coming, alone)) for side in self._sides(slacks)
-            ]
+            row, more = self._row(request), self._decode_seconds(request)
+            alone = self._work([row])
+            sides = [msgspec.structs.replace(each, work=max(each.work + coming, alone)) for each in self._sides(slacks)]
             if STAY in request.kv_transfer_params and self._feedback is not None and not request.num_computed_tokens:
-                rows = [*decoded, *self._staying()]
-                fits = Memory(free_blocks + self._held(decoding), self._block_size, rows).fits(*row)
-                if cause := elastic.stay(waits + self._work([*rows, row]), sides, fits):
-                    yield self._moved(request, Outcome.STAYS, cause, row)
-                    del coming[id(request)]
+                cause = elastic.stay(waits + max(work + more, alone), sides)
+                memory = Memory(free_blocks + self._held(decoding), self._block_size, rows)
+                if cause is not None and len(rows) < self._seats and memory.fits(*row):
+                    yield self._moved(request, Outcome.STAYS, cause, row, own)
+                    rows.append(row)
+                    coming, work = coming - more, self._work(rows)
                     continue
             if self._moves_prompts:
-                prompt = Prompt(
-                    missing=missing_tokens(request),
-                    tokens=int(request.num_tokens),
-                    waited=max(0.0, time.time() - request.arrival_time),
-                    ahead=ahead,
-                    seconds=own,
-                    work=waits + self._work([*decoded, *self._staying()]),
-                )
+                # Of a prompt that was begun there are blocks to go on with. What the cache has is of use here only.
+                begun = int(request.num_computed_tokens) // self._block_size * self._block_size
+                missing = int(request.num_tokens) - begun
+                waited = max(0.0, time.time() - request.arrival_time)
+                prompt = Prompt(missing, int(request.num_tokens), waited, ahead, own, waits + work)
                 if cause := elastic.hand_over(prompt, sides, self._ttft_slo):
-                    yield self._moved(request, Outcome.HANDED_OVER, cause, (missing_tokens(request), 0))
+                    yield self._moved(request, Outcome.HANDED_OVER, cause, (int(request.num_tokens), 0), 0.0)
                     waits -= own
                     continue
             ahead += own
 
-    def chunk(self, running: Iterable[Request], most: int) -> int:
-        """Return how many tokens of prompts the next step may compute, at most `most`."""
-        if self._feedback is None:
-            return most
+    def chunk(self, running: Iterable[Request]) -> int | None:
+        """Return how many tokens of prompts the next step may compute; None for as many as vLLM computes."""
         decoding = [request for request in running if decodes(request)]
-        if not decoding:
-            return most
+        if self._feedback is None or not decoding:
+            return None
         step = self._feedback.costs.seconds(len(decoding), sum(int(each.num_tokens) for each in decoding), [])
         per_token = self._slower * self._curve[-1][1] / self._curve[-1][0]
-        return elastic.chunk(step, per_token, STRETCH * step, most)
+        return elastic.chunk(step, per_token, STRETCH * step, NO_LIMIT)
 
-    def note_arrival(self) -> None:
-        """Note that a request came that is decoded here: one that was to stay is not on its way any more."""
-        staying = next((each for each in self._on_the_way if each[1] is Outcome.STAYS), None)
-        if staying is not None:
-            self._on_the_way.remove(staying)
+    def note_arrival(self, request: Request) -> bool:
+        """Note that a request came that is decoded here. Return whether it seems to be one that was told to stay."""
+        staying = next((each for each in self._on_the_way if each.outcome is Outcome.STAYS), None)
+        if staying is None:
+            return False
+        self._on_the_way.remove(staying)
+        self.returned.add(request.request_id)
+        return True
 
     def observe_decodes(self, rows: int, tokens: int, seconds: float) -> None:
         """Note that a step with decodes only took so long: `rows` of them, with `tokens` of context."""
@@ -174,43 +204,50 @@ class ElasticPrefill:
     def observe_prompts(self, chunks: Iterable[tuple[int, int]], seconds: float) -> None:
         """Note that a step without decodes took so long. `chunks`: the first token that it computed of each prompt, and
         the first one that it left for later."""
-        expected = sum(self._until(end) - self._until(begin) for begin, end in chunks)
-        if expected > 0:
-            self._slower += WEIGHT * (seconds / expected - self._slower)
+        self._seen += WEIGHT * (seconds - self._seen)
+        self._expected += WEIGHT * (
+            sum(self._until(end) - self._until(begin) for begin, end in chunks) - self._expected
+        )
+
+    @property
+    def _slower(self) -> float:
+        """What prompts take, over what the profile says."""
+        return self._seen / self._expected
 
     def take_counts(self) -> dict[str, float]:
         """Return what was decided since the last call, as counters (engine/metrics.py)."""
         counts, self.counts = self.counts, Counter()
         return {f"placements/{outcome}/{cause}": float(count) for (outcome, cause), count in counts.items()}
 
-    def _moved(self, request: Request, outcome: Outcome, cause: Cause, row: tuple[int, int]) -> Moved:
+    def _moved(self, request: Request, outcome: Outcome, cause: Cause, row: tuple[int, int], seconds: float) -> Moved:
         self.counts[outcome.value, cause.value] += 1
-        self._on_the_way.append((self._clock() + ON_THE_WAY_S, outcome, row))
+        self._on_the_way.append(OnTheWay(self._clock() + ON_THE_WAY_S, outcome, row, seconds))
         return Moved(request, outcome, cause)
 
-    def _staying(self) -> list[tuple[int, int]]:
-        """Return tokens and expected growth of the requests that are to stay, and may not have come back yet."""
-        return [row for _, outcome, row in self._on_the_way if outcome is Outcome.STAYS]
+    def _forget(self) -> None:
+        """Forget what has moved for so long that it is there by now."""
+        now = self._clock()
+        while self._on_the_way and self._on_the_way[0].until < now:
+            self._on_the_way.popleft()
 
     def _sides(self, slacks: Sequence[Slack | None]) -> list[Slack]:
         """Return what decode engines can take over, less what is on its way to any of them."""
-        now = self._clock()
-        while self._on_the_way and self._on_the_way[0][0] < now:
-            self._on_the_way.popleft()
-        tokens = [tokens for _, outcome, (tokens, _) in self._on_the_way if outcome is Outcome.HANDED_OVER]
+        tokens = sum(each.row[0] for each in self._on_the_way if each.outcome is Outcome.HANDED_OVER)
         return [
             msgspec.structs.replace(
-                slack,
-                prompt_backlog=slack.prompt_backlog + sum(tokens),
-                prompt_room=max(0, slack.prompt_room - sum(tokens)),
+                slack, prompt_backlog=slack.prompt_backlog + tokens, prompt_room=max(0, slack.prompt_room - tokens)
             )
             for slack in slacks
             if slack is not None
         ]
 
-    def _seconds(self, request: Request) -> float:
+    def _computed(self, request: Request) -> int:
+        """Return how many tokens of a request need not be computed here any more."""
+        return int(request.num_computed_tokens) or self._cached(request)
+
+    def _seconds(self, request: Request, computed: int) -> float:
         """Return what the rest of a prompt takes here."""
-        return self._slower * (self._until(int(request.num_tokens)) - self._until(int(request.num_computed_tokens)))
+        return self._slower * (self._until(int(request.num_tokens)) - self._until(computed))
 
     def _until(self, tokens: int) -> float:
         """Return what a prompt takes by the profile up to so many tokens."""

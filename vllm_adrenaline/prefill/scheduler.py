@@ -80,7 +80,10 @@ class PrefillScheduler(Scheduler):
         self._utilization = PrefillUtilization(time.monotonic)
         known = profile.cached(profiling.key(self.vllm_config, options, ()))
         connector.tuner = self._make_tuner(options, known)
-        self._elastic = ElasticPrefill(options, known, self.block_size) if options.elastic != "off" else None
+        self._elastic: ElasticPrefill | None = None
+        if options.elastic != "off":
+            cached = functools.partial(compat.cached_tokens, self)
+            self._elastic = ElasticPrefill(options, known, self.block_size, self.max_num_running_reqs, cached)
         connector.elastic = self._elastic
         self._early: list[tuple[int, EngineCoreOutput]] = []  # by client: of prompts that ended early
         self._observe: Callable[[float], None] = lambda seconds: None  # takes what the present step took
@@ -145,7 +148,7 @@ class PrefillScheduler(Scheduler):
         Whether they are is decided in placement/prefill_admission.py. `asked` is the state that vLLM was told to be in.
         """
         needed = self._needed_by_next()
-        if asked != PauseState.UNPAUSED or not needed:
+        if asked != PauseState.UNPAUSED or not needed or self._comes_back(self.waiting.peek_request()):
             return asked
         pool = self.kv_cache_manager.block_pool
         beats = self._beats()
@@ -193,13 +196,15 @@ class PrefillScheduler(Scheduler):
         params = {STAY: True} if stays else self.connector.connector_scheduler.unfinished.pop(request.request_id, None)
         self._early.append((request.client_index, compat.early_output(request, params)))
 
-    def _most_tokens(self) -> int:
-        """Return how many tokens the next step may compute: all decodes, and a chunk of prompts."""
-        if self._elastic is None:
-            return self.max_num_scheduled_tokens
-        self.running.sort(key=lambda request: not compat.decodes(request))  # a prompt would take what they need
-        decodes = sum(map(compat.decodes, self.running))
-        return decodes + self._elastic.chunk(self.running, self.max_num_scheduled_tokens)
+    def add_request(self, request: Request) -> None:
+        """Add a request. One that comes back because it was told to stay waits no second time."""
+        super().add_request(request)
+        if self._elastic is not None and not request.kv_transfer_params and self._elastic.note_arrival(request):
+            compat.move_to_front(self, request)
+
+    def _comes_back(self, request: Request) -> bool:
+        """Whether a waiting request was told to stay here. It has nowhere else to go."""
+        return self._elastic is not None and request.request_id in self._elastic.returned
 
     # A step
 
@@ -207,7 +212,8 @@ class PrefillScheduler(Scheduler):
         with self.kv_lock:
             self._move_work()
             pause = self._pause_for_growth(self.pause_state)
-            with compat.paused(self, pause), compat.at_most(self, self._most_tokens()):
+            chunk = None if self._elastic is None else self._elastic.chunk(self.running)
+            with compat.paused(self, pause), compat.prompts_in_chunks(self, chunk, starting=0):
                 output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:
             self._utilization.begin()

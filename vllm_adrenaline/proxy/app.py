@@ -135,7 +135,11 @@ class Generate:
             return await answer(scope, receive, send)
         params, taken = bodies.params_of(answer), asyncio.Event()
         if bodies.stays(params):
-            return await self._generate("prefill", url, path, raw, headers, send, taken)
+            try:
+                return await self._generate("prefill", url, path, raw, headers, send, taken)
+            except EngineUnreachable as error:  # it has computed nothing: any decode engine will do
+                logger.warning("%s", error)
+                return await self._generate("decode", self.proxy.decode.next(), path, raw, headers, send, taken)
         try:
             raw = json.dumps(bodies.for_decode(body, params)).encode()
             await self._generate("decode", self.proxy.decode.next(), path, raw, headers, send, taken)

@@ -69,7 +69,12 @@ def can_disaggregate(body: Body) -> bool:
 def for_prefill(body: Body) -> Body:
     """Return the body that makes the prefill engine compute the prompt and keep its KV cache."""
     prefill = {name: value for name, value in body.items() if name not in NOT_FOR_PREFILL}
-    limits = (body.get("max_completion_tokens"), body.get("max_tokens"))
+    # As vLLM takes them: completions have a default of 16 and know max_tokens only.
+    limits = (
+        (body.get("max_tokens"), 16)
+        if "prompt" in body
+        else (body.get("max_completion_tokens"), body.get("max_tokens"))
+    )
     limit = next((each for each in limits if isinstance(each, int) and each > 0), ANY_LENGTH)
     params = KEEP_KV_FOR_DECODE | {STAY: min(limit, ANY_LENGTH)}
     prefill |= {"stream": False, "max_tokens": 1, "kv_transfer_params": params}
