@@ -52,10 +52,10 @@ def requests(seconds: float, seed: int) -> list[tuple[str, Request]]:
 
 
 class Watch:
-    """Reads the shares in force once in a while, on a thread of its own: (seconds, prefill's, decode's)."""
+    """Reads the shares in force once a second, on a thread of its own: (seconds, prefill's, decode's)."""
 
     def __init__(self, url: str) -> None:
-        self.seen: list[tuple[float, float, float]] = []
+        self.seen: list[tuple[float, float, float]] = []  # from when the first shares are in force
         self._metrics, self._stop, self._began = EngineMetrics(url), threading.Event(), time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -63,7 +63,8 @@ class Watch:
         while not self._stop.wait(1.0):
             now = self._metrics.read()
             x, y = (now.value(f"vllm:adrenaline_{phase}_share") for phase in ("prefill", "decode"))
-            self.seen.append((time.monotonic() - self._began, x, y))
+            if x:
+                self.seen.append((time.monotonic() - self._began, x, y))
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -93,7 +94,7 @@ def measure(cluster: Cluster, seconds: float, ttft: float, tpot: float, seed: in
         result[f"tpot p90, {phase}"] = sorted(tpot_ms(a) for _, a in mine)[int(0.9 * (len(mine) - 1))]
     gaps = [(e, 1000 * (e - b)) for a in answers for b, e in itertools.pairwise(a.times)]
     result["longest gap"] = max(gap for _, gap in gaps)
-    near = [gap for end, gap in gaps if any(0 <= end - change <= AFTER_S for change in watch.changes)]
+    near = [gap for end, gap in gaps if any(-1 <= end - change <= AFTER_S for change in watch.changes)]
     result["longest gap at a change"] = max(near, default=0.0)
     result["changes"] = len(watch.changes)
     result["shares"] = watch.seen
