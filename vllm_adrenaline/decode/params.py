@@ -80,7 +80,7 @@ def _refusal(raw: Any, tensor_parallel_size: int, prompt: Sequence[int]) -> str 
         return "its kv_transfer_params are not those of a finished prompt"
     if (params.tp_size, params.dcp_size, params.pp_size) != (tensor_parallel_size, 1, 1):
         return "its kv_transfer_params are of a prefill engine with another parallelism"
-    # Of a prompt that ended early only the beginning is there. Who does not know of that must not pull it as a whole one.
+    # Of a prompt that ended early only the beginning is there, and nobody is to take it for all of it.
     if params.adrenaline.fits(prompt, is_beginning=not params.do_remote_prefill):
         return None
     return "its kv_transfer_params are those of another prompt"
