@@ -159,7 +159,8 @@ class Pair:
         try:
             self._group = ProcessGroupGloo(self._relay, self._rank, 2, settings)
         except Exception as error:
-            self._error = error
+            # Its traceback would keep the device, which would go on listening: the other end would take it for us.
+            self._error = error.with_traceback(None)
 
     def connect(self, contact: Contact) -> None:
         """Connect to the other end, which must do the same. Waits for up to CONNECT_S.
