@@ -240,6 +240,22 @@ class Engine:
         wanted = scheduled.kv_connector_metadata.reqs_to_recv
         return {name: list(meta.remote.block_ids[0]) for name, meta in wanted.items()}
 
+    def until_pull(self, arrives: bool = False) -> dict[str, list[int]]:
+        """Do steps until NIXL is to read something; return what, as `pulls` does.
+
+        `arrives`: whether it is there by the end of that step.
+        """
+        wanted: dict[str, list[int]] = {}
+
+        def told() -> bool:
+            scheduled = self.schedule()
+            wanted.update(self.pulls(scheduled))
+            self.update(scheduled, received=set(wanted) if arrives and wanted else None)
+            return bool(wanted)
+
+        eventually(told)
+        return wanted
+
     def stop(self) -> None:
         """End, as an engine core does that is told to."""
         self.scheduler.shutdown()

@@ -58,16 +58,7 @@ def pulled(decode: Decode, prefill: Prefill, name: str = "prompt") -> Any:
     decode.step()
     assert prefill.expect(messages.Claim).request == name
     prefill.say(granted(prompt, name))
-    wanted: dict[str, list[int]] = {}
-
-    def told() -> bool:
-        scheduled = decode.schedule()
-        wanted.update(decode.pulls(scheduled))
-        decode.update(scheduled)
-        return bool(wanted)
-
-    eventually(told)
-    assert wanted == {request.request_id: BLOCKS}, "what is read is what the claim says"
+    assert decode.until_pull() == {request.request_id: BLOCKS}, "what is read is what the claim says"
     return request
 
 

@@ -185,16 +185,7 @@ def test_of_a_prompt_that_ended_early_the_begin_is_pulled_and_the_rest_computed(
 ) -> None:
     engine = decode()
     request = begun(engine, prefill, LONG, 5)
-    pulled: dict[str, list[int]] = {}
-
-    def told_to_pull() -> bool:
-        scheduled = engine.schedule()
-        pulled.update(engine.pulls(scheduled))
-        engine.update(scheduled)
-        return bool(pulled)
-
-    eventually(told_to_pull)
-    assert pulled == {request.request_id: [11, 12, 13, 14, 15]}
+    assert engine.until_pull() == {request.request_id: [11, 12, 13, 14, 15]}
     engine.step(received={request.request_id})
     scheduled = engine.schedule()
     assert scheduled.num_scheduled_tokens == {request.request_id: len(LONG) - 5 * BLOCK}

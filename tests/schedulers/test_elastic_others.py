@@ -54,14 +54,7 @@ def test_the_last_token_of_a_begun_prompt_is_written(decode: Any, prefill: Prefi
     engine.step()
     prefill.expect(messages.Claim)
     prefill.say(messages.Claimed("prompt", list(range(11, 16)), len(begin), prompt_hash(begin)))
-
-    def pull() -> bool:
-        s = engine.schedule()
-        p = engine.pulls(s)
-        engine.update(s, received=set(p) or None)
-        return bool(p)
-
-    eventually(pull)
+    engine.until_pull(arrives=True)
     s = engine.schedule()
     assert s.num_scheduled_tokens == {request.request_id: 1}
     got = s.kv_connector_metadata.received
@@ -183,14 +176,7 @@ def test_what_is_missing_of_a_begun_prompt_is_backlog(decode: Any, prefill: Pref
     engine.step()
     prefill.expect(messages.Claim)
     prefill.say(messages.Claimed("prompt", list(range(11, 16)), len(begin), prompt_hash(begin)))
-
-    def pull() -> bool:
-        s = engine.schedule()
-        p = engine.pulls(s)
-        engine.update(s)
-        return bool(p)
-
-    eventually(pull)
+    engine.until_pull()
     engine.step()  # under way
     assert engine.scheduler.table.requests[r.request_id].state.value == "pulling"
     assert engine.scheduler.table.pools[0].client.slack.prompt_backlog == len(LONG) - 5 * BLOCK

@@ -26,7 +26,9 @@ Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
 BlockIndex = Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
 Blocks = Annotated[list[BlockIndex], msgspec.Meta(max_length=1 << 16)]
 Names = Annotated[list[Name], msgspec.Meta(max_length=4096)]
-Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
+MAX_COUNT = 1 << 24
+"""The largest number that a message says."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 50)]
 Cpus = Annotated[list[Count], msgspec.Meta(max_length=4096)]
 

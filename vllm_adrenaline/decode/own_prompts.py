@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from vllm_adrenaline.control.messages import Slack
+from vllm_adrenaline.control.messages import MAX_COUNT, Slack
 from vllm_adrenaline.placement import elastic
 from vllm_adrenaline.placement.costs import Costs
 from vllm_adrenaline.placement.memory import MARGIN, Memory, peak
@@ -64,11 +64,10 @@ class OwnPrompts:
         accepts = self._takes_over and not is_full
         # Who decodes nothing now will soon: the request whose prompt was taken over last.
         soon = max(step, self._one_row)
-        most = 1 << 24  # of what a message may say
         return Slack(
             prompt_rate=elastic.chunk_rate(soon, self._per_token, self.chunk(soon)) if accepts else 0.0,
-            prompt_backlog=min(missing, most),
-            prompt_room=min(max(0, room * memory.block_size - growth), most),
+            prompt_backlog=min(missing, MAX_COUNT),
+            prompt_room=min(max(0, room * memory.block_size - growth), MAX_COUNT),
             work=work + missing * self._per_token,
             is_full=is_full,
         )

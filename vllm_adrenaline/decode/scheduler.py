@@ -7,6 +7,7 @@ vllm/v1/core/sched/scheduler.py of 0.32 (run) and 0.33 (read).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import Any
@@ -95,19 +96,20 @@ class DecodeScheduler(Scheduler):
             self.running.sort(key=lambda request: not table.is_offloaded(request.request_id))
         leases.adjust(table.requests, table.pools, self.block_size)
         table.settle()
-        running = {request.request_id for request in self.running}
-        with compat.prompts_in_chunks(self, self._chunk(), starting=len(table.requests.keys() - running)):
+        with self._own_prompts_in_chunks():
             output = super().schedule(*args, **kwargs)
         self._batch = table.batch(self.running)
         return output
 
-    def _chunk(self) -> int | None:
-        """Return how many tokens of prompts the next step may compute; None for as many as vLLM computes."""
+    def _own_prompts_in_chunks(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which a step is scheduled: with --adrenaline-elastic one that bounds prompts."""
         if self._own_prompts is None:
-            return None
-        batch = self.table.batch(filter(compat.decodes, self.running))
-        self._step_seconds = self.table.admission.step_seconds(batch, len(self.table.pools))
-        return self._own_prompts.chunk(self._step_seconds)
+            return contextlib.nullcontext()
+        table = self.table
+        batch = table.batch(filter(compat.decodes, self.running))
+        self._step_seconds = table.admission.step_seconds(batch, len(table.pools))
+        starting = len(table.requests.keys() - {request.request_id for request in self.running})
+        return compat.prompts_in_chunks(self, self._own_prompts.chunk(self._step_seconds), starting)
 
     def _tell_slack(self) -> None:
         """Have prefill engines told how much of their work this engine could do."""

@@ -77,8 +77,8 @@ class DecodeWorker(CPUWorker):
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise AdrenalineError(f"the model has {len(groups)} KV cache groups; one is supported")
-        sockets.use_keys(Options.of(self.vllm_config).load_keys())
         options, config, model = Options.of(self.vllm_config), self.vllm_config, self.vllm_config.model_config
+        sockets.use_keys(options.load_keys())
         layers = list(groups[0].layer_names)
         shape = Shape(
             max_rows=config.scheduler_config.max_num_seqs,

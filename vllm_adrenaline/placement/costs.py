@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
+
+from vllm_adrenaline.system.arithmetic import neighbours, on_line
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
@@ -52,9 +53,8 @@ class Costs(msgspec.Struct, frozen=True):
         """Return the seconds of a step without its attention: between measured sizes, and beyond them, on a line."""
         if len(self.step) == 1 or rows <= self.step[0][0]:
             return self.step[0][1]
-        pairs = list(itertools.pairwise(self.step))
-        (low, fast), (high, slow) = next((p for p in pairs if rows <= p[1][0]), pairs[-1])
-        return max(fast, fast + (slow - fast) * (rows - low) / (high - low))
+        low, high = neighbours(self.step, rows)
+        return max(low[1], on_line(low, high, rows))
 
     def remote_seconds(self, executor: int, rows: float, tokens: float) -> float:
         """Return how long after its start the output of `rows` offloaded rows with `tokens` of context is there."""

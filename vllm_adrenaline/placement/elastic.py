@@ -7,7 +7,6 @@ decodes as well (the request stays). Work moves to the side that will be done so
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from enum import Enum
@@ -16,6 +15,7 @@ from typing import Protocol
 import msgspec
 
 from vllm_adrenaline.placement.costs import Costs
+from vllm_adrenaline.system.arithmetic import neighbours, on_line
 
 SOONER = 0.8
 """What the other side may need at most, as a fraction of what this side needs, so that work moves. What is compared
@@ -149,9 +149,7 @@ def prompt_seconds(curve: Sequence[tuple[int, float]], tokens: int) -> float:
     """Return what a prompt of `tokens` takes, by (tokens, seconds) of some, ascending: on lines between and beyond."""
     if len(curve) == 1 or tokens <= curve[0][0]:
         return curve[0][1] * min(1.0, tokens / curve[0][0]) if tokens > 0 else 0.0
-    pairs = list(itertools.pairwise(curve))
-    (low, fast), (high, slow) = next((pair for pair in pairs if tokens <= pair[1][0]), pairs[-1])
-    return fast + (slow - fast) * (tokens - low) / (high - low)
+    return on_line(*neighbours(curve, tokens), tokens)
 
 
 def chunk(step: float, per_token: float, limit: float, most: int) -> int:

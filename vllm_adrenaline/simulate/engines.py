@@ -5,7 +5,6 @@ Times are seconds, memory is blocks. The loop that moves them is in run.py.
 
 from __future__ import annotations
 
-import bisect
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -13,7 +12,7 @@ from vllm_adrenaline.placement.batch import Progress
 from vllm_adrenaline.placement.costs import Costs, Seconds
 from vllm_adrenaline.placement.policy import Decision
 from vllm_adrenaline.placement.prefill_admission import Blocks, should_defer_prefill
-from vllm_adrenaline.system.arithmetic import cdiv
+from vllm_adrenaline.system.arithmetic import cdiv, neighbours, on_line
 
 
 @dataclass(eq=False)
@@ -97,9 +96,7 @@ class Model:
         points = self.prefill
         if len(points) == 1:
             return points[0][1] * tokens / points[0][0]
-        at = min(max(bisect.bisect_left(points, (tokens, 0.0)), 1), len(points) - 1)
-        (low, fast), (high, slow) = points[at - 1], points[at]
-        return max(fast + (slow - fast) * (tokens - low) / (high - low), 1e-6)
+        return max(on_line(*neighbours(points, tokens), tokens), 1e-6)
 
 
 @dataclass(eq=False)
