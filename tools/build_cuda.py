@@ -51,8 +51,9 @@ class Kernel:
 
     @property
     def spill_bound(self) -> int:
-        """Bytes that it may spill. Outputs and queries of a head of 256 take 192 registers of the 255 there are."""
-        return 128 if self.head_size == 256 else 0
+        """Bytes that it may spill. Outputs and queries of a head of 256 take 192 registers of the 255 there are; those of
+        a head of 128 take 96 of the 168 with which three blocks fit (library.cu), and 28 bytes are spilled then."""
+        return {256: 128, 128: 32}.get(self.head_size, 0)
 
     def shared_bytes(self, stages: int) -> int:
         """Return its shared memory, as SharedLayout in csrc/cuda/call.h has it."""
@@ -66,7 +67,7 @@ class Kernel:
         whole, each = (size << 10 for size in SHARED[arch])
         # Registers are given to a warp in units of 256.
         by_registers = REGISTERS // ((self.registers * 32 + 255) // 256 * 256 * (THREADS // 32))
-        for wanted in (2, 1):
+        for wanted in (3, 2, 1):
             for stages in (count for count in STAGES if self.shared_bytes(count) <= each):
                 if (blocks := min(by_registers, whole // (self.shared_bytes(stages) + 1024))) >= wanted:
                     return stages, blocks

@@ -26,17 +26,21 @@ class Attention {
   static ADRENALINE_DEVICE void attend(const Call& call, const Span& span) {
     const int group = call.batch.group, first = span.part.row_block * kRowBlock;
     const int rest = span.row.queries * group - first, queries = rest < kRowBlock ? rest : kRowBlock;
-    const int row_tiles = queries <= 16 ? 1 : queries <= 32 ? 2 : 4;
-    const int row_tile = warp_index() % row_tiles;
+    // Warps that have other queries: 1, 2 or 4, as a shift, for nothing is divided in the loop.
+    const int row_shift = queries <= 16 ? 0 : queries <= 32 ? 1 : 2, row_tiles = 1 << row_shift;
+    const int row_tile = warp_index() & (row_tiles - 1);
     constexpr int kLoad = Memory::Layout::kLoad;
     const int stages = call.stages, loads = span.part.tiles * (kTile / kLoad), thread = device::thread_index();
 
     if (thread < kLoad)
       for (int load = 0; load < stages && load < loads; ++load)
-        device::shared_store(Memory::place_at(load, thread), place_of(call, span, span.position(load * kLoad + thread)));
+        device::shared_store(Memory::place_at(load, thread),
+                             place_of(call, span, find(call, span, span.position(load * kLoad + thread))));
 
     uint32_t packed[Parts::kSteps][4];
-    Logits logits{call.scale * call.k_scale, call.soft_cap, {-1, -1}, call.batch.window};
+    const int window = call.batch.window, last = span.row.context + span.row.queries - 1;
+    Logits logits{call.scale * call.k_scale, call.soft_cap, {-1, -1}, window, window > 0 ? last - window + 1 : 0,
+                  span.row.context};
     const T* rows[2] = {nullptr, nullptr};
     ADRENALINE_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -59,17 +63,17 @@ class Attention {
       device::copy_wait(stages - 2);
       device::barrier();  // this load is there for all, and nobody attends the one before any more
       const int ahead = load + stages;
-      const bool finds_place = ahead < loads && thread < kLoad;
-      const int64_t place = finds_place ? place_of(call, span, span.position(ahead * kLoad + thread)) : kNowhere;
       if (ahead - 1 < loads) Memory::start(call, span, ahead - 1, free);
       device::copy_commit();
-      for (int token = warp_index() / row_tiles * 16; token < kLoad; token += kWarps / row_tiles * 16) {
+      const bool finds_place = ahead < loads && thread < kLoad;
+      const Found found = finds_place ? find(call, span, span.position(ahead * kLoad + thread)) : Found{};
+      for (int token = (warp_index() >> row_shift) * 16; token < kLoad; token += (kWarps >> row_shift) * 16) {
         const int position = span.position(load * kLoad + token);
         if (position >= span.row.end) break;
         running.attend(packed, logits, Memory::keys_at(stage), Memory::values_at(stage), token, position);
       }
-      // What was asked for at the start has come by now.
-      if (finds_place) device::shared_store(Memory::place_at(ahead, thread), place);
+      // What was asked for before has come by now.
+      if (finds_place) device::shared_store(Memory::place_at(ahead, thread), place_of(call, span, found));
       free = stage;
       stage = stage + 1 == stages ? 0 : stage + 1;
     }

@@ -43,6 +43,7 @@ struct Call {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kLeastStages = 2, kMostStages = 4;
+constexpr int kMostBlocks = 3;  // of a multiprocessor, that are aimed at
 
 // Floats of working memory that a grid of `blocks` needs. A block leaves at most two parts of rows to others: of what it
 // begins in the middle of, and of what it ends in the middle of. A row has its outputs, its sum and its maximum.

@@ -8,8 +8,19 @@
 namespace adrenaline::cuda {
 namespace {
 
+// Blocks that a multiprocessor's registers should be enough for. Three were measured to be faster on sm_90 than two
+// (docs/gpu-kernel.md); elsewhere the compiler needs more registers, and nothing was measured.
+template <int kHead>
+constexpr int blocks_wanted() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+  return kHead <= 128 ? kMostBlocks : 2;
+#else
+  return 2;
+#endif
+}
+
 template <typename T, typename C, int kHead>
-__global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, blocks_wanted<kHead>()) attend_kernel(const __grid_constant__ Call call) {
   Attention<T, C, kHead>::run(call);
 }
 
@@ -39,8 +50,8 @@ int64_t adrenaline_partial_floats(int blocks, int head_size) { return partial_fl
 int adrenaline_blocks_of(int multiprocessors, double share, int each) { return blocks_of(multiprocessors, share, each); }
 const char* adrenaline_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-// Choose the stages: the most with which two blocks fit a multiprocessor, for one loads while the other begins or ends a
-// part; else the most with which one fits. To be called once for each kind, before its first launch.
+// Choose the stages: the most with which three blocks fit a multiprocessor, for some load while others attend, begin or
+// end a part; else the most with which two fit, or one. To be called once for each kind, before its first launch.
 int adrenaline_prepare(const Kind* kind, Resources* found) {
   int device = 0, each = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -60,7 +71,7 @@ int adrenaline_prepare(const Kind* kind, Resources* found) {
     // L1 is wanted for little more than block tables.
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return;
-    for (int wanted = 2; wanted > 0; --wanted)
+    for (int wanted = kMostBlocks; wanted > 0; --wanted)
       for (int stages = kMostStages; stages >= kLeastStages; --stages) {
         if (Layout::bytes(stages) > each) continue;
         found->stages = stages;

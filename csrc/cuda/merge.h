@@ -77,6 +77,8 @@ class Merge {
   }
 
  private:
+  static constexpr int kAtOnce = 8;
+
   // What a block keeps for a unit that others share: in its first place if the unit began before the block's stretch.
   ADRENALINE_DEVICE int64_t kept_by(int block) const {
     return (int64_t{block} * 2 + (block == span_.part.first_block ? 1 : 0)) * kRowBlock * (kHead + 2);
@@ -108,9 +110,18 @@ class Merge {
     for (int i = device::thread_index(); i < queries_ * kPairs; i += kThreads) {
       const int query = i / kPairs, pair = i % kPairs;
       Merged merged;
-      for (int n = 0; n < span_.part.parts; ++n) {
-        const int block = span_.part.first_block + n;
-        merged.add(device::load_from_blocks(sums(block, query)), device::load_from_blocks(partial(block, query, pair)));
+      // Some are asked for before the first is used, for a long unit has many.
+      for (int first = 0; first < span_.part.parts; first += kAtOnce) {
+        Two sums_of[kAtOnce], outputs[kAtOnce];
+        ADRENALINE_UNROLL
+        for (int n = 0; n < kAtOnce; ++n) {
+          const int last = span_.part.parts - 1, block = span_.part.first_block + (first + n < last ? first + n : last);
+          sums_of[n] = device::load_from_blocks(sums(block, query));
+          outputs[n] = device::load_from_blocks(partial(block, query, pair));
+        }
+        ADRENALINE_UNROLL
+        for (int n = 0; n < kAtOnce; ++n)
+          if (first + n < span_.part.parts) merged.add(sums_of[n], outputs[n]);
       }
       put(query, pair, merged);
     }

@@ -5,6 +5,7 @@
 //   thread_index, block_index, block_count     where this thread is
 //   barrier, warp_barrier                      of a block, of a warp; all threads must come
 //   shuffle_xor(x, mask)                       the x of the lane whose number differs by mask
+//   any(x)                                     whether x is true in any lane
 //   shared_load<T>(at), shared_store(at, x)    dynamic shared memory, by byte offset; stores of whole words
 //   copy_async(to, from, there)                16 bytes from global to shared memory; zeros if not `there`
 //   copy_commit, copy_wait(pending)            close a group of them; wait for all groups but the last ones (own thread)

@@ -19,6 +19,7 @@ ADRENALINE_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
 
 ADRENALINE_DEVICE void barrier() { __syncthreads(); }
 ADRENALINE_DEVICE void warp_barrier() { __syncwarp(); }
+ADRENALINE_DEVICE bool any(bool mine) { return __any_sync(0xffffffff, mine); }
 ADRENALINE_DEVICE float shuffle_xor(float mine, int mask) { return __shfl_xor_sync(0xffffffff, mine, mask); }
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -84,7 +85,8 @@ ADRENALINE_DEVICE T load_from_blocks(const T* from) {
   const float2 found = __ldcg(reinterpret_cast<const float2*>(from));
   return *reinterpret_cast<const T*>(&found);
 }
-ADRENALINE_DEVICE void fence() { __threadfence(); }
+// Cheaper than __threadfence(), which is sequentially consistent.
+ADRENALINE_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 ADRENALINE_DEVICE uint32_t atomic_increment(uint32_t* counter) { return atomicAdd(counter, 1u); }
 
 ADRENALINE_DEVICE float exp2(float x) {

@@ -28,16 +28,30 @@ struct Span {
   ADRENALINE_DEVICE int position(int token) const { return row.begin + part.tile * kTile + token; }
 };
 
-ADRENALINE_DEVICE int64_t place_of(const Call& call, const Span& span, int position) {
-  if (position >= span.row.end) return kNowhere;
+// Where a token is, as far as one load says it. What is made of that (`place_of`) is made later: whoever multiplies a
+// number just asked for waits for it.
+struct Found {
+  static constexpr int32_t kNew = -1, kNone = -2;
+
+  int32_t block = kNone;  // of the cache; kNew, or kNone
+  int32_t at = 0;         // in the block; of a new token its number
+};
+
+ADRENALINE_DEVICE Found find(const Call& call, const Span& span, int position) {
+  if (position >= span.row.end) return {};
   if (position >= span.row.context) {
     const int token = span.row.query_begin + position - span.row.context;
-    if (device::load(call.slot_mapping + token) >= 0) return -1 - int64_t{token};
+    if (device::load(call.slot_mapping + token) >= 0) return {Found::kNew, token};
   }
-  const int in_row = position / call.block_size;
-  const int64_t block = device::load(call.block_table + span.part.row * call.table_stride + in_row);
-  return block * call.block_stride + (position - in_row * call.block_size) * call.token_stride +
-         span.part.kv_head * call.head_stride;
+  const int in_row = static_cast<uint32_t>(position) / static_cast<uint32_t>(call.block_size);
+  return {device::load(call.block_table + span.part.row * call.table_stride + in_row),
+          position - in_row * call.block_size};
+}
+
+ADRENALINE_DEVICE int64_t place_of(const Call& call, const Span& span, const Found& found) {
+  if (found.block == Found::kNone) return kNowhere;
+  if (found.block == Found::kNew) return -1 - int64_t{found.at};
+  return found.block * call.block_stride + found.at * call.token_stride + span.part.kv_head * call.head_stride;
 }
 
 template <typename T, typename C, int kHead>
@@ -55,44 +69,60 @@ struct Tiles {
     const C* keys = static_cast<const C*>(call.keys);
     const C* values = static_cast<const C*>(call.values);
     constexpr int kEach = Layout::kLoad * Layout::kPieces / kThreads;
-    ADRENALINE_UNROLL
-    for (int i = 0; i < kEach; ++i) {
-      const InTile at = in_tile(i);
-      const int64_t place = device::shared_load<int64_t>(place_at(load, at.token));
-      if (is_new(place)) continue;
-      const bool there = place != kNowhere;
-      const int64_t offset = (there ? place : 0) + at.piece * (16 / int{sizeof(C)});
-      device::copy_async(keys_at(stage) + at.offset, keys + offset, there);
-      device::copy_async(values_at(stage) + at.offset, values + offset, there);
+    if (span.position((load + 1) * Layout::kLoad) <= span.row.context) {  // all of it is in the cache
+      int64_t offset[kEach];  // read before the first copy, which would make each wait for the one before
+      ADRENALINE_UNROLL
+      for (int i = 0; i < kEach; ++i) {
+        const InTile at = in_tile(i);
+        offset[i] = device::shared_load<int64_t>(place_at(load, at.token)) + at.piece * kNumbers;
+      }
+      ADRENALINE_UNROLL
+      for (int i = 0; i < kEach; ++i) {
+        const uint32_t to = keys_at(stage) + in_tile(i).offset;
+        device::copy_async(to, keys + offset[i], true);
+        device::copy_async(to + Layout::kLoadBytes, values + offset[i], true);
+      }
+      return;
     }
-    // The last tokens of a row: apart, so that the loop above stays short.
-    if (span.position((load + 1) * Layout::kLoad - 1) < span.row.context) return;
     ADRENALINE_ROLLED
     for (int i = 0; i < kEach; ++i) {
       const InTile at = in_tile(i);
       const int64_t place = device::shared_load<int64_t>(place_at(load, at.token));
-      if (is_new(place))
+      const bool there = place != kNowhere;
+      if (there && place < 0) {
         append(call, span, static_cast<int>(-1 - place), at.piece, keys_at(stage) + at.offset,
                values_at(stage) + at.offset);
+        continue;
+      }
+      const int64_t offset = (there ? place : 0) + at.piece * kNumbers;
+      device::copy_async(keys_at(stage) + at.offset, keys + offset, there);
+      device::copy_async(values_at(stage) + at.offset, values + offset, there);
     }
   }
 
  private:
+  static constexpr int kNumbers = 16 / int{sizeof(C)};  // in a piece
+
   // What the calling thread loads as its `i`th: a piece of a token, and where in the stage that belongs.
   struct InTile {
     int token, piece;
     uint32_t offset;
   };
   static ADRENALINE_DEVICE InTile in_tile(int i) {
-    const int number = i * kThreads + device::thread_index(), token = number / Layout::kPieces;
-    const int piece = number % Layout::kPieces;
-    return {token, piece, static_cast<uint32_t>(token * Layout::kRow + piece * 16)};
+    const uint32_t thread = device::thread_index();
+    uint32_t token, piece;
+    if constexpr (kThreads % Layout::kPieces == 0) {  // so that little depends on i
+      token = thread / Layout::kPieces + i * (kThreads / Layout::kPieces);
+      piece = thread % Layout::kPieces;
+    } else {
+      token = (i * kThreads + thread) / Layout::kPieces;
+      piece = (i * kThreads + thread) % Layout::kPieces;
+    }
+    return {static_cast<int>(token), static_cast<int>(piece), token * Layout::kRow + piece * 16};
   }
-  static ADRENALINE_DEVICE bool is_new(int64_t place) { return place < 0 && place != kNowhere; }
 
   static ADRENALINE_DEVICE void append(const Call& call, const Span& span, int token, int piece, uint32_t key_at,
                                        uint32_t value_at) {
-    constexpr int kNumbers = 16 / int{sizeof(C)};
     const int64_t in_head = int64_t{span.part.kv_head} * kHead + piece * kNumbers;
     const Piece key = in_cache(static_cast<const T*>(call.k) + token * call.k_stride + in_head, call.k_scale);
     const Piece value = in_cache(static_cast<const T*>(call.v) + token * call.v_stride + in_head, call.v_scale);

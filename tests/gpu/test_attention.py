@@ -1,6 +1,6 @@
 """The fused kernel on a GPU: what it appends, byte for byte, and what it attends, against double precision.
 
-The steps are those of the emulator's tests. Not run yet: docs/gpu-status.md.
+The steps are those of the emulator's tests. docs/gpu-status.md says where they ran.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The CUDA kernel, run on the emulator: what it appends, bit for bit, and what it attends, against double precision.
 
-Its source is the one that nvcc compiles. Whether a GPU does the same is not known yet (docs/gpu-status.md).
+Its source is the one that nvcc compiles, and a GPU does the same (docs/gpu-status.md).
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ def test_shared_memory_is_counted_as_the_kernels_lay_it_out(
             assert kernel.shared_bytes(stages) == emulator.shared_bytes(kind, stages)
 
 
-def test_two_blocks_fit_before_stages_are_added(tool: ModuleType) -> None:
+def test_blocks_fit_before_stages_are_added(tool: ModuleType) -> None:
+    assert tool.Kernel("Bf16", "Bf16", 128, 168, 0).fit("90a") == (2, 3)  # 70.5 KiB each
     kernel = tool.Kernel("Bf16", "Bf16", 128, 190, 0)
     assert kernel.fit("90a") == (3, 2)  # 104.5 KiB each
     assert kernel.fit("80") == (2, 2)

@@ -96,6 +96,12 @@ inline float shuffle_xor(float mine, int mask, const char* file = __builtin_FILE
   const emu::Warp::Lane* lanes = emu::gather(mine, {"the shuffle", file, line});
   return emu::taken<float>(lanes, (emu::self().index % emu::kLanes) ^ mask);
 }
+inline bool any(bool mine, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  const emu::Warp::Lane* lanes = emu::gather(mine, {"the vote", file, line});
+  bool found = false;
+  for (int lane = 0; lane < emu::kLanes; ++lane) found |= emu::taken<bool>(lanes, lane);
+  return found;
+}
 
 template <typename T>
 T shared_load(uint32_t at) {
