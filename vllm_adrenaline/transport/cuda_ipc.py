@@ -108,9 +108,10 @@ class _End:
         self._state = torch.zeros(ctypes.sizeof(ChannelState), dtype=torch.uint8, device="cuda")
         torch.cuda.current_stream().synchronize()  # launches may go to other streams
         self._end = ChannelEnd()
+        self._theirs: dict[str, torch.Tensor] = {}  # rows of the other's inbox; it is open as long as they are there
 
     def _connect(self, theirs: Inbox, timeout_s: float) -> None:
-        self._theirs = theirs
+        self._theirs = theirs.rows
         self._end = ChannelEnd(
             theirs.announcement, self.inbox.announcement, self._state.data_ptr(), self.epoch, int(timeout_s * 1e9)
         )
@@ -122,6 +123,11 @@ class _End:
     def close(self) -> None:
         """Tell the other end that nothing comes any more: its waits end at once."""
         self._kernels.close(self._end, _stream())
+
+    def disconnect(self) -> None:
+        """Let go of the other's inbox, when all launches are done. It may free it then; nothing may be launched."""
+        torch.cuda.synchronize()
+        self._theirs = {}
 
     def health(self) -> Health:
         """Return how the end is when what was launched on the current stream is done. Waits for that."""
@@ -147,7 +153,7 @@ class CudaDecodeChannel(_End):
 
         Raises ValueError for tensors that the kernel cannot read.
         """
-        parts = [(x, self._theirs.rows[name].data_ptr()) for name, x in (("q", q), ("k", k), ("v", v))]
+        parts = [(x, self._theirs[name].data_ptr()) for name, x in (("q", q), ("k", k), ("v", v))]
         message = message_of(self._end, layer, parts, tokens, rows, self._shape.max_tokens)
         self._kernels.send(message, BLOCKS, _stream())
 
@@ -187,7 +193,11 @@ class CudaExecutorChannel(_End):
         """
         super().__init__(kernels, shape, Inbox.allocate(sent_sizes(shape), shape.dtype), epoch)
         self._connect(Inbox(theirs, answered_sizes(shape), shape.dtype), timeout_s)
-        self.tensors = self.inbox.rows | self._theirs.rows
+        self.tensors = self.inbox.rows | self._theirs
+
+    def disconnect(self) -> None:
+        self.tensors = {}
+        super().disconnect()
 
     def await_layer(self, layer: int, first_tile: torch.Tensor | None = None) -> None:
         """Wait for q, k and v of the layer. If the end fails, `first_tile`, the plan of the step, becomes empty."""
