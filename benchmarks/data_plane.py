@@ -28,7 +28,8 @@ import report
 
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.system.statistics import percentile
-from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps
+from vllm_adrenaline.transport.shape import Shape
+from vllm_adrenaline.transport.shm import ShmDecodeChannel, ShmExecutorChannel, ShmSteps
 from vllm_adrenaline.transport.split import SplitRows, split_rows
 
 ROOT = Path(__file__).parent.parent

@@ -55,7 +55,8 @@ from vllm_adrenaline.kv import space  # noqa: E402
 from vllm_adrenaline.kv.memory import map_kv  # noqa: E402
 from vllm_adrenaline.prefill.executor_pool import ExecutorProcess  # noqa: E402
 from vllm_adrenaline.system import memory_file  # noqa: E402
-from vllm_adrenaline.transport.shm import Shape, ShmSteps  # noqa: E402
+from vllm_adrenaline.transport.shape import Shape  # noqa: E402
+from vllm_adrenaline.transport.shm import ShmSteps  # noqa: E402
 from vllm_adrenaline.transport.split import split_rows  # noqa: E402
 
 BLOCK = 128

@@ -15,7 +15,7 @@ import torch
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system.arithmetic import cdiv
-from vllm_adrenaline.transport.shm import Shape
+from vllm_adrenaline.transport.shape import Shape
 
 MAGIC: Final = 0xAD2E_0001
 PAGE: Final = 4096

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "csrc" / "cuda" / "library.cu"
+ATTENTION, CHANNEL = (ROOT / "csrc" / "cuda" / name for name in ("library.cu", "channel.cu"))
 OPTIONS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra"]
 ARCHITECTURES = ("80", "90a", "100", "120")
 FEW = (("Bf16", "Bf16", 128), ("Bf16", "Fp8", 128), ("Bf16", "Bf16", 256))
@@ -93,9 +93,9 @@ def report(text: str) -> list[Kernel]:
     return sorted(kernels, key=lambda k: (k.message, k.cache, k.head_size))
 
 
-def nvcc(*arguments: str) -> str:
+def nvcc(*arguments: str | Path) -> str:
     """Run the compiler and return what it said. Ends the program if it fails."""
-    done = subprocess.run(["nvcc", *OPTIONS, *arguments, str(SOURCE)], capture_output=True, text=True, check=False)
+    done = subprocess.run(["nvcc", *OPTIONS, *map(str, arguments)], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
     return done.stdout + done.stderr
@@ -117,8 +117,12 @@ def check(all_kernels: bool) -> int:
         for arch in ARCHITECTURES:
             started = time.monotonic()
             cubin = str(Path(folder) / "out.cubin")
-            kernels = report(nvcc(*target(arch, "sm"), "-Xptxas", "-v", "-cubin", "-o", cubin, *chosen))
-            print(f"sm_{arch}: {len(kernels)} kernels in {time.monotonic() - started:.0f} s")
+            kernels = report(nvcc(*target(arch, "sm"), "-Xptxas", "-v", "-cubin", "-o", cubin, *chosen, ATTENTION))
+            channel = nvcc(*target(arch, "sm"), "-Xptxas", "-v", "-cubin", "-o", cubin, CHANNEL)
+            spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", channel)))
+            took = time.monotonic() - started
+            print(f"sm_{arch}: {len(kernels)} kernels of attention, and those of channels, in {took:.0f} s")
+            bad += spilled > 0
             for kernel in kernels:
                 stages, blocks = kernel.fit(arch)
                 name = f"{kernel.message} over {kernel.cache}, head {kernel.head_size}"
@@ -166,8 +170,8 @@ def main() -> None:
         return
     # PTX besides, for GPUs that come later.
     arch = options.arch or visible_arch()
-    ptx = target(arch.rstrip("a"), "compute")
-    nvcc(*target(arch, "sm"), *ptx, "-shared", "-Xcompiler=-fPIC,-fvisibility=default", "-o", str(options.out))
+    targets = [*target(arch, "sm"), *target(arch.rstrip("a"), "compute")]
+    nvcc(*targets, "-shared", "-Xcompiler=-fPIC,-fvisibility=default", "-o", options.out, ATTENTION, CHANNEL)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@
 //   store_for_blocks, load_from_blocks         global memory by which blocks talk to each other
 //   fence                                      release and acquire, device-wide
 //   atomic_increment(p)                        returns what was there before
+//   store_for_peer, load_from_peer             rows by which processes talk to each other; 16 bytes
+//   fence_system                               release and acquire, for other processes, too
+//   load_acquire_system, store_release_system  announcements to and by other processes
+//   time_ns, pause(ns)                         a clock; let time pass
 //   exp2                                       fast, about 2 ulp
 //   bits_of, float_of                          a float as bits and back
 //   pack_bf16, pack_half(low, high)            two floats, rounded to nearest even, in one word

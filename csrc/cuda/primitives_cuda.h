@@ -89,6 +89,33 @@ ADRENALINE_DEVICE T load_from_blocks(const T* from) {
 ADRENALINE_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 ADRENALINE_DEVICE uint32_t atomic_increment(uint32_t* counter) { return atomicAdd(counter, 1u); }
 
+template <typename T>
+ADRENALINE_DEVICE void store_for_peer(T* to, const T& value) {
+  *to = value;
+}
+// Past L1, which what other devices store does not reach.
+template <typename T>
+ADRENALINE_DEVICE T load_from_peer(const T* from) {
+  static_assert(sizeof(T) == sizeof(uint4));
+  const uint4 found = __ldcg(reinterpret_cast<const uint4*>(from));
+  return *reinterpret_cast<const T*>(&found);
+}
+ADRENALINE_DEVICE void fence_system() { __threadfence_system(); }
+ADRENALINE_DEVICE uint64_t load_acquire_system(const uint64_t* from) {
+  uint64_t found;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(found) : "l"(__cvta_generic_to_global(from)) : "memory");
+  return found;
+}
+ADRENALINE_DEVICE void store_release_system(uint64_t* to, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(value) : "memory");
+}
+ADRENALINE_DEVICE int64_t time_ns() {
+  int64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+ADRENALINE_DEVICE void pause(int ns) { __nanosleep(ns); }
+
 ADRENALINE_DEVICE float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -15,15 +15,13 @@
 #include <type_traits>
 
 #include "../check.h"
+#include "../stamp.h"
 
 namespace adrenaline::shm {
 
 constexpr uint64_t kMagic = 0xAD2E0003;
 constexpr size_t kPage = 4096;
 constexpr size_t kLine = 64;
-constexpr uint64_t kMaxLayers = (1 << 12) - 2;
-constexpr uint64_t kMaxEpoch = (1 << 16) - 1;
-constexpr uint64_t kMaxStep = (uint64_t{1} << 36) - 1;
 
 // What a channel is sized for; row sizes in bytes.
 struct Shape {
@@ -59,14 +57,6 @@ inline Layout layout_of(const Shape& s) {
   at.total = end;
   return at;
 }
-
-// An announcement: a step of one life of a channel, and a layer in it (0: the plan). It never repeats. So nothing of
-// another step or another life can be taken for what is waited for.
-inline uint64_t stamp(uint64_t epoch, uint64_t step, uint64_t layer_plus_1) {
-  return epoch << 48 | (step & kMaxStep) << 12 | layer_plus_1;
-}
-
-inline uint64_t step_of(uint64_t stamp) { return stamp >> 12 & kMaxStep; }
 
 // The size to which `count` rows or tokens of a plan are padded: the smallest power of two that fits, or the most there
 // can be. So the shapes of a step are few, and what depends on them is made once (tensor views here, CUDA graphs

@@ -42,7 +42,7 @@ def build(folder: Path, source: str, options: list[str], csrc: Path = ROOT / "cs
     command = ["g++", *FLAGS, *options, str(csrc / "tests" / source)]
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(f"{version}{command}".encode())
-    files = [*sorted((csrc / "cuda").rglob("*.h")), csrc / "tests" / source, csrc / "check.h"]
+    files = [*sorted((csrc / "cuda").rglob("*.h")), csrc / "tests" / source, csrc / "check.h", csrc / "stamp.h"]
     for path in files:
         digest.update(f"{path.name}{path.read_text()}".encode())
     name = Path(source).stem

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.system import memory_file
-from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmExecutorChannel, ShmSteps
+from vllm_adrenaline.transport.shape import Shape
+from vllm_adrenaline.transport.shm import ShmDecodeChannel, ShmExecutorChannel, ShmSteps
 from vllm_adrenaline.transport.split import SplitRows, split_rows
 
 BLOCK = 32

@@ -30,7 +30,8 @@ from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.system import memory_file
 from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.transport.collective import CollectiveDecodeChannel
-from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel, ShmSteps
+from vllm_adrenaline.transport.shape import Shape
+from vllm_adrenaline.transport.shm import ShmDecodeChannel, ShmSteps
 from vllm_adrenaline.transport.split import split_rows
 from vllm_adrenaline.transport.steps import Steps
 

@@ -16,7 +16,7 @@ from vllm_adrenaline.decode import link
 from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system.machine import process_space
-from vllm_adrenaline.transport.shm import Shape
+from vllm_adrenaline.transport.shape import Shape
 
 SHAPE = Shape(4, 4, 2, num_heads=2, num_kv_heads=2, head_size=32, dtype=torch.float32)
 

@@ -22,7 +22,8 @@ from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.transport.channel import ExecutorChannel
 from vllm_adrenaline.transport.collective import CollectiveExecutorChannel
 from vllm_adrenaline.transport.pair import Disconnected
-from vllm_adrenaline.transport.shm import Shape, ShmExecutorChannel
+from vllm_adrenaline.transport.shape import Shape
+from vllm_adrenaline.transport.shm import ShmExecutorChannel
 
 logger = logging.getLogger("vllm.adrenaline")
 

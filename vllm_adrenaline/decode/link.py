@@ -18,7 +18,8 @@ from vllm_adrenaline.engine.setup import executors_of, is_far, no_executors, on_
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.transport.collective import CollectiveDecodeChannel
-from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel
+from vllm_adrenaline.transport.shape import Shape
+from vllm_adrenaline.transport.shm import ShmDecodeChannel
 
 logger = logging.getLogger("vllm.adrenaline")
 

@@ -26,7 +26,7 @@ from vllm_adrenaline.decode.mapped_memory import MappedMemory
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system.priority import come_first
-from vllm_adrenaline.transport.shm import Shape
+from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.steps import Steps
 from vllm_adrenaline.weights.regions import Region, regions_of
 

@@ -184,10 +184,15 @@ def call_of(step: dict[str, torch.Tensor], layer: Layer, work: Workspace, stages
 
 
 class CudaLibrary:
-    """The library that tools/build_cuda.py makes of csrc/cuda/library.cu."""
+    """The library that tools/build_cuda.py makes of csrc/cuda/library.cu.
+
+    Attributes:
+        path: where it is.
+    """
 
     def __init__(self, path: Path) -> None:
         """Load it. Raises OSError if it does not load, RuntimeError if it was built of another csrc/cuda/call.h."""
+        self.path = path
         self._lib = ctypes.CDLL(str(path))
         signatures = {
             "adrenaline_call_bytes": (c_size_t, []),

@@ -21,7 +21,8 @@ from vllm_adrenaline.control.messages import Contact
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.native.library import library
 from vllm_adrenaline.transport.pair import Disconnected, Pair
-from vllm_adrenaline.transport.shm import Shape, StepTensors, draw_epoch
+from vllm_adrenaline.transport.shape import Shape
+from vllm_adrenaline.transport.shm import StepTensors, draw_epoch
 from vllm_adrenaline.transport.step_messages import (
     ALL_BITS,
     EPOCH_SHIFT,

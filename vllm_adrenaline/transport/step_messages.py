@@ -13,7 +13,8 @@ import torch
 from vllm_adrenaline.native.library import library
 from vllm_adrenaline.system import memory_file
 from vllm_adrenaline.system.arithmetic import cdiv
-from vllm_adrenaline.transport.shm import Memory, Shape
+from vllm_adrenaline.transport.shape import Shape
+from vllm_adrenaline.transport.shm import Memory
 
 WORD = 8
 """Bytes of an announcement, and of each counter."""

@@ -14,7 +14,8 @@ import torch
 from vllm_adrenaline.native.library import library
 from vllm_adrenaline.transport import shm
 from vllm_adrenaline.transport.collective import CollectiveDecodeChannel
-from vllm_adrenaline.transport.shm import Shape, ShmDecodeChannel
+from vllm_adrenaline.transport.shape import Shape
+from vllm_adrenaline.transport.shm import ShmDecodeChannel
 
 GRACE_S = 1.0
 """What is left of the timeout of later layers when executors were lost in a step, as in csrc/shm/decode_end.h."""

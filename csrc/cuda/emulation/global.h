@@ -71,6 +71,23 @@ class GlobalMemory {
       if (held.fenced_by == who.thread && held.released == 0) held.released = now;
   }
 
+  // An announcement to another process. Whatever this launch has stored for it must be seen there by then.
+  const char* announce_to_peer(const Access& who) {
+    has_announced_ = true;
+    for (const auto& [word, held] : held_) {
+      const bool is_ours = held.block == who.block && (held.thread == who.thread || held.block_epoch < who.block_epoch);
+      if (!is_ours && held.released == 0) return "an announcement does not wait for rows that another thread stores";
+      if (!is_ours && held.released > who.acquired)
+        return "an announcement comes with no fence after the atomic that announced rows of other blocks";
+    }
+    return nullptr;
+  }
+
+  const char* store_for_peer(void* to, const void* from, size_t size, const Access& who) {
+    if (has_announced_) return "a row is stored after it was announced";
+    return store_for_blocks(to, from, size, who);
+  }
+
   const char* store(void* to, const void* from, size_t size, const Access& who) {
     for (size_t i = 0; i < size; i += kWord) {
       const uintptr_t word = reinterpret_cast<uintptr_t>(to) + i;
@@ -102,6 +119,7 @@ class GlobalMemory {
   };
   std::unordered_map<uintptr_t, Held> held_;
   std::unordered_map<uintptr_t, int> written_, read_;
+  bool has_announced_ = false;
 };
 
 }  // namespace adrenaline::cuda::emulation

@@ -1,7 +1,9 @@
 // The primitives of ../primitives.h as the emulator has them. What each does on a device is said there.
 #pragma once
 
+#include <chrono>
 #include <cmath>
+#include <thread>
 #include <utility>
 
 #include "machine.h"
@@ -183,6 +185,29 @@ inline uint32_t atomic_increment(uint32_t* counter) {
   emu::machine().global.announce(emu::machine().access(), emu::self().seen_atomic);
   return (*counter)++;
 }
+
+// Other processes are real ones, which have this memory mapped.
+template <typename T>
+void store_for_peer(T* to, const T& value) {
+  emu::check_aligned(to);
+  emu::machine().check(emu::machine().global.store_for_peer(to, &value, sizeof value, emu::machine().access()));
+  *to = value;
+}
+template <typename T>
+T load_from_peer(const T* from) {
+  emu::check_aligned(from);
+  return *from;
+}
+inline void fence_system() { fence(); }
+inline uint64_t load_acquire_system(const uint64_t* from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
+inline void store_release_system(uint64_t* to, uint64_t value) {
+  emu::machine().check(emu::machine().global.announce_to_peer(emu::machine().access()));
+  __atomic_store_n(to, value, __ATOMIC_RELEASE);
+}
+inline int64_t time_ns() {
+  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
+inline void pause(int /*ns*/) { std::this_thread::yield(); }
 
 inline float exp2(float x) { return std::exp2(x); }
 inline uint32_t bits_of(float x) {

@@ -1,0 +1,214 @@
+"""The CUDA IPC transport: a layer goes from GPU memory to GPU memory of one host, and no host takes part in it.
+
+Each side allocates an inbox, which the other one opens (system/device_memory.py): a page with an announcement, then
+rows, as in shared memory (csrc/shm/layout.h). What is stored and waited for is in csrc/cuda/channel.h. Every method
+that names a layer is one launch, or two, on the current stream, and may be captured in a CUDA graph.
+
+A step's plan does not go this way: the executor's host has to check it. No engine uses this transport yet
+(docs/gpu-status.md). Nothing here needs more than torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+from vllm_adrenaline.native.cuda_channel import (
+    ChannelEnd,
+    ChannelKernels,
+    ChannelState,
+    ChannelStatus,
+    ChannelWork,
+    message_of,
+)
+from vllm_adrenaline.system import device_memory
+from vllm_adrenaline.system.device_memory import DeviceMemory
+from vllm_adrenaline.transport.shape import Shape
+
+PAGE = 4096
+BLOCKS = 64
+"""Most blocks of a launch that copies rows: enough for the bandwidth of a link, and few beside local attention."""
+Sizes = dict[str, tuple[int, int, int]]
+
+
+def sent_sizes(shape: Shape) -> Sizes:
+    """Return the sizes of what a decode worker sends, by name: [T, heads, head size]."""
+    tokens, head = shape.max_tokens, shape.head_size
+    heads = {"q": shape.num_heads, "k": shape.num_kv_heads, "v": shape.num_kv_heads}
+    return {name: (tokens, count, head) for name, count in heads.items()}
+
+
+def answered_sizes(shape: Shape) -> Sizes:
+    """Return the sizes of what an executor answers, by name."""
+    return {"out": (shape.max_tokens, shape.num_heads, shape.head_size)}
+
+
+class Inbox:
+    """Memory that one process reads and another one writes.
+
+    Attributes:
+        memory: all of it.
+        announcement: the address of the announcement, 8 bytes.
+        rows: tensors by name.
+    """
+
+    def __init__(self, memory: DeviceMemory, sizes: Sizes, dtype: torch.dtype) -> None:
+        """Lay the parts out. Raises ValueError if the memory is too small for them."""
+        self.memory, self.announcement = memory, memory.address
+        self.rows: dict[str, torch.Tensor] = {}
+        end, whole = PAGE, memory.tensor()
+        for name, size in sizes.items():
+            count = size[0] * size[1] * size[2] * dtype.itemsize
+            if end + count > memory.size:
+                raise ValueError(f"an inbox has {memory.size} bytes, too few for its rows")
+            self.rows[name] = whole[end : end + count].view(dtype).view(size)
+            end += -(-count // PAGE) * PAGE
+
+    @classmethod
+    def allocate(cls, sizes: Sizes, dtype: torch.dtype) -> Inbox:
+        """Return a new inbox. Raises AdrenalineError if there is no memory."""
+        total = PAGE + sum(-(-a * b * c * dtype.itemsize // PAGE) * PAGE for a, b, c in sizes.values())
+        return cls(device_memory.allocate(total), sizes, dtype)
+
+
+class Health(NamedTuple):
+    """How an end of a channel is.
+
+    Attributes:
+        status: READY, or why the end failed.
+        step: steps that it has begun.
+        failed_at: the stamp (csrc/stamp.h) of the layer that it failed in; 0 if it did not.
+    """
+
+    status: ChannelStatus
+    step: int
+    failed_at: int
+
+    @property
+    def failed_step(self) -> int | None:
+        """The step it failed in: the output of this one, and of all later ones, is worthless. None if it did not."""
+        return None if self.status is ChannelStatus.READY else self.failed_at >> 12 & (1 << 36) - 1
+
+
+class _End:
+    """What both ends have: an inbox, the other's inbox, and the state of this life of the channel.
+
+    The inbox of a life must be new, or its writer must have ended: one that lives could still write into it.
+
+    Attributes:
+        inbox: ours.
+        epoch: the number of this life, 1 to 65535, the same on both ends.
+    """
+
+    def __init__(self, kernels: ChannelKernels, shape: Shape, inbox: Inbox, epoch: int) -> None:
+        self.inbox, self.epoch = inbox, epoch
+        self._kernels, self._shape = kernels, shape
+        self._state = torch.zeros(ctypes.sizeof(ChannelState), dtype=torch.uint8, device="cuda")
+        torch.cuda.current_stream().synchronize()  # launches may go to other streams
+        self._end = ChannelEnd()
+        self._theirs: dict[str, torch.Tensor] = {}  # rows of the other's inbox; it is open as long as they are there
+
+    def _connect(self, theirs: Inbox, timeout_s: float) -> None:
+        self._theirs = theirs.rows
+        self._end = ChannelEnd(
+            theirs.announcement, self.inbox.announcement, self._state.data_ptr(), self.epoch, int(timeout_s * 1e9)
+        )
+
+    def begin(self) -> None:
+        """Begin a step. Both ends begin each step once."""
+        self._kernels.begin(self._end, _stream())
+
+    def close(self) -> None:
+        """Tell the other end that nothing comes any more: its waits end at once."""
+        self._kernels.close(self._end, _stream())
+
+    def disconnect(self) -> None:
+        """Let go of the other's inbox, when all launches are done. It may free it then; nothing may be launched."""
+        torch.cuda.synchronize()
+        self._theirs = {}
+
+    def health(self) -> Health:
+        """Return how the end is when what was launched on the current stream is done. Waits for that."""
+        state = ChannelState.from_buffer_copy(bytes(self._state.tolist()))
+        return Health(ChannelStatus(state.status), state.step, state.failed_at)
+
+
+class CudaDecodeChannel(_End):
+    """The decode worker's end."""
+
+    def __init__(self, kernels: ChannelKernels, shape: Shape, epoch: int) -> None:
+        """Allocate the inbox. Raises AdrenalineError if there is no memory."""
+        super().__init__(kernels, shape, Inbox.allocate(answered_sizes(shape), shape.dtype), epoch)
+
+    def connect(self, theirs: DeviceMemory, timeout_s: float) -> None:
+        """Take the executor's inbox. A wait for a layer's output ends after `timeout_s` seconds at most."""
+        self._connect(Inbox(theirs, sent_sizes(self._shape), self._shape.dtype), timeout_s)
+
+    def send(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: torch.Tensor | None, rows: int
+    ) -> None:
+        """Send rows of q [N, Hq, D], k and v [N, Hk, D]. `tokens`, int64 [rows], says which; -1: none. None: the first.
+
+        Raises ValueError for tensors that the kernel cannot read.
+        """
+        parts = [(x, self._theirs[name].data_ptr()) for name, x in (("q", q), ("k", k), ("v", v))]
+        message = message_of(self._end, layer, parts, tokens, rows, self._shape.max_tokens)
+        self._kernels.send(message, BLOCKS, _stream())
+
+    def receive(self, layer: int, out: torch.Tensor, tokens: torch.Tensor | None, rows: int) -> None:
+        """Wait for the layer's output, and copy it to these rows of `out` [N, Hq, D]; zeros if the end has failed.
+
+        Raises ValueError for a tensor that the kernel cannot write.
+        """
+        message = message_of(
+            self._end, layer, [(out, self.inbox.rows["out"].data_ptr())], tokens, rows, self._shape.max_tokens
+        )
+        self._kernels.await_layer(self._end, layer, ChannelWork(), _stream())
+        self._kernels.take(message, BLOCKS, _stream())
+
+
+class CudaExecutorChannel(_End):
+    """The executor's end. Kernels attend what lies in its inbox, and write into the decode worker's.
+
+    Attributes:
+        tensors: q, k and v of the inbox, and `out` of the decode worker's, by name: [T, heads, head size].
+    """
+
+    def __init__(
+        self, kernels: ChannelKernels, shape: Shape, epoch: int, theirs: DeviceMemory, timeout_s: float
+    ) -> None:
+        """Allocate the inbox, and take the decode worker's.
+
+        Args:
+            kernels: of the library.
+            shape, epoch: as on the decode worker's end.
+            theirs: the decode worker's inbox.
+            timeout_s: how long a layer is waited for at most, in seconds.
+
+        Raises:
+            AdrenalineError: there is no memory.
+            ValueError: the decode worker's memory is too small.
+        """
+        super().__init__(kernels, shape, Inbox.allocate(sent_sizes(shape), shape.dtype), epoch)
+        self._connect(Inbox(theirs, answered_sizes(shape), shape.dtype), timeout_s)
+        self.tensors = self.inbox.rows | self._theirs
+
+    def disconnect(self) -> None:
+        self.tensors = {}
+        super().disconnect()
+
+    def await_layer(self, layer: int, first_tile: torch.Tensor | None = None) -> None:
+        """Wait for q, k and v of the layer. If the end fails, `first_tile`, the plan of the step, becomes empty."""
+        work = ChannelWork() if first_tile is None else ChannelWork(first_tile.data_ptr(), first_tile.numel())
+        self._kernels.await_layer(self._end, layer, work, _stream())
+
+    def publish(self, layer: int) -> None:
+        """Announce the layer's output, which kernels before have written."""
+        self._kernels.publish(self._end, layer, _stream())
+
+
+def _stream() -> int:
+    stream: int = torch.cuda.current_stream().cuda_stream
+    return stream
