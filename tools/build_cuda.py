@@ -51,8 +51,8 @@ class Kernel:
 
     @property
     def spill_bound(self) -> int:
-        """Bytes that it may spill. Outputs and queries of a head of 256 take 192 registers of the 255 there are; those of
-        a head of 128 take 96 of the 168 with which three blocks fit (library.cu), and 28 bytes are spilled then."""
+        """Bytes that it may spill. Outputs and queries of a head of 256 take 192 registers of the 255 there are. Those
+        of a head of 128 take 96 of the 168 with which three blocks fit (library.cu)."""
         return {256: 128, 128: 32}.get(self.head_size, 0)
 
     def shared_bytes(self, stages: int) -> int:
