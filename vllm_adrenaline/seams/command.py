@@ -24,8 +24,8 @@ DESCRIPTION = f"""\
 Check that a vLLM has every class, method, signature and attribute that this plugin leans on. Its source is read and
 not imported. Without VERSION the installed one is checked. Two VERSIONs show what moved between them, too.
 
-A VERSION is a folder that has the folder vllm, a wheel, an sdist, or a number. {" and ".join(CHECKED)} are recorded with the plugin.
-Of every other number pip is asked for the wheel, of which some 10 MB are read.
+A VERSION is a folder that has the folder vllm, a wheel, an sdist, or a number. {" and ".join(CHECKED)} are recorded
+with the plugin. Of every other number pip is asked for the wheel, of which some 11 MB are read.
 """
 EPILOG = """\
 examples:

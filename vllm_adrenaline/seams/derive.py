@@ -238,7 +238,8 @@ class _Reader:
         path = self._expression(function, names, within)
         if path is None:
             return self._of_builtin(node, names, within)
-        self._need(node, path, Call.of(node))
+        if "*" not in path:  # else it is a method of a container
+            self._need(node, path, Call.of(node))
         return self.ours.result(path)
 
     def _of_builtin(self, node: ast.Call, names: Names, within: OurClass | None) -> Path | None:

@@ -6,6 +6,7 @@ megabytes. pip says where it is.
 
 from __future__ import annotations
 
+import http
 import importlib.util
 import io
 import json
@@ -116,7 +117,7 @@ class Remote(io.RawIOBase):
     """A file on a server, read in chunks when they are needed.
 
     Attributes:
-        url: where it is; http, https or file.
+        url: where it is.
         size: in bytes.
         fetched: bytes that were read of it.
     """
@@ -124,22 +125,21 @@ class Remote(io.RawIOBase):
     def __init__(self, url: str) -> None:
         self.url, self.fetched, self._at = url, 0, 0
         self._chunk = lru_cache(maxsize=64)(self._fetch)
-        if not url.startswith("https://"):
-            raise OSError("it is not at an https address")
-        with self._open(urllib.request.Request(url, method="HEAD")) as answer:
-            self.size = int(answer.headers["Content-Length"])
+        if not url.startswith(("https://", "http://")):
+            raise OSError("it is at no address of a server")
+        with self._ask(0, 0) as answer:
+            self.size = int(answer.headers["Content-Range"].rpartition("/")[2])
 
-    @staticmethod
-    def _open(request: urllib.request.Request) -> addinfourl:
+    def _ask(self, first: int, last: int) -> addinfourl:
+        request = urllib.request.Request(self.url, headers={"Range": f"bytes={first}-{last}"})
         answer: addinfourl = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+        if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
+            answer.close()
+            raise OSError("the server gives no parts of it")
         return answer
 
     def _fetch(self, index: int) -> bytes:
-        end = min((index + 1) * CHUNK, self.size) - 1
-        request = urllib.request.Request(self.url, headers={"Range": f"bytes={index * CHUNK}-{end}"})
-        with self._open(request) as answer:
-            if answer.status != 206:
-                raise OSError("the server gives no ranges of it")
+        with self._ask(index * CHUNK, min((index + 1) * CHUNK, self.size) - 1) as answer:
             data: bytes = answer.read()
         self.fetched += len(data)
         return data

@@ -95,42 +95,51 @@ class Signature:
         for name in call.keywords:
             if name not in by_name and not self.takes_any_name:
                 yield f"takes no `{name}`"
-            elif name in given:
+            elif name in given & by_name:
                 yield f"is given `{name}` twice, by position and by name"
         if not call.more:
             for each in self.parameters:
-                if not each.optional and each.name not in given and each.name not in call.keywords:
+                is_named = each.by_name and each.name in call.keywords
+                if not (each.optional or is_named or each.name in given):
                     yield f"requires `{each.name}`, which is not given"
 
     def does_not_replace(self, base: Signature) -> Iterator[str]:
-        """Yield in words what callers of `base` may give that this does not take, or not give that it requires."""
-        ours, theirs = self.parameters, base.parameters
-        own_positions = [each for each in ours if each.by_position]
-        names = {each.name for each in ours if each.by_name}
-        given_at: set[str] = set()
-        for index, each in enumerate(each for each in theirs if each.by_position):
-            if index < len(own_positions):
-                mine = own_positions[index]
-                given_at.add(mine.name)
-                is_renamed = each.by_name and mine.name != each.name and each.name not in names
-                if is_renamed and not (self.takes_any_name and mine.optional):
-                    yield f"vLLM names its parameter {index + 1} `{each.name}`, ours names it `{mine.name}`"
-                if each.optional and not mine.optional:
-                    yield f"`{each.name}` may be left out in vLLM, and not in ours"
+        """Yield in words what callers of `base` may give that this does not take, or not give that it requires.
+
+        Where this has `*args` alone, callers of `base` are taken to give by position what they can.
+        """
+        ours, theirs = ([p for p in each.parameters if p.by_position] for each in (self, base))
+        for index, each in enumerate(theirs):
+            if index < len(ours):
+                yield from self._misplaced(ours[index], each, index)
             elif not self.takes_any_position:
                 yield f"vLLM may pass `{each.name}`, which ours does not take"
-        for each in theirs:
-            if not each.by_position and each.name not in names and not self.takes_any_name:
-                yield f"vLLM may pass `{each.name}`, which ours does not take"
-        known = {each.name for each in theirs} | given_at
-        passes_all = base.takes_any_position or base.takes_any_name
-        for mine in ours:
-            if not mine.optional and mine.name not in known and not passes_all:
+        by_name = {each.name for each in self.parameters if each.by_name}
+        named = {each.name: each for each in base.parameters if not each.by_position}
+        filled = {each.name for each in (ours if base.takes_any_position else ours[: len(theirs)])}
+        for name in named:
+            if name not in by_name and not self.takes_any_name:
+                yield f"vLLM may pass `{name}`, which ours does not take"
+            elif name in filled:
+                yield f"vLLM passes `{name}` by name only, and something else in its place"
+        for position, mine in enumerate(self.parameters):
+            source = named.get(mine.name) if mine.by_name else None
+            if mine.by_position and position < len(theirs):
+                source = theirs[position]
+            if source is None and not mine.optional:
                 yield f"ours requires `{mine.name}`, which vLLM does not pass"
+            elif source is not None and source.optional and not mine.optional:
+                yield f"ours requires `{mine.name}`, which vLLM may leave out"
         if base.takes_any_position and not self.takes_any_position:
             yield "vLLM takes any number of arguments by position, ours does not"
         if base.takes_any_name and not self.takes_any_name:
             yield "vLLM takes arguments of any name, ours does not"
+
+    def _misplaced(self, mine: Parameter, theirs: Parameter, index: int) -> Iterator[str]:
+        """Yield whether what vLLM passes as its parameter `index` by name misses ours in that place."""
+        is_same = mine.name == theirs.name and mine.by_name
+        if theirs.by_name and not is_same and not (self.takes_any_name and mine.optional and not mine.by_name):
+            yield f"vLLM names its parameter {index + 1} `{theirs.name}`, ours names it `{mine.name}`"
 
 
 def differences(old: Signature, new: Signature) -> Iterator[str]:
