@@ -110,6 +110,16 @@ def make_parser() -> argparse.ArgumentParser:
             commands.add_parser(name, help=summary, description=command.DESCRIPTION, formatter_class=raw)
         )
 
+    from vllm_adrenaline.seams import command as seams
+
+    check = commands.add_parser(
+        "check-seams",
+        help="check a vLLM for what the plugin leans on",
+        description=seams.DESCRIPTION,
+        formatter_class=raw,
+    )
+    seams.add_arguments(check)
+
     keygen = commands.add_parser("keygen", help="make a key for an engine", description=KEYGEN, formatter_class=raw)
     keygen.add_argument("file", metavar="FILE", help="file for the secret key, which must not be there yet")
 
@@ -166,6 +176,10 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return status.run(_urls("URL", ",".join(options.engines)), options.json)
     if options.command in ("bench", "simulate"):
         return int(importlib.import_module(f"vllm_adrenaline.{options.command}.command").run(options))
+    if options.command == "check-seams":
+        from vllm_adrenaline.seams import command as seams
+
+        return seams.run(options)
     if options.command == "up":
         from vllm_adrenaline.launch import up
 

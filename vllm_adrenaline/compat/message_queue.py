@@ -5,9 +5,14 @@ they sleep. A prefill engine that has a prompt on offer steps every millisecond,
 very cores that the attention executor needs.
 """
 
+from __future__ import annotations
+
 import functools
 import time
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
 SHORTEST_S, LONGEST_S, OF_THE_WAIT = 50e-6, 400e-6, 1 / 16
 """How long a queue sleeps between polls: OF_THE_WAIT of the wait so far, within the two limits (seconds)."""
@@ -26,7 +31,7 @@ def wait_without_spinning() -> None:
         return
 
     @functools.wraps(wait)
-    def sleeping(self: Any, timeout_ms: int | None = None) -> None:
+    def sleeping(self: SpinCondition, timeout_ms: int | None = None) -> None:
         now = time.monotonic()
         if now > self.last_read + self.busy_loop_s:
             wait(self, timeout_ms)  # idle: until a notification

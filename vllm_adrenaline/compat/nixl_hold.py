@@ -7,10 +7,13 @@ has claimed is held by its claim, and one that was dropped is wanted by nobody. 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import NixlBaseConnectorWorker
 
 
-def end_hold(worker: Any, request_ids: Iterable[str]) -> set[str]:
+def end_hold(worker: NixlBaseConnectorWorker, request_ids: Iterable[str]) -> set[str]:
     """End the hold of NIXL's worker on these prompts. Return those that it held; to vLLM they count as sent."""
     ended = set()
     for request_id in request_ids:

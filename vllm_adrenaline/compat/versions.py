@@ -5,7 +5,9 @@ from importlib import metadata
 from vllm_adrenaline.errors import AdrenalineError
 
 CHECKED = ("0.32", "0.33")
-"""Minor versions of vLLM. Of both, the code that we rely on was read; 0.32 was run, on CPU."""
+"""Minor versions of vLLM. Of both, the code that we rely on was read, and is checked by tests (seams/recorded/)."""
+RUN = "0.32"
+"""The one of them that tests run, on CPU."""
 
 
 def installed_vllm() -> str | None:

@@ -7,7 +7,7 @@ vllm/v1/attention/backends/cpu_attn.py of 0.32 (run) and 0.33 (read).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.attention.backend import AttentionType
@@ -20,6 +20,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_adrenaline.attention import native_decode
 from vllm_adrenaline.decode import remote_attention
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backend import CommonAttentionMetadata
 
 QUALNAME = "vllm_adrenaline.decode.backend.AdrenalineCPUBackend"
 
@@ -44,7 +48,7 @@ class AdrenalineBuilder(CPUAttentionMetadataBuilder):
     """
 
     def build(
-        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         remote = remote_attention.active()
         plan = None
@@ -66,12 +70,12 @@ class AdrenalineImpl(CPUAttentionBackendImpl):
 
     def forward(
         self,
-        layer: Any,
+        layer: Attention,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: Any,
+        attn_metadata: CPUAttentionMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -94,7 +98,7 @@ class AdrenalineImpl(CPUAttentionBackendImpl):
             plan.receive(index, output)
         return output
 
-    def open(self, layer: Any, kv_cache: torch.Tensor) -> None:
+    def open(self, layer: Attention, kv_cache: torch.Tensor) -> None:
         """Take this layer's KV cache, and find out whether it can be attended natively.
 
         Args:

@@ -77,6 +77,8 @@ class DecodeConnector(AdrenalineConnector):
     """The connector of a decode engine. Its worker's report of a step (remote_attention.Report) travels with vLLM's."""
 
     scheduler_side, worker_side = DecodeSchedulerSide, DecodeWorkerSide
+    connector_scheduler: DecodeSchedulerSide
+    connector_worker: DecodeWorkerSide
 
     @property
     def shares_kv(self) -> bool:  # type: ignore[override]

@@ -12,6 +12,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
 
     from vllm_adrenaline.decode.request_table import RequestTable
 
@@ -51,6 +52,6 @@ class KVSpaceManager(FullAttentionManager):
         self.num_cached_block.setdefault(request_id, 0)
         return new
 
-    def cache_blocks(self, request: Any, *args: Any, **kwargs: Any) -> None:
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         if not self._is_offloaded(request.request_id):
             super().cache_blocks(request, *args, **kwargs)

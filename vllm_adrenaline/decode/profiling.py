@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,6 +21,7 @@ from vllm_adrenaline.transport.split import split_rows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from vllm_adrenaline.decode.remote_attention import RemoteAttention
 
@@ -58,7 +59,7 @@ def costs_of(config: VllmConfig, options: Options, executors: Sequence[str]) -> 
     return found.costs
 
 
-def measure(config: VllmConfig, options: Options, runner: Any, remote: RemoteAttention) -> None:
+def measure(config: VllmConfig, options: Options, runner: GPUModelRunner, remote: RemoteAttention) -> None:
     """Measure a decode engine's costs and store them. All ranks call it at once.
 
     Nothing is measured with a fixed ratio, with a profile that the user gave, or if there is a profile already.

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
@@ -17,6 +17,7 @@ from vllm_adrenaline.transport.split import SplitRows, split_rows
 
 if TYPE_CHECKING:
     from vllm.distributed.parallel_state import GroupCoordinator
+    from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from vllm_adrenaline.decode.link import Link
     from vllm_adrenaline.decode.mapped_memory import MappedMemory
@@ -167,7 +168,7 @@ class RemoteAttention:
         ]
         return all(is_mapped.values())
 
-    def split(self, common: Any) -> tuple[Any, StepPlan | None]:
+    def split(self, common: CommonAttentionMetadata) -> tuple[CommonAttentionMetadata, StepPlan | None]:
         """Split a step's rows, and begin the step if there are remote ones.
 
         Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -34,11 +34,19 @@ from vllm_adrenaline.placement.batch import Batch
 from vllm_adrenaline.placement.policy import Reason
 from vllm_adrenaline.system.priority import come_first
 
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    from vllm_adrenaline.decode.connector import DecodeConnector
+
 logger = logging.getLogger("vllm.adrenaline")
 
 
 class DecodeScheduler(Scheduler):
     """vLLM's scheduler with a table of requests whose prompt is with a prefill engine."""
+
+    connector: DecodeConnector
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         wait_without_spinning()
@@ -153,7 +161,7 @@ class DecodeScheduler(Scheduler):
                 pools = pools.with_local_taken(self._blocks(migrating.request))
         table.admit_pending(pools, batch)
 
-    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         table, output = self.table, model_runner_output.kv_connector_output
         report = output.kv_connector_worker_meta if output is not None else None
         report = report if isinstance(report, Report) else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.parallel_state import get_tp_group
@@ -29,6 +29,13 @@ from vllm_adrenaline.system.priority import come_first
 from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.steps import Steps
 from vllm_adrenaline.weights.regions import Region, regions_of
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from vllm_adrenaline.decode.connector import DecodeConnector
 
 
 class DecodeWorker(CPUWorker):
@@ -70,7 +77,7 @@ class DecodeWorker(CPUWorker):
         enough = sum(spec.max_memory_usage_bytes(self.vllm_config) + spec.page_size_bytes for spec in specs)
         return min(found, enough)
 
-    def initialize_from_config(self, kv_cache_config: Any) -> None:
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
         settle_worker()
         come_first()
@@ -99,12 +106,13 @@ class DecodeWorker(CPUWorker):
         deadline = time.monotonic() + max(options.connect_timeout, 1.0)
         for link in links:
             link.attach_until(deadline)
-        connector = get_kv_transfer_group()
+        connector: DecodeConnector = get_kv_transfer_group()
         caches = {name: connector.connector_worker.kv_caches[name] for name in layers}
         mapped = None
         if options.maps:
             mapped = MappedMemory(addresses, identity, self.rank)
             shared = connector.shared_kv
+            assert shared is not None, "vLLM has allocated the KV cache"
             mapped.open(caches, shared.fd, [shared.offset(cache) for cache in caches.values()], deadline)
             caches = mapped.caches
         if options.shares_weights:
@@ -116,9 +124,10 @@ class DecodeWorker(CPUWorker):
         remote_attention.activate(self.remote)
         connector.connector_worker.remote = self.remote
         for name, cache in caches.items():
-            layer = config.compilation_config.static_forward_context[name]
+            layer: Attention = config.compilation_config.static_forward_context[name]
             layer.bind_kv_cache(cache)
-            layer.impl.open(layer, cache)  # now, not in the first request's first step
+            impl: backend.AdrenalineImpl = layer.impl
+            impl.open(layer, cache)  # now, not in the first request's first step
 
     def compile_or_warm_up_model(self) -> Any:
         """Measure, then warm up. In this order, for vLLM ends its warm-up with a fresh random seed."""
@@ -126,7 +135,7 @@ class DecodeWorker(CPUWorker):
             profiling.measure(self.vllm_config, Options.of(self.vllm_config), self.model_runner, self.remote)
         return super().compile_or_warm_up_model()
 
-    def execute_model(self, scheduler_output: Any) -> Any:
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         if self.remote is not None:
             meta = scheduler_output.kv_connector_metadata
             self.remote.begin_step(meta.received, meta.members, self.model_runner.input_batch.req_id_to_index)

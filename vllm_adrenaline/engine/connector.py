@@ -84,6 +84,8 @@ class AdrenalineConnector(NixlBaseConnector):
     worker_side: type[WorkerSide]
     shares_kv: bool = True
     shared_kv: SharedKVCache | None = None
+    connector_scheduler: SchedulerSide  # vLLM's names of the two; None in the processes of the other one
+    connector_worker: WorkerSide
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         pause_progress_thread()

@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -32,6 +32,9 @@ from vllm_adrenaline.system.machine import cpu_model
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from vllm_adrenaline.engine.connector import AdrenalineConnector
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -113,7 +116,7 @@ def shortest_seconds(*measures: Callable[[], object], is_own_work: bool = True) 
     return shortest
 
 
-def step_seconds(runner: Any, sizes: Sequence[int], sample: bool) -> list[tuple[int, float]]:
+def step_seconds(runner: GPUModelRunner, sizes: Sequence[int], sample: bool) -> list[tuple[int, float]]:
     """Return (tokens, seconds) of a step without attention for each of `sizes`, in tokens.
 
     `sample`: whether the step ends with logits and greedy sampling.
@@ -137,7 +140,7 @@ def powers_of_two(most: int) -> Iterator[int]:
     yield most
 
 
-def decode_step(config: VllmConfig, runner: Any) -> list[tuple[int, float]]:
+def decode_step(config: VllmConfig, runner: GPUModelRunner) -> list[tuple[int, float]]:
     """Return (rows, seconds) of a step of decodes without attention, for batches up to the largest."""
     most = min(config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens)
     step = undisturbed(step_seconds(runner, list(powers_of_two(most)), sample=True))
@@ -152,8 +155,9 @@ def typical_batch(config: VllmConfig) -> tuple[int, int]:
 
 def attention_of(config: VllmConfig) -> CpuAttention:
     """Return the attention of this worker over its own KV cache."""
+    connector: AdrenalineConnector = get_kv_transfer_group()
     caches, layers = [], []
-    for name, cache in get_kv_transfer_group().connector_worker.kv_caches.items():
+    for name, cache in connector.connector_worker.kv_caches.items():
         blocks, heads, block_size, double = cache.shape
         caches.append(cache.view(blocks, heads, 2 * block_size, double // 2))
         layers.append(config.compilation_config.static_forward_context[name])

@@ -24,6 +24,7 @@ MAX_TOKENS = 1 << 24
 """The largest `max_tokens` of a request that may stay."""
 
 if TYPE_CHECKING:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
@@ -112,7 +113,7 @@ class PrefillWorkerSide(WorkerSide):
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self._let_go: set[str] = set()
 
-    def start_load_kv(self, metadata: Any) -> None:
+    def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
         self._let_go |= metadata.let_go
         super().start_load_kv(metadata)
 
@@ -127,3 +128,5 @@ class PrefillConnector(AdrenalineConnector):
     """The connector of a prefill engine. Its KV cache is shared with executors, and with decode engines that map it."""
 
     scheduler_side, worker_side = PrefillSchedulerSide, PrefillWorkerSide
+    connector_scheduler: PrefillSchedulerSide
+    connector_worker: PrefillWorkerSide

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.engine import profile, profiling
@@ -11,6 +11,7 @@ from vllm_adrenaline.placement.costs import Costs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -18,7 +19,7 @@ PROMPTS = (32, 128, 512, 2048)
 """Tokens of the prompts that are measured. The longest that the engine takes at once stands for those beyond it."""
 
 
-def measure(config: VllmConfig, options: Options, runner: Any) -> None:
+def measure(config: VllmConfig, options: Options, runner: GPUModelRunner) -> None:
     """Measure a prefill engine's work and store that, unless there is a profile already. All ranks call at once."""
     wanted = profiling.key(config, options, ())
     if profiling.agree_on_known(wanted):

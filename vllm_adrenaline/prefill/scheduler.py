@@ -3,12 +3,14 @@
 Checked against vllm/v1/core/sched/scheduler.py of 0.32 (run) and 0.33 (read).
 """
 
+from __future__ import annotations
+
 import functools
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.interface import PauseState
@@ -36,6 +38,11 @@ from vllm_adrenaline.prefill.lending import Lending
 from vllm_adrenaline.prefill.utilization import PrefillUtilization
 from vllm_adrenaline.system.machine import process_space
 
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    from vllm_adrenaline.prefill.connector import PrefillConnector
+
 
 class PrefillScheduler(Scheduler):
     """vLLM's scheduler with a lease manager and a control server.
@@ -48,6 +55,8 @@ class PrefillScheduler(Scheduler):
         lending: the handler of the control server.
         control: the control server.
     """
+
+    connector: PrefillConnector
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         wait_without_spinning()
@@ -221,7 +230,7 @@ class PrefillScheduler(Scheduler):
                 self._began, self._observe = time.monotonic(), self._observer(self._elastic, output)
         return output
 
-    def _observer(self, elastic: ElasticPrefill, output: Any) -> Callable[[float], None]:
+    def _observer(self, elastic: ElasticPrefill, output: SchedulerOutput) -> Callable[[float], None]:
         """Return what takes the seconds of a step that was just scheduled: nothing, if it decodes and prefills."""
         scheduled = {name: tokens for name, tokens in output.num_scheduled_tokens.items() if name in self.requests}
         decoding = [self.requests[name] for name, tokens in scheduled.items() if tokens == 1]
@@ -234,7 +243,7 @@ class PrefillScheduler(Scheduler):
         ends = {name: int(self.requests[name].num_computed_tokens) for name in scheduled}
         return functools.partial(elastic.observe_prompts, [(ends[name] - scheduled[name], ends[name]) for name in ends])
 
-    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         self._utilization.end()
         if scheduler_output.total_num_scheduled_tokens:
             self._observe(time.monotonic() - self._began)

@@ -6,12 +6,11 @@ Checked against vllm/v1/worker/cpu_worker.py of 0.32 (run) and 0.33 (read).
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group
-from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adrenaline.compat import weight_memory
@@ -26,6 +25,12 @@ from vllm_adrenaline.prefill import offered_weights, profiling
 from vllm_adrenaline.system.priority import come_first
 from vllm_adrenaline.weights import sharing
 from vllm_adrenaline.weights.regions import regions_of
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    from vllm_adrenaline.prefill.connector import PrefillConnector
 
 
 class PrefillWorker(CPUWorker):
@@ -78,8 +83,9 @@ class PrefillWorker(CPUWorker):
             AdrenalineError: the model's attention or its KV cache is of a kind that executors cannot attend.
         """
         settle_worker()
-        connector = get_kv_transfer_group()
+        connector: PrefillConnector = get_kv_transfer_group()
         shared = connector.shared_kv
+        assert shared is not None, "vLLM has allocated the KV cache"
         config = self.model_runner.kv_cache_config
         if len(config.kv_cache_groups) != 1:
             raise AdrenalineError(f"the model has {len(config.kv_cache_groups)} KV cache groups; one is supported")
@@ -87,7 +93,7 @@ class PrefillWorker(CPUWorker):
         names = config.kv_cache_groups[0].layer_names
         layers: list[Attention] = [context[name] for name in names]
         for layer in layers:
-            impl = layer.impl
+            impl: CPUAttentionBackendImpl = layer.impl
             if (
                 impl.alibi_slopes is not None
                 or impl.sinks is not None
