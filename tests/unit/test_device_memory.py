@@ -30,6 +30,7 @@ def test_a_handle_comes_out_of_a_message_as_it_went_in() -> None:
         (bytes(HANDLE_BYTES), 0, 0),
         (bytes(HANDLE_BYTES), 0, 1 << 50),
     ],
+    ids=["no data", "too little", "too much", "offset below 0", "offset too large", "no bytes", "too many bytes"],
 )
 def test_what_is_no_handle_is_no_message(data: bytes, offset: int, size: int) -> None:
     frame = msgspec.msgpack.encode({"memory": {"data": data, "offset": offset, "size": size}})

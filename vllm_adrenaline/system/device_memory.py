@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system import foreign_tensor
 
 HANDLE_BYTES = 64
 GRANULE = 2 << 20
@@ -95,13 +96,10 @@ class DeviceMemory:
         # Not at the end of the process, when CUDA may be gone; it frees everything then.
         weakref.finalize(self, getattr(_driver(), release), released).atexit = False
 
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {"shape": (self.size,), "typestr": "|u1", "data": (self.address, False), "version": 2}
-
     def tensor(self) -> torch.Tensor:
         """Return its bytes, uint8 [size]. The tensor keeps the memory alive."""
-        return torch.as_tensor(self, device="cuda")
+        device = torch.cuda.current_device()
+        return foreign_tensor.bytes_at(self.address, self.size, foreign_tensor.CUDA, device, self)
 
 
 def allocate(size: int) -> DeviceMemory:
