@@ -32,6 +32,7 @@ from vllm_adrenaline.system.machine import cpu_model
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from vllm_adrenaline.engine.connector import AdrenalineConnector
@@ -156,7 +157,8 @@ def typical_batch(config: VllmConfig) -> tuple[int, int]:
 def attention_of(config: VllmConfig) -> CpuAttention:
     """Return the attention of this worker over its own KV cache."""
     connector: AdrenalineConnector = get_kv_transfer_group()
-    caches, layers = [], []
+    caches: list[torch.Tensor] = []
+    layers: list[Attention] = []
     for name, cache in connector.connector_worker.kv_caches.items():
         blocks, heads, block_size, double = cache.shape
         caches.append(cache.view(blocks, heads, 2 * block_size, double // 2))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from vllm_adrenaline.compat.ledger import LEDGER, NIXL
 from vllm_adrenaline.seams.needs import Need, Override
-from vllm_adrenaline.seams.signature import Signature
+from vllm_adrenaline.seams.signature import Call, Signature
 
 TYPES = {
     "vllm.config.compilation:CompilationConfig.static_forward_context[]": (
@@ -55,7 +55,7 @@ module, and by text who leans on it."""
 PLACES = {
     "vllm.entrypoints.openai.api_server:": "launch/engine_command.py",
     "vllm.v1.worker.utils:allocate_kv_cache": "kv/sharing.py",
-    "vllm.v1.core.block_pool:BlockPool().free_blocks": "decode/blocks.py",
+    "vllm.v1.core.block_pool:BlockPool().blocks": "prefill/leases.py, prefill/connector.py",
     f"{NIXL}.base_worker:NixlBaseConnectorWorker()._nixl_handshake": "compat/side_channel.py, which answers it",
     f"{NIXL}.base_scheduler:NixlBaseConnectorScheduler()._nixl_handshake_listener": "compat/side_channel.py",
 } | {
@@ -86,6 +86,13 @@ REPLACED = {
 }
 """What is replaced while vLLM runs: the kind and the signature of what takes its place, and where that is."""
 
+BLOCK_POOL = "vllm.v1.core.block_pool:BlockPool()"
+CALLED = {
+    f"{BLOCK_POOL}.{name}": Call(count)
+    for name, count in (("touch", 1), ("get_num_free_blocks", 0), ("get_new_blocks", 1), ("free_blocks", 1))
+}
+"""The methods of vLLM's that prefill/leases.py lists in its protocol `Pool`, and how they are called."""
+
 MADE_BY_US = {"vllm.v1.core.kv_cache_utils:KVCacheBlock"}
 """Classes of which vLLM never makes our subclass: its constructor may take what it likes."""
 
@@ -97,6 +104,8 @@ def declared() -> Iterator[Need]:
             yield Need(f"{module}:~{text}", user)
     for path, user in PLACES.items():
         yield Need(path, user)
+    for path, call in CALLED.items():
+        yield Need(path, "prefill/leases.py, decode/blocks.py", call)
     for path, (kind, signature, user) in REPLACED.items():
         yield Need(path, user, override=Override(kind, Signature(signature)))
     for patch in LEDGER:

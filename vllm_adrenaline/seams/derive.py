@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from vllm_adrenaline.seams.needs import Need, Override
-from vllm_adrenaline.seams.ours import OurClass, Ours, Path
+from vllm_adrenaline.seams.ours import BETWEEN, OurClass, Ours, Path, tuple_of
 from vllm_adrenaline.seams.signature import Call, signature_of
 from vllm_adrenaline.seams.source import Function, Module, Tree, names_of
 
@@ -161,12 +161,9 @@ class _Reader:
             if path is not None:
                 names[target.id] = path
         elif isinstance(target, ast.Tuple | ast.List):
-            parts = value.elts if isinstance(value, ast.Tuple | ast.List) else [None] * len(target.elts)
-            for each, part in zip(target.elts, parts, strict=False):
-                found = self._expression(part, names, within) if part is not None else None
-                self._assign(
-                    each, part, found or (self.ours.element(path) if path and part is None else None), names, within
-                )
+            values = value.elts if isinstance(value, ast.Tuple | ast.List) else [None] * len(target.elts)
+            for each, part, found in zip(target.elts, values, self.ours.parts(path, len(values)), strict=False):
+                self._assign(each, part, found, names, within)
         else:
             self._expression(target, names, within)
 
@@ -202,6 +199,8 @@ class _Reader:
             return path
         parts = [each for each in ast.iter_child_nodes(node) if isinstance(each, ast.expr)]
         paths = [self._expression(each, names, within) for each in parts]
+        if isinstance(node, ast.Tuple):
+            return tuple_of(paths)
         return next((each for each in paths if each), None) if isinstance(node, ast.BoolOp) else None
 
     def _comprehension(
@@ -243,7 +242,14 @@ class _Reader:
         return self.ours.result(path)
 
     def _of_builtin(self, node: ast.Call, names: Names, within: OurClass | None) -> Path | None:
-        """Return the path of what functions give that pass their argument on: list(...), filter(...) and the like."""
-        if isinstance(node.func, ast.Name) and node.args and node.func.id in ("list", "sorted", "filter", "reversed"):
-            return self._expression(node.args[-1 if node.func.id == "filter" else 0], names, within)
+        """Return the path of what Python's functions give that pass their arguments on: list, filter, zip and so on."""
+        if not isinstance(node.func, ast.Name) or not node.args:
+            return None
+        given = [self._expression(each, names, within) for each in node.args]
+        if node.func.id in ("list", "sorted", "filter", "reversed"):
+            return given[-1 if node.func.id == "filter" else 0]
+        if node.func.id in ("zip", "enumerate"):
+            parts = tuple_of(self.ours.element(each) if each else None for each in given)
+            before = BETWEEN if node.func.id == "enumerate" else ""
+            return f"{before}{parts}*" if parts else None
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vllm_adrenaline.seams.source import Binding, Function, Module, Tree, Value
@@ -24,6 +24,8 @@ PASSED_ON = {
     "dict",
     "Mapping",
 }
+BETWEEN = "\n"
+"""What stands between the paths of a tuple's parts, in the path of the tuple."""
 GIVES_ALL, GIVES_ONE = {"values", "copy"}, {"get", "pop", "popleft", "setdefault"}
 """Methods of containers that give all elements, and one."""
 OPTIONAL = {"Optional", "ClassVar", "Final"}
@@ -49,6 +51,12 @@ class OurClass:
     def path(self) -> Path:
         """Where it is defined."""
         return f"{self.module.name}:{self.node.name}"
+
+
+def tuple_of(parts: Iterable[Path | None]) -> Path | None:
+    """Return the path of a tuple; None if nothing is known of any part."""
+    found = [part or "" for part in parts]
+    return BETWEEN.join(found) if any(found) else None
 
 
 class Ours:
@@ -161,6 +169,8 @@ class Ours:
                 return self._of_expression(module, parts[0])
             if name in OPTIONAL:
                 return self.of_annotation(module, parts[0])
+            if name == "tuple" and len(parts) > 1 and not isinstance(parts[1], ast.Constant):
+                return tuple_of(self.of_annotation(module, each) for each in parts)
             if name in PASSED_ON:
                 inner = self.of_annotation(module, parts[-1])
                 return f"{inner}*" if inner else None
@@ -172,6 +182,8 @@ class Ours:
 
     def attribute(self, inner: Path, name: str) -> tuple[Path | None, bool]:
         """Return the path of a member of what is at `inner`, and whether it is ours."""
+        if BETWEEN in inner:
+            return None, True
         if inner.endswith("*"):
             return (f"{inner}.{name}" if name in GIVES_ALL | GIVES_ONE else None), True
         if inner.startswith(VLLM):
@@ -233,14 +245,24 @@ class Ours:
                 return None
         return f"{known.foreign}().{name}" if known.foreign is not None else None
 
+    def parts(self, path: Path | None, count: int) -> list[Path | None]:
+        """Return the paths of what is at `path` when it is taken apart into `count`."""
+        if path is not None and BETWEEN in path and not path.endswith("*"):
+            return [part or None for part in path.split(BETWEEN)]
+        return [self.element(path) if path else None] * count
+
     def element(self, path: Path) -> Path | None:
         """Return the path of an element of what is at `path`."""
         if path.endswith("*"):
             return path.removesuffix("*")
+        if BETWEEN in path:
+            return None
         return f"{path}[]" if path.startswith(VLLM) else None
 
     def result(self, path: Path) -> Path | None:
         """Return the path of what a call of what is at `path` gives."""
+        if BETWEEN in path:
+            return None
         container, star, method = path.partition("*.")
         if star:
             return f"{container}*" if method in GIVES_ALL else container
