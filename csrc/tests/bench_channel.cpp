@@ -16,6 +16,7 @@
 #include "../shm/executor_end.h"
 
 using namespace adrenaline::shm;
+using adrenaline::kMaxLayers;
 
 namespace {
 

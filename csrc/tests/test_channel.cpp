@@ -13,6 +13,7 @@
 
 using namespace adrenaline::shm;
 using adrenaline::plan::RowsPlan;
+using adrenaline::stamp;
 
 #define EXPECT(condition)                                                     \
   do {                                                                        \

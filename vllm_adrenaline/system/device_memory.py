@@ -7,6 +7,7 @@ calls the rest undefined), and nobody can be kept from writing into what it has 
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -143,8 +144,8 @@ def _cause() -> str:
     """Say which allocator made memory that cannot be exported, and what to set."""
     if torch.cuda.get_allocator_backend() != "native":
         return "torch allocates with cudaMallocAsync; unset backend:cudaMallocAsync in PYTORCH_CUDA_ALLOC_CONF"
-    settings = torch.cuda.memory._snapshot().get("allocator_settings", {})
-    if settings.get("expandable_segments"):
+    settings = "".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if "expandable_segments:true" in settings.lower():
         return "torch allocates expandable segments; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False"
     return (
         "it is virtual memory or of a memory pool, as vLLM's sleep mode (--enable-sleep-mode) allocates it; "
