@@ -150,21 +150,25 @@ class World:
     mortal: frozenset[int] = frozenset()
 
     def search(self) -> tuple[int, str]:
-        """Return how many states there are, and what went wrong in one of them; empty if nothing can."""
+        """Return how many states there are, and what went wrong in one of them; empty if nothing can.
+
+        A process that waits for ever is told only if nothing worse is found.
+        """
         first = State((), tuple(Process() for _ in self.programs))
-        seen, stack = {first}, [first]
+        seen, stack, stuck = {first}, [first], ""
         while stack:
             state = stack.pop()
             try:
                 following = list(self._after(state))
             except WrongError as error:
                 return len(seen), str(error)
-            if not following and (stuck := self._stuck(state)):
-                return len(seen), stuck
-            fresh = set(following) - seen
-            seen |= fresh
+            if not following:
+                stuck = stuck or self._stuck(state)
+            # A set would be walked in another order in every run.
+            fresh = [each for each in dict.fromkeys(following) if each not in seen]
+            seen.update(fresh)
             stack.extend(fresh)
-        return len(seen), ""
+        return len(seen), stuck
 
     def _stuck(self, state: State) -> str:
         for number, process in enumerate(state.processes):
