@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from vllm_adrenaline import __version__
 
@@ -50,14 +51,26 @@ Make a small random model and run the same requests on plain vLLM, on a cluster 
 offloads half of the requests. Compare tokens, latencies and KV cache use. Nothing is downloaded; takes a few minutes.
 """
 
+ROOMS = {
+    "bench": ("bench", "compare with vLLM here"),
+    "simulate": ("simulate", "plan clusters"),
+    "check-seams": ("seams", "check a vLLM for what the plugin leans on"),
+}
+"""Commands whose arguments and work are in a room's command.py, and what they are for."""
+
 
 def _address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address the proxy listens on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port of the proxy (default: %(default)s)")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command."""
+def _command_of(name: str) -> Any:
+    """Return the module of a command of ROOMS."""
+    return importlib.import_module(f"vllm_adrenaline.{ROOMS[name][0]}.command")
+
+
+def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser of the whole command, for these words: a room is imported only if they name its command."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("adrenaline", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"vllm-adrenaline {__version__}")
@@ -102,23 +115,12 @@ def make_parser() -> argparse.ArgumentParser:
     status.add_argument("engines", nargs="+", metavar="URL", help="engines, e.g. http://127.0.0.1:8200")
     status.add_argument("--json", action="store_true", help="print one JSON list instead")
 
-    from vllm_adrenaline.bench import command as bench
-    from vllm_adrenaline.simulate import command as simulate
-
-    for name, command, summary in (("bench", bench, "compare with vLLM here"), ("simulate", simulate, "plan clusters")):
-        command.add_arguments(
-            commands.add_parser(name, help=summary, description=command.DESCRIPTION, formatter_class=raw)
-        )
-
-    from vllm_adrenaline.seams import command as seams
-
-    check = commands.add_parser(
-        "check-seams",
-        help="check a vLLM for what the plugin leans on",
-        description=seams.DESCRIPTION,
-        formatter_class=raw,
-    )
-    seams.add_arguments(check)
+    for name, (_, summary) in ROOMS.items():
+        of_room = commands.add_parser(name, help=summary, formatter_class=raw)
+        if name in words:
+            command = _command_of(name)
+            of_room.description = command.DESCRIPTION
+            command.add_arguments(of_room)
 
     keygen = commands.add_parser("keygen", help="make a key for an engine", description=KEYGEN, formatter_class=raw)
     keygen.add_argument("file", metavar="FILE", help="file for the secret key, which must not be there yet")
@@ -174,12 +176,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from vllm_adrenaline.launch import status
 
         return status.run(_urls("URL", ",".join(options.engines)), options.json)
-    if options.command in ("bench", "simulate"):
-        return int(importlib.import_module(f"vllm_adrenaline.{options.command}.command").run(options))
-    if options.command == "check-seams":
-        from vllm_adrenaline.seams import command as seams
-
-        return seams.run(options)
+    if options.command in ROOMS:
+        return int(_command_of(options.command).run(options))
     if options.command == "up":
         from vllm_adrenaline.launch import up
 
@@ -204,8 +202,9 @@ def _join_values(argv: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status. An AdrenalineError is printed as one message, with status 1."""
-    parser = make_parser()
-    options, rest = parser.parse_known_args(_join_values(sys.argv[1:] if argv is None else argv))
+    words = _join_values(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(words)
+    options, rest = parser.parse_known_args(words)
     if rest and options.command != "up":
         parser.error(f"unknown arguments: {' '.join(rest)}")
     from vllm_adrenaline.errors import AdrenalineError

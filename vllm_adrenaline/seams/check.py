@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from vllm_adrenaline.seams.needs import Need, Override
+from vllm_adrenaline.seams.needs import Need, Override, by_path
 from vllm_adrenaline.seams.signature import Signature
 from vllm_adrenaline.seams.things import Fact, Missing
 
@@ -54,9 +54,7 @@ def check(
         made_by_us: classes of which vLLM never makes our subclass.
         elsewhere: returns the modules that define what a path begins with, except its own.
     """
-    uses: dict[str, list[Need]] = defaultdict(list)
-    for need in needs:
-        uses[need.path].append(need)
+    uses = by_path(needs)
     findings: dict[tuple[str, str], set[str]] = defaultdict(set)
     gone: set[str] = set()
     for path in sorted(uses, key=len):

@@ -67,8 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def needs() -> frozenset[Need]:
     """Return all that the plugin needs of vLLM."""
     package = Path(__file__).parent.parent
-    paths = {str(path.relative_to(package.parent)): str(path) for path in package.rglob("*.py")}
-    ours = Tree(readers.Files(paths, lambda name: Path(name).read_bytes()))
+    ours = Tree(readers.python_files(package.parent, package.name))
     return frozenset({*derived(ours), *declared.declared()})
 
 

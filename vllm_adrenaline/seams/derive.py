@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator
 
 from vllm_adrenaline.seams.needs import Need, Override
-from vllm_adrenaline.seams.ours import BETWEEN, OurClass, Ours, Path, tuple_of
+from vllm_adrenaline.seams.ours import BETWEEN, VLLM, OurClass, Ours, Path, tuple_of
 from vllm_adrenaline.seams.signature import Call, signature_of
-from vllm_adrenaline.seams.source import Function, Module, Tree, names_of
+from vllm_adrenaline.seams.source import Function, Module, Tree, kind_of, names_of
 
 ENVIRONMENT = re.compile("VLLM_[A-Z0-9_]+")
 """Names of vLLM's environment variables."""
@@ -42,15 +42,14 @@ class _Reader:
         for node in ast.walk(self.module.tree):
             if isinstance(node, ast.ImportFrom | ast.Import):
                 for path in self.ours.imported(self.module, node).values():
-                    if path.startswith("vllm.") or path.startswith("vllm:"):
-                        self._need(node, path)
+                    self._need(node, path)
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and ENVIRONMENT.fullmatch(node.value):
                 self._need(node, f"vllm:envs.{node.value}")
         self._body(self.module.tree.body, {}, None)
         return self.needs
 
     def _need(self, node: ast.AST, path: Path, call: Call | None = None, override: Override | None = None) -> None:
-        if path.startswith("vllm.") or path.startswith("vllm:"):
+        if path.startswith(VLLM):
             self.needs.add(Need(path, f"{self.file}:{getattr(node, 'lineno', 0)}", call, override))
 
     # Definitions
@@ -80,7 +79,7 @@ class _Reader:
         for name, bindings in self.module.members(node).items():
             first = bindings[0]
             if isinstance(first, Function):
-                kind = next((k for k in ("staticmethod", "classmethod", "property") if k in names_of(first)), "method")
+                kind = kind_of(first)
                 signature = signature_of(first.args, None, kind in ("method", "classmethod"))
                 yield name, first.lineno, Override(kind, None if kind == "property" else signature)
             elif name != "__init__":

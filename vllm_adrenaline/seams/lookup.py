@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vllm_adrenaline.seams.names import Gone, Names
 from vllm_adrenaline.seams.shapes import fact_of, kind_of, members_of
-from vllm_adrenaline.seams.source import Function, Import, Module, Tree, Value
+from vllm_adrenaline.seams.source import Function, Import, Module, Tree, Value, name_of
 from vllm_adrenaline.seams.things import (
     ClassThing,
     Container,
@@ -91,8 +91,7 @@ class Lookup:
             return []
         defines = re.compile(rf"^(?:class|def|async def) {name}\b|^{name}\b.*=", re.MULTILINE)
         found = (file for file, text in self.tree.files.items() if name in text and defines.search(text))
-        modules = (file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in found)
-        return sorted(each for each in modules if each != module)
+        return sorted(each for each in map(name_of, found) if each != module)
 
     def _thing(self, module: str, rest: str) -> Thing:
         found = self.tree.module(module)

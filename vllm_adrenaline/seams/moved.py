@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from vllm_adrenaline.seams.check import Facts, Finding, leads_to, signature_in
-from vllm_adrenaline.seams.needs import Need
+from vllm_adrenaline.seams.needs import Need, by_path
 from vllm_adrenaline.seams.signature import differences
 from vllm_adrenaline.seams.things import Fact, Missing
 
@@ -16,9 +15,7 @@ READ_IT = "does something else: read it"
 
 def moved(needs: Iterable[Need], old: Facts, new: Facts) -> list[Finding]:
     """Return what moved between two versions. What is reached on several paths is told once."""
-    uses: dict[str, list[Need]] = defaultdict(list)
-    for need in needs:
-        uses[need.path].append(need)
+    uses = by_path(needs)
     findings: dict[tuple[str, str], tuple[str, set[str]]] = {}
     gone: set[str] = set()
     for path in sorted(uses, key=lambda each: (len(each), each)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vllm_adrenaline.seams.signature import Call, Signature
@@ -35,3 +37,11 @@ class Need:
     user: str
     call: Call | None = None
     override: Override | None = None
+
+
+def by_path(needs: Iterable[Need]) -> dict[str, list[Need]]:
+    """Return what is needed, by path."""
+    found: dict[str, list[Need]] = defaultdict(list)
+    for need in needs:
+        found[need.path].append(need)
+    return found

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vllm_adrenaline.seams.source import Binding, Function, Module, Tree, Value
+from vllm_adrenaline.seams.source import Binding, Function, Module, Tree, Value, kind_of, name_of
 
 Path = str
 ROOT = "vllm_adrenaline"
@@ -68,9 +68,7 @@ class Ours:
     """
 
     def __init__(self, tree: Tree) -> None:
-        found = [
-            tree.module(file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")) for file in tree.files
-        ]
+        found = [tree.module(name_of(file)) for file in tree.files]
         self.modules = [each for each in found if each is not None]
         self._by_name = {each.name: each for each in self.modules}
         self.classes: dict[Path, OurClass] = {}
@@ -276,8 +274,6 @@ class Ours:
         node: object = owner.names.get(name) if owner is not None else None
         if member and owner is not None and isinstance(node, ast.ClassDef):
             node = owner.members(node).get(member, [None])[0]
-        if owner is None or not isinstance(node, Function):
-            return None
-        if "property" in map(ast.unparse, node.decorator_list):
+        if owner is None or not isinstance(node, Function) or kind_of(node) == "property":
             return None
         return self.of_annotation(owner, node.returns)

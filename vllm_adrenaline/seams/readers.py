@@ -32,7 +32,7 @@ class Files(Mapping[str, str]):
     """The texts of Python files by path, each read when it is asked for.
 
     Attributes:
-        paths: the path within the tree, "vllm/…", and what `read` takes for it.
+        paths: the path within the tree, such as "vllm/…", and what `read` takes for it.
     """
 
     def __init__(self, paths: Mapping[str, str], read: Callable[[str], bytes]) -> None:
@@ -58,8 +58,13 @@ def installed() -> Mapping[str, str]:
 
 def folder(path: Path) -> Mapping[str, str]:
     """Return the tree in a folder that has the folder `vllm`."""
-    files = {str(each.relative_to(path)): str(each) for each in (path / PACKAGE).rglob("*.py")}
-    return _checked(Files(files, lambda name: Path(name).read_bytes()), str(path))
+    return _checked(python_files(path, PACKAGE), str(path))
+
+
+def python_files(path: Path, package: str) -> Files:
+    """Return the files of a package in a folder."""
+    files = {str(each.relative_to(path)): str(each) for each in (path / package).rglob("*.py")}
+    return Files(files, lambda name: Path(name).read_bytes())
 
 
 def wheel(file: Path | io.RawIOBase, name: str) -> Mapping[str, str]:

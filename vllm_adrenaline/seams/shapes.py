@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable
 
+from vllm_adrenaline.seams import source
 from vllm_adrenaline.seams.signature import signature_of
 from vllm_adrenaline.seams.source import Function, Value, digest, names_of
 from vllm_adrenaline.seams.things import (
@@ -63,11 +64,8 @@ def members_of(path: str, thing: Thing, bases: Bases) -> Fact | None:
 
 def kind_of(thing: FunctionThing) -> str:
     """Return whether a definition is a function, a method, or what its decorators make of it."""
-    decorators = names_of(thing.node)
-    for kind in ("staticmethod", "classmethod", "property"):
-        if kind in decorators or (kind == "property" and "cached_property" in decorators):
-            return kind
-    return "function" if thing.owner is None else "method"
+    kind = source.kind_of(thing.node)
+    return "function" if kind == "method" and thing.owner is None else kind
 
 
 def constructor(thing: ClassThing, bases: Bases) -> str:

@@ -38,6 +38,19 @@ def names_of(node: ast.ClassDef | Function) -> list[str]:
     return [ast.unparse(each).split(".")[-1] for each in found]
 
 
+def kind_of(node: Function) -> str:
+    """Return what a definition is in a class, by its decorators: staticmethod, classmethod, property or method."""
+    decorators = names_of(node)
+    if "cached_property" in decorators:
+        return "property"
+    return next((kind for kind in ("staticmethod", "classmethod", "property") if kind in decorators), "method")
+
+
+def name_of(path: str) -> str:
+    """Return the dotted name of the module in a file of a tree."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 def is_type_checking(test: ast.expr) -> bool:
     """Whether a condition is true for type checkers only."""
     return ast.unparse(test).split(".")[-1] == "TYPE_CHECKING"

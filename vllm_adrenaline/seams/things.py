@@ -50,11 +50,22 @@ class ModuleThing:
 
 
 @dataclass(frozen=True)
-class ClassThing:
-    """A class, or with `instance` an object of it."""
+class _Defined:
+    """What a module, or a class in it, defines: `name` is its qualified name."""
 
     module: Module
     name: str
+
+    @property
+    def home(self) -> str:
+        """Where it is defined."""
+        return f"{self.module.name}:{self.name}"
+
+
+@dataclass(frozen=True)
+class ClassThing(_Defined):
+    """A class, or with `instance` an object of it."""
+
     node: ast.ClassDef
     instance: bool = False
 
@@ -63,40 +74,21 @@ class ClassThing:
         """An object of it."""
         return ClassThing(self.module, self.name, self.node, instance=True)
 
-    @property
-    def home(self) -> str:
-        """Where it is defined."""
-        return f"{self.module.name}:{self.name}"
-
 
 @dataclass(frozen=True)
-class FunctionThing:
+class FunctionThing(_Defined):
     """A function, or a method of `owner`."""
 
-    module: Module
-    name: str
     node: Function
     owner: ClassThing | None = None
 
-    @property
-    def home(self) -> str:
-        """Where it is defined."""
-        return f"{self.module.name}:{self.name}"
-
 
 @dataclass(frozen=True)
-class ValueThing:
+class ValueThing(_Defined):
     """A variable or an attribute; of `owner`, the class that binds it, if any does."""
 
-    module: Module
-    name: str
     value: Value
     owner: ClassThing | None = None
-
-    @property
-    def home(self) -> str:
-        """Where it is defined."""
-        return f"{self.module.name}:{self.name}"
 
 
 @dataclass(frozen=True)
