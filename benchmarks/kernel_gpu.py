@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import gpu_timing
 import report
 import torch
 
@@ -36,25 +37,14 @@ LAUNCHES = 8
 
 def events(work: Callable[[], object], repeats: int) -> float:
     """Return the median time of `work` in seconds."""
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return report.median(times)
+    return report.median(gpu_timing.times(work, repeats))
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
     """Return the median time of `work`, captured in a graph."""
     work()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return events(graph.replay, repeats)
+    return events(gpu_timing.captured(work).replay, repeats)
 
 
 def copy_bandwidth(repeats: int) -> float:

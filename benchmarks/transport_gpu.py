@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import gpu_timing
 import report
 import torch
 
@@ -44,26 +45,9 @@ EPOCH, WAIT, WARM = 1, 20.0, 2
 """A channel's life; seconds that an end waits for the other at most; steps before the first that is timed."""
 
 
-def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Return a graph of `work`."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    torch.cuda.synchronize()
-    return graph
-
-
 def times_of(graph: torch.cuda.CUDAGraph, layers: int, repeats: int) -> list[float]:
     """Return how long replays take, in microseconds a layer."""
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / layers)
-    return times
+    return [1e6 * each / layers for each in gpu_timing.times(graph.replay, repeats)]
 
 
 class Attention:
@@ -102,7 +86,7 @@ class Attention:
             for number in range(LAYERS):
                 self.layer(number)
 
-        return report.median(times_of(captured(step), LAYERS, WARM + 5)[WARM:])
+        return report.median(times_of(gpu_timing.captured(step), LAYERS, WARM + 5)[WARM:])
 
 
 @dataclass(frozen=True)
@@ -135,7 +119,7 @@ class Executor:
                     attention.layer(layer)
                 channel.publish(layer)
 
-        self.graph = captured(step)
+        self.graph = gpu_timing.captured(step)
         self._kept = attention
 
 
@@ -158,7 +142,7 @@ class Decode:
                 self.channel.send(layer, q, k, v, tokens, load.rows)
                 self.channel.receive(layer, out, tokens, load.rows)
 
-        graph = captured(step)
+        graph = gpu_timing.captured(step)
         ready()
         times = times_of(graph, load.layers, WARM + load.repeats)[WARM:]
         check(self.channel)

@@ -64,10 +64,6 @@ constexpr int kChannelThreads = 256;
 constexpr int kPiecesEach = 4;  // that a thread copies at once
 constexpr int kPauseNs = 20;    // between two looks
 
-struct alignas(16) Sixteen {
-  uint32_t word[4];
-};
-
 // Of 16 bytes; fewer than 2^31.
 ADRENALINE_BOTH int pieces_in_row(const ChannelMessage& m) {
   return m.parts[0].pieces + m.parts[1].pieces + m.parts[2].pieces;
@@ -94,8 +90,8 @@ class Channel {
     }
     for_pieces(m, [&](const ChannelRows& part, int row, int64_t token, int piece) {
       return Move{part.tensor + token * part.stride + piece * 16, inbox_of(part, row, piece)};
-    }, [](const char* from) { return device::load(reinterpret_cast<const Sixteen*>(from)); },
-       [](char* to, const Sixteen& x) { device::store_for_peer(reinterpret_cast<Sixteen*>(to), x); });
+    }, [](const char* from) { return device::load(reinterpret_cast<const Piece*>(from)); },
+       [](char* to, const Piece& x) { device::store_for_peer(reinterpret_cast<Piece*>(to), x); });
     device::barrier();  // the block's rows are stored
     if (device::thread_index() != 0) return;
     device::fence_system();  // releases them: to the block that comes last, and through that to the other process
@@ -134,8 +130,8 @@ class Channel {
     for_pieces(m, [&](const ChannelRows& part, int row, int64_t token, int piece) {
       return Move{inbox_of(part, row, piece), part.tensor + token * part.stride + piece * 16};
     }, [failed](const char* from) {
-      return failed ? Sixteen{} : device::load_from_peer(reinterpret_cast<const Sixteen*>(from));
-    }, [](char* to, const Sixteen& x) { device::store(reinterpret_cast<Sixteen*>(to), x); });
+      return failed ? Piece{} : device::load_from_peer(reinterpret_cast<const Piece*>(from));
+    }, [](char* to, const Piece& x) { device::store(reinterpret_cast<Piece*>(to), x); });
   }
 
   // Say that nothing comes any more. One thread.
@@ -182,7 +178,7 @@ class Channel {
     for (int at = device::block_index() * kChannelThreads + device::thread_index(); at < all;
          at += threads * kPiecesEach) {
       Move moves[kPiecesEach];
-      Sixteen found[kPiecesEach];
+      Piece found[kPiecesEach];
       ADRENALINE_UNROLL
       for (int i = 0; i < kPiecesEach; ++i) {
         moves[i] = {nullptr, nullptr};

@@ -34,3 +34,12 @@
 #else
 #include "emulation/primitives.h"
 #endif
+
+namespace adrenaline::cuda {
+
+// What one load, store or copy moves at most.
+struct alignas(16) Piece {
+  uint32_t word[4];
+};
+
+}  // namespace adrenaline::cuda

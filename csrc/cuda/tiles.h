@@ -12,10 +12,6 @@
 
 namespace adrenaline::cuda {
 
-struct alignas(16) Piece {
-  uint32_t word[4];
-};
-
 // Where a token's keys and values are: an offset into the cache, kNowhere, or below 0: -1 - the token's number.
 constexpr int64_t kNowhere = INT64_MIN;
 

@@ -7,11 +7,13 @@ tests/unit, so what describes a call is tested without a GPU.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from vllm_adrenaline.native.cuda_binding import CudaBinding, Signatures
 
 HEAD_SIZES = (64, 96, 128, 256)
 STAGES = (2, 3, 4)
@@ -183,35 +185,19 @@ def call_of(step: dict[str, torch.Tensor], layer: Layer, work: Workspace, stages
     )
 
 
-class CudaLibrary:
-    """The library that tools/build_cuda.py makes of csrc/cuda/library.cu.
-
-    Attributes:
-        path: where it is.
-    """
+class CudaLibrary(CudaBinding):
+    """The kernels of csrc/cuda/library.cu in the library that tools/build_cuda.py makes."""
 
     def __init__(self, path: Path) -> None:
         """Load it. Raises OSError if it does not load, RuntimeError if it was built of another csrc/cuda/call.h."""
-        self.path = path
-        self._lib = ctypes.CDLL(str(path))
-        signatures = {
-            "adrenaline_call_bytes": (c_size_t, []),
+        signatures: Signatures = {
             "adrenaline_partial_floats": (c_int64, [c_int, c_int]),
             "adrenaline_blocks_of": (c_int, [c_int, c_double, c_int]),
-            "adrenaline_error": (c_char_p, [c_int]),
             "adrenaline_prepare": (c_int, [POINTER(Kind), POINTER(Resources)]),
             "adrenaline_plan": (c_int, [POINTER(Call), c_void_p, c_void_p]),
             "adrenaline_attend": (c_int, [POINTER(Call), POINTER(Kind), c_int, c_void_p]),
         }
-        for name, (result, arguments) in signatures.items():
-            function = getattr(self._lib, name)
-            function.restype, function.argtypes = result, arguments
-        if self._lib.adrenaline_call_bytes() != ctypes.sizeof(Call):
-            raise RuntimeError(f"{path} was built of other sources")
-
-    def _check(self, error: int) -> None:
-        if error:
-            raise RuntimeError(f"CUDA: {self._lib.adrenaline_error(error).decode()}")
+        super().__init__(path, signatures, {"adrenaline_call_bytes": Call})
 
     def prepare(self, kind: Kind) -> Resources:
         """Return what the kernel needs of the current device, and allow it that. Its first launch comes after this."""

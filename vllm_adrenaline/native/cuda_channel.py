@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
+
+from vllm_adrenaline.native.cuda_binding import CudaBinding, Signatures
 
 MOST_PARTS = 3
 
@@ -107,7 +109,7 @@ def message_of(
     return ChannelMessage(end, made, None if tokens is None else tokens.data_ptr(), rows, layer)
 
 
-class ChannelKernels:
+class ChannelKernels(CudaBinding):
     """The kernels of a channel in the library that tools/build_cuda.py makes. Each call is one launch on a stream."""
 
     def __init__(self, path: Path) -> None:
@@ -115,12 +117,8 @@ class ChannelKernels:
 
         Raises OSError if it does not load, RuntimeError if it was built of other sources or CUDA fails.
         """
-        self._lib = ctypes.CDLL(str(path))
         end, message, work = POINTER(ChannelEnd), POINTER(ChannelMessage), POINTER(ChannelWork)
-        signatures = {
-            "adrenaline_channel_bytes": (c_size_t, []),
-            "adrenaline_channel_state_bytes": (c_size_t, []),
-            "adrenaline_error": (c_char_p, [c_int]),
+        signatures: Signatures = {
             "adrenaline_channel_prepare": (c_int, []),
             "adrenaline_channel_begin": (c_int, [end, c_void_p]),
             "adrenaline_channel_send": (c_int, [message, c_int, c_void_p]),
@@ -129,17 +127,9 @@ class ChannelKernels:
             "adrenaline_channel_take": (c_int, [message, c_int, c_void_p]),
             "adrenaline_channel_close": (c_int, [end, c_void_p]),
         }
-        for name, (result, arguments) in signatures.items():
-            function = getattr(self._lib, name)
-            function.restype, function.argtypes = result, arguments
-        sizes = self._lib.adrenaline_channel_bytes(), self._lib.adrenaline_channel_state_bytes()
-        if sizes != (ctypes.sizeof(ChannelMessage), ctypes.sizeof(ChannelState)):
-            raise RuntimeError(f"{path} was built of other sources")
+        sizes = {"adrenaline_channel_bytes": ChannelMessage, "adrenaline_channel_state_bytes": ChannelState}
+        super().__init__(path, signatures, sizes)
         self._check(self._lib.adrenaline_channel_prepare())
-
-    def _check(self, error: int) -> None:
-        if error:
-            raise RuntimeError(f"CUDA: {self._lib.adrenaline_error(error).decode()}")
 
     def begin(self, end: ChannelEnd, stream: int) -> None:
         """Begin a step."""

@@ -18,6 +18,7 @@ import torch
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system import foreign_tensor
+from vllm_adrenaline.system.arithmetic import cdiv
 
 HANDLE_BYTES = 64
 GRANULE = 2 << 20
@@ -108,7 +109,7 @@ def allocate(size: int) -> DeviceMemory:
 
     Raises AdrenalineError when there is none.
     """
-    size = -(-size // GRANULE) * GRANULE
+    size = cdiv(size, GRANULE) * GRANULE
     address = c_uint64()
     _call("cuMemAlloc_v2", byref(address), size)
     memory = DeviceMemory(address.value, size, "cuMemFree_v2", address.value)

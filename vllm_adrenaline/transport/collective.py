@@ -23,11 +23,10 @@ from vllm_adrenaline.native.library import library
 from vllm_adrenaline.transport.pair import Disconnected, Pair
 from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.shm import StepTensors, draw_epoch
+from vllm_adrenaline.transport.stamp import stamp, step_of
 from vllm_adrenaline.transport.step_messages import (
     ALL_BITS,
-    EPOCH_SHIFT,
     HEAD_WORDS,
-    STEP_SHIFT,
     Message,
     Messages,
     StepMessages,
@@ -214,10 +213,10 @@ class CollectiveExecutorChannel:
             logger.info("a decode worker on another host is not served any more: %s", error)
             return None
         rows, padded_rows, padded_tokens, tokens, _ = self._head.words.tolist()
-        stamp, shape = self._head.announcement, self._shape
-        self._number = stamp >> STEP_SHIFT & (1 << EPOCH_SHIFT - STEP_SHIFT) - 1
+        announced, shape = self._head.announcement, self._shape
+        self._number = step_of(announced)
         fits = (
-            stamp == self._stamp(0)
+            announced == self._stamp(0)
             and 0 < rows <= padded_rows <= shape.max_rows
             and 0 < tokens <= padded_tokens <= shape.max_tokens
         )
@@ -227,7 +226,7 @@ class CollectiveExecutorChannel:
         plan = self._pair.expect(step.plan.whole)
         self._expected = self._pair.expect(step.layer.whole)
         Pair.receive(plan, self._timeout_s)
-        if step.plan.announcement != stamp:
+        if step.plan.announcement != announced:
             raise AdrenalineError("a step's plan is not that of its head")
         step.plan.unpack()
         self._rows, self._layer, self._attends = rows, 0, False
@@ -235,7 +234,7 @@ class CollectiveExecutorChannel:
 
     def _stamp(self, layer_plus_1: int) -> int:
         """Return the announcement of a layer of this step, as 64 bits without a sign."""
-        return self._epoch << EPOCH_SHIFT | self._number << STEP_SHIFT | layer_plus_1
+        return stamp(self._epoch, self._number, layer_plus_1)
 
     def next_layer(self) -> int | None:
         """Send the output of the layer before, if there is one, and wait until q, k, v of the next are in their slots.

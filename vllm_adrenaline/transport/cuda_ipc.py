@@ -24,8 +24,10 @@ from vllm_adrenaline.native.cuda_channel import (
     message_of,
 )
 from vllm_adrenaline.system import device_memory
+from vllm_adrenaline.system.arithmetic import cdiv
 from vllm_adrenaline.system.device_memory import DeviceMemory
 from vllm_adrenaline.transport.shape import Shape
+from vllm_adrenaline.transport.stamp import step_of
 
 PAGE = 4096
 BLOCKS = 64
@@ -45,6 +47,16 @@ def answered_sizes(shape: Shape) -> Sizes:
     return {"out": (shape.max_tokens, shape.num_heads, shape.head_size)}
 
 
+def spans_of(sizes: Sizes, dtype: torch.dtype) -> tuple[dict[str, slice], int]:
+    """Return where each part of an inbox is, in bytes, each on pages of its own; and the bytes of them all."""
+    spans, end = {}, PAGE
+    for name, (tokens, heads, head) in sizes.items():
+        count = tokens * heads * head * dtype.itemsize
+        spans[name] = slice(end, end + count)
+        end += cdiv(count, PAGE) * PAGE
+    return spans, end
+
+
 class Inbox:
     """Memory that one process reads and another one writes.
 
@@ -57,19 +69,16 @@ class Inbox:
     def __init__(self, memory: DeviceMemory, sizes: Sizes, dtype: torch.dtype) -> None:
         """Lay the parts out. Raises ValueError if the memory is too small for them."""
         self.memory, self.announcement = memory, memory.address
-        self.rows: dict[str, torch.Tensor] = {}
-        end, whole = PAGE, memory.tensor()
-        for name, size in sizes.items():
-            count = size[0] * size[1] * size[2] * dtype.itemsize
-            if end + count > memory.size:
-                raise ValueError(f"an inbox has {memory.size} bytes, too few for its rows")
-            self.rows[name] = whole[end : end + count].view(dtype).view(size)
-            end += -(-count // PAGE) * PAGE
+        spans, _ = spans_of(sizes, dtype)
+        if any(span.stop > memory.size for span in spans.values()):
+            raise ValueError(f"an inbox has {memory.size} bytes, too few for its rows")
+        whole = memory.tensor()
+        self.rows = {name: whole[span].view(dtype).view(sizes[name]) for name, span in spans.items()}
 
     @classmethod
     def allocate(cls, sizes: Sizes, dtype: torch.dtype) -> Inbox:
         """Return a new inbox. Raises AdrenalineError if there is no memory."""
-        total = PAGE + sum(-(-a * b * c * dtype.itemsize // PAGE) * PAGE for a, b, c in sizes.values())
+        _, total = spans_of(sizes, dtype)
         return cls(device_memory.allocate(total), sizes, dtype)
 
 
@@ -89,7 +98,7 @@ class Health(NamedTuple):
     @property
     def failed_step(self) -> int | None:
         """The step it failed in: the output of this one, and of all later ones, is worthless. None if it did not."""
-        return None if self.status is ChannelStatus.READY else self.failed_at >> 12 & (1 << 36) - 1
+        return None if self.status is ChannelStatus.READY else step_of(self.failed_at)
 
 
 class _End:

@@ -18,8 +18,6 @@ from vllm_adrenaline.transport.shm import Memory
 
 WORD = 8
 """Bytes of an announcement, and of each counter."""
-EPOCH_SHIFT, STEP_SHIFT = 48, 12
-"""Where life and step begin in an announcement; layer + 1 is in the lowest bits (csrc/shm/layout.h, stamp)."""
 ALL_BITS = (1 << 64) - 1
 
 
