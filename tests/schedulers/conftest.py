@@ -114,9 +114,11 @@ class Prefill:
         return self.inbox.empty()
 
     def forget(self) -> None:
-        """Refuse the decode engine, as if it had been silent for too long; return when it has said hello again."""
+        """Refuse the decode engine, as if it had been silent for too long; return when it knows us again."""
         greetings, self.refusal = self.greetings, "unknown decode engine"
         eventually(lambda: self.greetings > greetings)
+        self.beat = None
+        eventually(lambda: self.beat is not None)  # it beats only when it has heard our welcome
 
     def stop(self) -> None:
         """End."""
