@@ -110,7 +110,7 @@ def native(rows: int, core: int) -> list[float]:
     """Return microseconds of LAYERS round trips through the channel that engines use."""
     shape = shape_of(rows)
     decode, steps = ShmDecodeChannel(shape), ShmSteps(shape)
-    decode.watch(-1, 10.0, shared_core=False)
+    decode.watch(0, -1, shared_core=False)
     executor = ShmExecutorChannel(decode.fd, shape, decode.epoch, shared_core=False, num_layers=LAYERS, timeout_s=10)
 
     def serve() -> None:
@@ -132,7 +132,7 @@ def native(rows: int, core: int) -> list[float]:
                 raise SystemExit("the executor did not answer")
 
     with forked(core, serve):
-        steps.begin(batch(rows).handle, {0: decode})
+        steps.begin(batch(rows).handle, {0: decode}, (10.0, 10.0))
         in_operator(attend, *activations(rows))
     decode.close()
     return times[WARM_UP:]

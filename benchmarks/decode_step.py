@@ -53,6 +53,7 @@ from vllm_adrenaline.decode.link import Link  # noqa: E402
 from vllm_adrenaline.decode.remote_attention import RemoteAttention, StepPlan  # noqa: E402
 from vllm_adrenaline.kv import space  # noqa: E402
 from vllm_adrenaline.kv.memory import map_kv  # noqa: E402
+from vllm_adrenaline.placement.patience import Patience  # noqa: E402
 from vllm_adrenaline.prefill.executor_pool import ExecutorProcess  # noqa: E402
 from vllm_adrenaline.system import memory_file  # noqa: E402
 from vllm_adrenaline.transport.shape import Shape  # noqa: E402
@@ -165,7 +166,9 @@ def main() -> None:
             executor.wait_ready()
             link = LocalLink(address, identity(), "benchmark", 0, NAMES, shape, 60.0)
             link.attach()
-            remote = RemoteAttention([link], ShmSteps(shape), None, NAMES, BLOCK, counts_rows=True)
+            remote = RemoteAttention(
+                [link], ShmSteps(shape), None, NAMES, BLOCK, counts_rows=True, patience=Patience(60.0)
+            )
             model = Model(CpuAttention.mapped(ours.export, ours.export.fd, split_kv=True), remote)
             measure(model, repeats)
             link.close()

@@ -71,7 +71,7 @@ def group(rows: int, core: int, delay_ms: float) -> list[float]:
     process.start()
     decode = CollectiveDecodeChannel(shape, "lo", LAYERS)
     line.send((decode.epoch, decode.contact))
-    decode.connect(line.recv(), 30.0)
+    decode.connect(line.recv())
 
     def later(expected: Any, timeout_s: float) -> None:
         receive(expected, timeout_s)
@@ -81,7 +81,7 @@ def group(rows: int, core: int, delay_ms: float) -> list[float]:
         Pair.receive = staticmethod(later)
     steps, (query, key, value, output) = Steps(shape), activations(rows)
     try:
-        steps.begin(batch(rows).handle, {0: decode})
+        steps.begin(batch(rows).handle, {0: decode}, (10.0, 10.0))
         for layer in range(LAYERS):
             begin = time.perf_counter_ns()
             steps.send(layer, query, key, value)

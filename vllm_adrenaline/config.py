@@ -236,13 +236,16 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     executor_timeout: Annotated[
         float,
         _option(
-            "Decode engine: an attention executor that lives but does not answer for so long is given up; its requests "
-            "are recomputed locally. One that has ended is noticed at once.",
+            "Decode engine: the most that a step waits for an attention executor, all its layers together. Then the "
+            "executor is left out, its requests are recomputed locally, and it is tried again after a pause. One that "
+            "was stopped, or whose threads all sleep, is given up after 0.3 s, or 4 times what steps usually wait if "
+            "that is longer. One that has ended is noticed at once. Where steps usually wait for more than half of "
+            "this time, twice that is the most.",
             "SECONDS",
             ge=0.01,
-            le=200,  # with a second for each further executor, below the 300 s after which vLLM ends a step itself
+            le=200,  # below the 300 s after which vLLM ends a step itself
         ),
-    ] = 60.0
+    ] = 1.0
     connect_timeout: Annotated[
         float,
         _option("Decode engine: how long to wait at start-up for the prefill engines.", "SECONDS", ge=0, le=3600),

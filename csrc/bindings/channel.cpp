@@ -56,10 +56,9 @@ PyObject* decode_new(PyTypeObject*, PyObject* args, PyObject*) {
 }
 
 PyObject* decode_watch(PyObject* self, PyObject* args) {
-  int pidfd, shared;
-  long long timeout_ns;
-  if (!PyArg_ParseTuple(args, "iLp", &pidfd, &timeout_ns, &shared)) return nullptr;
-  self_of<DecodeEnd>(self).watch(pidfd, timeout_ns, shared != 0);
+  int pid, pidfd, shared;
+  if (!PyArg_ParseTuple(args, "iip", &pid, &pidfd, &shared)) return nullptr;
+  self_of<DecodeEnd>(self).watch({pid, pidfd}, shared != 0);
   return none();
 }
 
@@ -72,8 +71,14 @@ PyObject* decode_counters(PyObject* self, PyObject*) {
 
 PyObject* decode_is_closed(PyObject* self, PyObject*) { return PyBool_FromLong(self_of<DecodeEnd>(self).is_closed()); }
 
+PyObject* decode_leave(PyObject* self, PyObject*) {
+  self_of<DecodeEnd>(self).leave();
+  return none();
+}
+
 PyMethodDef decode_methods[] = {
-    {"watch", decode_watch, METH_VARARGS, "watch($self, pidfd, timeout_ns, shared_core, /)\n--\n\n"},
+    {"watch", decode_watch, METH_VARARGS, "watch($self, pid, pidfd, shared_core, /)\n--\n\n"},
+    {"leave", decode_leave, METH_NOARGS, "leave($self, /)\n--\n\n"},
     {"counters", decode_counters, METH_NOARGS, "counters($self, /)\n--\n\n"},
     {"is_closed", decode_is_closed, METH_NOARGS, "is_closed($self, /)\n--\n\n"},
     {nullptr, nullptr, 0, nullptr},
@@ -90,8 +95,10 @@ PyObject* steps_new(PyTypeObject*, PyObject* args, PyObject*) {
   return make(std::move(steps));
 }
 
-PyObject* steps_clear(PyObject* self, PyObject*) {
-  self_of<Steps>(self).ends.clear();
+PyObject* steps_begin(PyObject* self, PyObject* args) {
+  long long soft_ns, hard_ns;
+  if (!PyArg_ParseTuple(args, "LL", &soft_ns, &hard_ns)) return nullptr;
+  self_of<Steps>(self).ends.begin(soft_ns, hard_ns);
   return none();
 }
 
@@ -143,7 +150,7 @@ PyObject* steps_times(PyObject* self, PyObject*) {
 }
 
 PyMethodDef steps_methods[] = {
-    {"clear", steps_clear, METH_NOARGS, "clear($self, /)\n--\n\n"},
+    {"begin", steps_begin, METH_VARARGS, "begin($self, soft_ns, hard_ns, /)\n--\n\n"},
     {"add", steps_add, METH_VARARGS, "add($self, split, executor, end, /)\n--\n\n"},
     {"send", cast(steps_send), METH_FASTCALL, "send($self, layer, query, key, value, /)\n--\n\n"},
     {"receive", cast(steps_receive), METH_FASTCALL, "receive($self, layer, output, /)\n--\n\n"},

@@ -37,11 +37,9 @@ class DecodeEnd {
     header_->magic = kMagic;
   }
 
-  // Say which process to watch while waiting (-1: none), how long every wait may take, and whether others need our
-  // core. To be called before the first wait.
-  void watch(int pidfd, int64_t timeout_ns, bool shared_core) {
-    pidfd_ = pidfd;
-    timeout_ns_ = timeout_ns;
+  // Say which process to watch while waiting, and whether others need our core. To be called before the first wait.
+  void watch(const Peer& peer, bool shared_core) {
+    peer_ = peer;
     pace_ = Pace(shared_core);
   }
 
@@ -79,13 +77,17 @@ class DecodeEnd {
   }
 
   // Sleep until the layer's output is there: ready, late, or gone (the executor ended or closed the channel).
-  Status sleep_for(uint64_t layer, int64_t deadline) {
+  Status sleep_for(uint64_t layer, Deadline& deadline) {
     const Status status = sleep_until([this, layer] { return is_done(layer) || is_closed(); }, header_->to_decode,
-                                      header_->decode_sleeps, deadline, pidfd_);
+                                      header_->decode_sleeps, deadline, peer_);
     return status == Status::ready && !is_done(layer) ? Status::gone : status;
   }
 
-  int64_t timeout_ns() const { return timeout_ns_; }
+  // Ask nothing any more. The executor leaves the step that it may be in, and closes the channel.
+  void leave() {
+    header_->left.store(1, std::memory_order_seq_cst);
+    ring(header_->to_executor, header_->executor_sleeps);
+  }
 
   // Learn how long a wait took.
   void observe(int64_t waited_ns) { pace_.observe(waited_ns); }
@@ -124,8 +126,7 @@ class DecodeEnd {
   Layout at_;
   uint64_t epoch_;
   uint64_t step_ = 0;
-  int pidfd_ = -1;
-  int64_t timeout_ns_ = 0;
+  Peer peer_;
   Pace pace_{true};
 };
 
@@ -136,16 +137,22 @@ struct StepTimes {
 };
 
 // All executors of one step. A layer is one call each way, whatever their number: rows are sent to all before any is
-// waited for. An executor that fails stays failed until the next step, and its rows become zero. Executors that hang in
-// the same layer cost the step their timeout once, however many they are. What was lost to them is taken off the
-// timeout of later layers, but kGraceNs of it is left (or all of it, if it is shorter).
+// waited for. An executor that fails stays failed until the next step, and its rows become zero.
+//
+// Every executor has one budget of waiting for all layers of a step. So many slow layers exhaust it as a stuck one does,
+// and what the decode worker itself computes between them does not. What was lost to executors that failed is taken off
+// the budgets of the others, but kGraceNs of them is left (or all, if that is shorter). So several that hang cost a step
+// little more than one.
 class StepEnds {
  public:
-  static constexpr int64_t kGraceNs = 1'000'000'000;
+  static constexpr int64_t kGraceNs = 300'000'000;
 
-  // Begin a step without executors.
-  void clear() {
+  // Begin a step without executors. Each of those that are added is waited for `soft_ns`, then up to `hard_ns` in all as
+  // long as it works (wait.h, Deadline).
+  void begin(int64_t soft_ns, int64_t hard_ns) {
     entries_.clear();
+    soft_ns_ = soft_ns;
+    hard_ns_ = hard_ns;
     lost_ns_ = 0;
   }
 
@@ -153,7 +160,7 @@ class StepEnds {
   // row of output.
   void add(unsigned executor, DecodeEnd* end, const plan::RowsPlan& plan, size_t out_row) {
     if (end != nullptr) end->begin(plan);
-    entries_.push_back({executor, end, plan.tokens, out_row});
+    entries_.push_back({executor, end, plan.tokens, out_row, 0});
   }
 
   // Send a layer to all executors.
@@ -176,11 +183,14 @@ class StepEnds {
         const int64_t before = clock;
         Status status = Status::ready;
         if (!entry.end->spin_for(layer, clock)) {
-          const int64_t timeout = entry.end->timeout_ns();
-          const int64_t deadline = began + std::max(timeout - lost_ns_, std::min(timeout, kGraceNs));
+          const int64_t budget = std::max(hard_ns_ - lost_ns_, std::min(hard_ns_, kGraceNs));
+          const int64_t hard = began + budget - entry.waited_ns;
+          Deadline deadline{std::min(began + soft_ns_ - entry.waited_ns, hard), hard};
           block([&] { status = entry.end->sleep_for(layer, deadline); });
           clock = now_ns();
+          entry.waited_ns -= deadline.hard - hard;  // overslept
         }
+        entry.waited_ns += clock - before;
         times_.wait_ns += clock - before;
         if (status == Status::ready) {
           entry.end->observe(clock - before);
@@ -206,10 +216,12 @@ class StepEnds {
     DecodeEnd* end;
     std::vector<int64_t> tokens;
     size_t out_row;
+    int64_t waited_ns;  // in this step
   };
 
   std::vector<Entry> entries_;
   StepTimes times_;
+  int64_t soft_ns_ = 0, hard_ns_ = 0;
   int64_t lost_ns_ = 0;  // in this step, waiting for executors that failed
   int64_t sent_at_ = 0;
 };

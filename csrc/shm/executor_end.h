@@ -41,11 +41,12 @@ class ExecutorEnd {
     plan_ = header_->plan.load(std::memory_order_acquire);
   }
 
-  // Sleep until there is a plan that was not seen yet: ready, or ended when stop() was called. Takes no CPU time
-  // meanwhile.
+  // Sleep until there is a plan that was not seen yet: ready, or ended when stop() was called or the decode worker has
+  // left. Takes no CPU time meanwhile.
   Status next_plan() {
     const auto ready = [this] { return has_ended() || header_->plan.load(std::memory_order_seq_cst) != plan_; };
-    const Status status = sleep_until(ready, header_->to_executor, header_->executor_sleeps, kForever, -1);
+    Deadline never{kForever, kForever};
+    const Status status = sleep_until(ready, header_->to_executor, header_->executor_sleeps, never, {});
     if (has_ended()) return Status::ended;
     plan_ = header_->plan.load(std::memory_order_acquire);
     step_ = step_of(plan_);
@@ -108,7 +109,9 @@ class ExecutorEnd {
   }
 
  private:
-  bool has_ended() const { return stopped_.load(std::memory_order_seq_cst); }
+  bool has_ended() const {
+    return stopped_.load(std::memory_order_seq_cst) || header_->left.load(std::memory_order_seq_cst) != 0;
+  }
   bool is_over() const { return has_ended() || header_->plan.load(std::memory_order_seq_cst) != plan_; }
   bool is_sent() const {
     return header_->sent.load(std::memory_order_seq_cst) == stamp(epoch_, step_, layer_ + 1);
@@ -133,8 +136,8 @@ class ExecutorEnd {
     const int64_t began = clock;
     if (!spin([this] { return is_sent(); }, pace_.spin_ns(), clock)) {
       const auto ready = [this] { return is_sent() || is_over(); };
-      const Status status = sleep_until(ready, header_->to_executor, header_->executor_sleeps,
-                                        began + service_.timeout_ns, -1);
+      Deadline deadline{began + service_.timeout_ns, began + service_.timeout_ns};
+      const Status status = sleep_until(ready, header_->to_executor, header_->executor_sleeps, deadline, {});
       if (!is_sent()) return status == Status::ready ? Status::ended : status;
       clock = now_ns();
     }

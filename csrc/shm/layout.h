@@ -19,7 +19,7 @@
 
 namespace adrenaline::shm {
 
-constexpr uint64_t kMagic = 0xAD2E0003;
+constexpr uint64_t kMagic = 0xAD2E0004;
 constexpr size_t kPage = 4096;
 constexpr size_t kLine = 64;
 
@@ -77,6 +77,7 @@ struct Header {
   std::atomic<uint32_t> to_executor;    // futex: rung after an announcement if the executor sleeps
   std::atomic<uint32_t> decode_sleeps;  // 1: the decode worker is to be woken
   std::atomic<uint32_t> num_rows, padded_rows, padded_tokens;  // side by side: "counts" in Python
+  std::atomic<uint32_t> left;  // 1: nothing is asked any more
 
   // Written by the executor.
   alignas(kLine) std::atomic<uint64_t> done;

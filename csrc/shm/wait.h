@@ -5,7 +5,6 @@
 #pragma once
 
 #include <linux/futex.h>
-#include <poll.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -14,6 +13,8 @@
 #include <cstdint>
 #include <ctime>
 
+#include "process.h"
+
 namespace adrenaline::shm {
 
 // How a wait ended. ready: what was waited for is there. late: the deadline passed. gone: the other process ended, or
@@ -21,7 +22,8 @@ namespace adrenaline::shm {
 enum class Status : int { ready = 0, late = 1, gone = 2, ended = 3 };
 
 constexpr int64_t kForever = INT64_MAX;
-constexpr int64_t kLivenessNs = 20'000'000;  // between two looks at whether the other process lives
+constexpr int64_t kLivenessNs = 20'000'000;  // between two looks at whether the other process lives, or works
+constexpr int kIdleLooks = 2;  // a process that is seen not to work so often, one look after the other, hangs
 constexpr int kPolls = 8;  // between two readings of the clock: some 0.2 us, which is how exact times are
 
 inline int64_t now_ns() {
@@ -67,13 +69,6 @@ inline void ring(std::atomic<uint32_t>& bell, const std::atomic<uint32_t>& sleep
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&bell), FUTEX_WAKE, 1, nullptr, nullptr, 0);
 }
 
-// Whether the process has ended; false for -1.
-inline bool has_ended(int pidfd) {
-  if (pidfd < 0) return false;
-  pollfd entry{pidfd, POLLIN, 0};
-  return poll(&entry, 1, 0) > 0;
-}
-
 // Spin until ready() holds, `spin_ns` at most; return whether it holds. `clock` is the time when that began, as the
 // caller has read it. Afterwards it is the last reading before the end: to read it once more would delay what has come.
 template <typename Ready>
@@ -89,30 +84,51 @@ bool spin(Ready&& ready, int64_t spin_ns, int64_t& clock) {
   return ready();
 }
 
-// Sleep until ready() holds: ready, late or gone. `bell` is the other side's, `sleeps` is ours. `pidfd` is the other
-// side's process, which is looked at every kLivenessNs; -1: it is not watched. The other side's ring() sees `sleeps`,
-// or we see its announcement: all four accesses are seq_cst.
+// How long a wait may take: until `soft`, after that as long as the other process works, and never beyond `hard`
+// (nanoseconds, monotonic). What this thread overslept is added to both: it is not the other side's time.
+struct Deadline {
+  int64_t soft, hard;
+
+  void add(int64_t overslept) {
+    if (soft != kForever) soft += overslept;
+    if (hard != kForever) hard += overslept;
+  }
+};
+
+// Sleep until ready() holds: ready, late or gone. `bell` is the other side's, `sleeps` is ours. `peer` is looked at every
+// kLivenessNs, if it is watched. The other side's ring() sees `sleeps`, or we see its announcement: all four accesses
+// are seq_cst.
 template <typename Ready>
-Status sleep_until(Ready&& ready, std::atomic<uint32_t>& bell, std::atomic<uint32_t>& sleeps, int64_t deadline,
-                   int pidfd) {
+Status sleep_until(Ready&& ready, std::atomic<uint32_t>& bell, std::atomic<uint32_t>& sleeps, Deadline& deadline,
+                   const Peer& peer) {
   sleeps.store(1, std::memory_order_seq_cst);
   Status status = Status::ready;
+  int idle = 0;
   for (;;) {
     const uint32_t seen = bell.load(std::memory_order_seq_cst);
     if (ready()) break;
-    const int64_t left = deadline == kForever ? kForever : deadline - now_ns();
-    if (left <= 0) {
+    const int64_t now = deadline.hard == kForever ? 0 : now_ns();
+    if (now >= deadline.hard) {
       status = Status::late;
       break;
     }
-    if (has_ended(pidfd)) {
+    if (has_ended(peer)) {
       status = ready() ? Status::ready : Status::gone;
       break;
     }
-    const int64_t turn = pidfd < 0 ? left : std::min(left, kLivenessNs);
+    const bool is_tried = now >= deadline.soft;
+    idle = is_tried && !works(peer) ? idle + 1 : 0;
+    if (idle == kIdleLooks) {
+      status = ready() ? Status::ready : Status::late;
+      break;
+    }
+    int64_t turn = deadline.hard == kForever ? kForever : deadline.hard - now;
+    if (!is_tried) turn = std::min(turn, deadline.soft - now);
+    if (peer.pidfd >= 0 || is_tried) turn = std::min(turn, kLivenessNs);
     timespec timeout{static_cast<time_t>(turn / 1'000'000'000), static_cast<long>(turn % 1'000'000'000)};
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&bell), FUTEX_WAIT, seen, turn == kForever ? nullptr : &timeout,
             nullptr, 0);
+    if (deadline.hard != kForever) deadline.add(std::max<int64_t>(0, now_ns() - now - turn));
   }
   sleeps.store(0, std::memory_order_relaxed);
   return status;

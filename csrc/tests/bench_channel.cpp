@@ -87,11 +87,11 @@ void bench_channel(uint64_t rows, size_t count, int core_b) {
   const Shape shape{rows, rows, 1, kQ, kKv, kQ};
   auto* memory = share(layout_of(shape).total);
   DecodeEnd decode(memory, shape, 1);
-  decode.watch(-1, 10'000'000'000, false);
+  decode.watch({}, false);
   std::vector<int32_t> starts(shape.max_rows + 1), lens(shape.max_rows), table(shape.max_rows * shape.max_blocks);
   std::vector<int64_t> slots(shape.max_tokens);
   const PlanCopy copy{starts.data(), lens.data(), table.data(), slots.data()};
-  ExecutorEnd executor(memory, shape, 1, {kMaxLayers, kForever / 2, false}, copy);
+  ExecutorEnd executor(memory, shape, 1, {adrenaline::kMaxLayers, kForever / 2, false}, copy);
   const pid_t pid = in_child(core_b, [&] {
     for (;;) {
       executor.next_plan();
@@ -113,9 +113,9 @@ void bench_channel(uint64_t rows, size_t count, int core_b) {
   std::vector<char> from(rows * stride, 1), to(rows * kQ);
   std::vector<int64_t> times;
   StepEnds steps;
-  for (uint64_t layer = kMaxLayers; times.size() < count; ++layer) {
-    if (layer == kMaxLayers) {
-      steps.clear();
+  for (uint64_t layer = adrenaline::kMaxLayers; times.size() < count; ++layer) {
+    if (layer == adrenaline::kMaxLayers) {
+      steps.begin(10'000'000'000, 10'000'000'000);
       steps.add(0, &decode, plan, kQ);
       layer = 0;
     }

@@ -12,6 +12,7 @@
 #include "../shm/executor_end.h"
 
 using namespace adrenaline::shm;
+using adrenaline::stamp;
 using adrenaline::plan::RowsPlan;
 using adrenaline::stamp;
 
@@ -89,8 +90,8 @@ void many_steps_over_two_executors() {
   Memory memory[2];
   constexpr uint64_t kLayers = 3;
   DecodeEnd first(memory[0].data, kShape, 11), second(memory[1].data, kShape, 12);
-  first.watch(-1, 60 * kSecond, true);
-  second.watch(-1, 60 * kSecond, false);
+  first.watch({}, true);
+  second.watch({}, false);
   End one(memory[0].data, 11, kLayers, true), two(memory[1].data, 12, kLayers, false);
   std::thread a([&] { serve(memory[0].data, one); }), b([&] { serve(memory[1].data, two); });
   std::mt19937 random(3);
@@ -103,7 +104,7 @@ void many_steps_over_two_executors() {
       auto& side = random() % 2 != 0U ? left : right;
       if (random() % 3 != 0U && side.size() < 8) side.push_back(token);
     }
-    steps.clear();
+    steps.begin(60 * kSecond, 60 * kSecond);
     if (!left.empty()) steps.add(0, &first, plan_of(left), kShape.out_row);
     if (!right.empty()) steps.add(1, &second, plan_of(right), kShape.out_row);
     for (uint64_t layer = 0; layer < kLayers; ++layer) {
@@ -132,7 +133,7 @@ void many_steps_over_two_executors() {
 void a_stale_stamp_is_never_taken() {
   Memory memory;
   DecodeEnd decode(memory.data, kShape, 5);
-  decode.watch(-1, kSecond / 100, true);
+  decode.watch({}, true);
   const RowsPlan plan = plan_of({0});
   auto* header = reinterpret_cast<Header*>(memory.data);
   decode.begin(plan);
@@ -142,7 +143,8 @@ void a_stale_stamp_is_never_taken() {
     header->done.store(wrong);
     int64_t clock = now_ns();
     EXPECT(!decode.spin_for(0, clock));
-    EXPECT(decode.sleep_for(0, now_ns() + kSecond / 100) == Status::late);
+    Deadline soon{now_ns() + kSecond / 100, now_ns() + kSecond / 100};
+    EXPECT(decode.sleep_for(0, soon) == Status::late);
   }
   header->done.store(stamp(5, 1, 1));
   int64_t clock = now_ns();

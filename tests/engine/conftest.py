@@ -357,11 +357,11 @@ async def watched(engine: Engine, client: Client, work: list[Work]) -> tuple[lis
     return answers, *await watcher
 
 
-def eventually(check: Callable[[], bool], seconds: float = 60) -> bool:
+def eventually(check: Callable[[], bool], seconds: float = 60, poll_s: float = 0.1) -> bool:
     """Say whether the condition holds within so many seconds."""
     deadline = time.monotonic() + seconds
     while not (holds := check()) and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(poll_s)
     return holds
 
 

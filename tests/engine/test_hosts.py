@@ -167,13 +167,13 @@ def test_an_executor_that_is_killed_costs_a_recomputation(fleet: Hosts, plain: P
     assert fleet.offloads_again()
 
 
-def test_a_link_that_is_cut_costs_a_recomputation_long_before_the_timeout(fleet: Hosts, plain: Plain) -> None:
+def test_a_link_that_is_cut_costs_a_recomputation(fleet: Hosts, plain: Plain) -> None:
     count = fleet.engine.counting()
     with while_it_generates(fleet, LONG) as result:
         began = time.monotonic()
         with fleet.decode.cut():
             assert result() == plain.tokens(LONG)
-            assert time.monotonic() - began < 30, "--adrenaline-executor-timeout is 60 s"
+            assert time.monotonic() - began < 30
     assert count["fallback_requests"] == len(LONG)
     assert fleet.offloads_again()
     assert tokens(fleet.door(1).complete(LONG)) == plain.tokens(LONG)

@@ -10,7 +10,8 @@ import pytest
 from tests.schedulers.conftest import BLOCK, ENGINE, Decode, Prefill, eventually
 from tests.unit.test_control import NESTED
 from vllm_adrenaline.control import client, messages
-from vllm_adrenaline.decode.remote_attention import Report
+from vllm_adrenaline.decode import request_table
+from vllm_adrenaline.decode.report import Report
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
 from vllm_adrenaline.kv.space import remote_pool
 from vllm_adrenaline.kv.stamp import stamped
@@ -67,9 +68,20 @@ def released(prefill: Prefill) -> list[str]:
     return [name for m in prefill.heard if isinstance(m, messages.Release) for name in m.requests]
 
 
-def failure(executor: int = 0, pid: int = 99) -> Report:
-    """What a worker reports of a step in which an executor did not answer."""
-    return Report(frozenset({remote_pool(executor)}), frozenset({pid}), frozenset({executor}), 0.0, {}, 0.0)
+def report(failed: bool = False, writing: bool = False, hung: int = 0, unavailable: bool = True) -> Report:
+    """What a worker reports of the executor: whether it failed in a step, may still write, hangs, is not used."""
+
+    def those(condition: object) -> frozenset[int]:
+        return frozenset({0}) if condition else frozenset()
+
+    pools = frozenset(map(remote_pool, those(failed)))
+    pids = frozenset((executor, hung) for executor in those(hung))
+    return Report(pools, those(writing), pids, those(unavailable), 0.0, {}, 0.0)
+
+
+def failure() -> Report:
+    """What a worker reports of a step in which an executor did not answer and let go at once."""
+    return report(failed=True)
 
 
 def finish(decode: Decode, request: Any) -> None:
@@ -269,18 +281,87 @@ def test_parameters_that_vllm_itself_refuses_are_given_up(decode: Any, prefill: 
     assert prefill.silent()
 
 
-def test_a_release_follows_the_fault_of_the_step_in_which_it_happened(decode: Any, prefill: Prefill) -> None:
+def test_nothing_is_released_while_an_executor_that_failed_may_still_write(decode: Any, prefill: Prefill) -> None:
     engine = decode(ratio="1")
     request = offloaded(engine, prefill)
     scheduled = engine.schedule()
     engine.abort(request)  # EngineCore.step takes aborts before it takes what the step gave
-    engine.update(scheduled, failure(pid=77))
-    eventually(lambda: released(prefill))
-    said = [m for m in prefill.heard if isinstance(m, (messages.KillExecutors, messages.Release))]
-    assert said == [messages.KillExecutors([77]), messages.Release(["prompt"], [])]
+    engine.update(scheduled, report(failed=True, writing=True))
+    for _ in range(5):
+        assert engine.scheduler.has_requests(), "the engine stays awake until blocks are given back"
+        engine.step(report(writing=True))
+    assert prefill.silent(), "nobody is killed for being late, and no block comes free"
+    engine.step(report())
+    eventually(lambda: released(prefill) == ["prompt"])
+    assert not any(isinstance(m, messages.KillExecutors) for m in prefill.heard)
+
+
+def test_an_executor_that_does_not_let_go_is_killed_before_anything_is_released(decode: Any, prefill: Prefill) -> None:
+    engine = decode(ratio="1")
+    request = offloaded(engine, prefill)
+    scheduled = engine.schedule()
+    engine.abort(request)
+    engine.update(scheduled, report(failed=True, writing=True))
+    engine.step(report(writing=True, hung=77))
+    assert prefill.expect(messages.KillExecutors).pids == [77]
+    assert released(prefill) == []
+    engine.step(report(writing=True))
+    engine.step(report())
+    eventually(lambda: released(prefill) == ["prompt"])
+    engine.step(report(unavailable=False))
+    assert engine.count("executor_returns") == 1
+
+
+def test_leased_blocks_are_given_to_nobody_while_an_executor_may_write_into_them(decode: Any, prefill: Prefill) -> None:
+    pool = decode(ratio="1").scheduler.table.pools[0]
+    pool.asked = 3
+    pool.add_leased([7, 8, 9])
+    used = pool.take(1)
+    pool.keep_from_use(True)
+    pool.free_blocks(used)
+    assert pool.free == [], "neither those that were free, nor one that comes free meanwhile"
+    pool.asked = 1
+    pool.add_leased([5])
+    assert pool.free == [5], "what is leased meanwhile was never the executor's"
+    pool.keep_from_use(False)
+    assert sorted(pool.free) == [5, 7, 8, 9]
 
 
 # Prefill engines that go away
+
+
+@pytest.mark.parametrize("wakes", ["grants", "rejects"])
+def test_a_prompt_that_a_hanging_prefill_engine_was_asked_for_is_computed_here(
+    decode: Any, prefill: Prefill, monkeypatch: pytest.MonkeyPatch, wakes: str
+) -> None:
+    monkeypatch.setattr(client, "HANGS_S", 0.4)
+    monkeypatch.setattr(client, "QUIET_S", 0.4)
+    monkeypatch.setattr(request_table, "CLAIM_S", 0.2)
+    engine = decode(ratio="1")
+    prefill.answers_beats = False
+    request = engine.arrive(PROMPT, params(PROMPT))
+    prefill.expect(messages.Claim)
+    eventually(lambda: request.request_id in engine.step().num_scheduled_tokens)
+    assert engine.count("fallback_requests") == 1
+    finish(engine, request)
+    assert engine.scheduler.has_requests(), "the claim is under way"
+    prefill.answers_beats = True
+    prefill.say(granted(PROMPT) if wakes == "grants" else messages.ClaimRejected("prompt"))
+    eventually(lambda: engine.step() and not engine.scheduler.has_requests())
+    eventually(lambda: released(prefill) == (["prompt"] if wakes == "grants" else []))
+
+
+def test_a_prefill_engine_that_is_only_slow_to_grant_is_waited_for(
+    decode: Any, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_table, "CLAIM_S", 0.0)
+    engine = decode(ratio="1")
+    engine.arrive(PROMPT, params(PROMPT))
+    prefill.expect(messages.Claim)
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        assert not engine.step().num_scheduled_tokens
+    assert engine.count("fallback_requests") == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from tests.schedulers.conftest import BLOCK, Decode, Prefill, eventually
 from tests.schedulers.test_decode import BLOCKS, PROMPT, finish, granted, params, released
 from vllm_adrenaline.control import messages
-from vllm_adrenaline.decode.remote_attention import Report
+from vllm_adrenaline.decode.report import Report
 from vllm_adrenaline.kv.space import index_of, mapped_pool, pool_of
 from vllm_adrenaline.placement import starvation
 
@@ -136,7 +136,7 @@ def test_memory_that_could_not_be_mapped_is_not_tried_again_at_once(
     """Every attempt costs a prompt, which is computed again here."""
     engine = decode(pool="mapped", ratio="1")
     request = placed(engine, prefill)
-    engine.step(Report(frozenset({mapped_pool(0)}), frozenset(), frozenset(), 0.0, {}, 0.0))
+    engine.step(Report(frozenset({mapped_pool(0)}), frozenset(), frozenset(), frozenset(), 0.0, {}, 0.0))
     other = engine.arrive(PROMPT, params(PROMPT, "other"))
     engine.step()
     eventually(lambda: any(isinstance(m, messages.Claim) and m.request == "other" for m in prefill.heard))
@@ -181,7 +181,7 @@ def test_rows_of_memory_that_could_not_be_mapped_are_recomputed_without_their_to
     engine = decode(pool="mapped", ratio="1")
     request = placed(engine, prefill)
     tokens = request.num_output_tokens
-    engine.step(Report(frozenset({mapped_pool(0)}), frozenset(), frozenset(), 0.0, {}, 0.0))
+    engine.step(Report(frozenset({mapped_pool(0)}), frozenset(), frozenset(), frozenset(), 0.0, {}, 0.0))
     assert request.num_output_tokens == tokens, "its token is worthless"
     assert engine.step().num_scheduled_tokens == {request.request_id: len(PROMPT) + tokens}
     eventually(lambda: released(prefill) == ["prompt"])
@@ -196,7 +196,7 @@ def test_an_executor_that_fails_costs_mapped_requests_nothing(decode: Any, prefi
     kinds = {pool_of(blocks_of(engine, each)[0]) for each in (remote, mapped)}
     assert kinds == {1, mapped_pool(0)}
     tokens = mapped.num_output_tokens
-    engine.step(Report(frozenset({1}), frozenset({9}), frozenset({0}), 0.0, {}, 0.0))
+    engine.step(Report(frozenset({1}), frozenset(), frozenset(), frozenset({0}), 0.0, {}, 0.0))
     assert mapped.num_output_tokens == tokens + 1
     assert engine.count("fallback_requests") == 1
     finish(engine, mapped)

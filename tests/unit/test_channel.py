@@ -6,6 +6,7 @@ import mmap
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import threading
 import time
@@ -13,6 +14,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -41,14 +43,25 @@ def batch(remote: dict[int, list[int]], rows: int = 8) -> SplitRows:
     return split_rows(table, starts, lens, torch.arange(rows), [], BLOCK)
 
 
+class TimedSteps(ShmSteps):
+    """Steps with a budget of waiting that is the same for all of them, whether an executor works or not."""
+
+    def __init__(self, timeout_s: float = 30.0) -> None:
+        super().__init__(SHAPE)
+        self.budget_s = timeout_s, timeout_s
+
+    def begin(self, split: Any, channels: Any, budget_s: tuple[float, float] | None = None) -> None:
+        super().begin(split, channels, budget_s or self.budget_s)
+
+
 def channels(
     timeout_s: float = 5.0, epoch: int | None = None, layers: int = 1, layer_timeout_s: float = 5.0
-) -> tuple[ShmSteps, ShmDecodeChannel, ShmExecutorChannel]:
+) -> tuple[TimedSteps, ShmDecodeChannel, ShmExecutorChannel]:
     """Both ends of one channel in this process."""
     decode = ShmDecodeChannel(SHAPE)
-    decode.watch(-1, timeout_s, shared_core=True)
+    decode.watch(0, -1, shared_core=True)
     life = decode.epoch if epoch is None else epoch
-    return ShmSteps(SHAPE), decode, ShmExecutorChannel(decode.fd, SHAPE, life, True, layers, layer_timeout_s)
+    return TimedSteps(timeout_s), decode, ShmExecutorChannel(decode.fd, SHAPE, life, True, layers, layer_timeout_s)
 
 
 def serve(executor: ShmExecutorChannel, layers: int = 1) -> threading.Thread:
@@ -104,7 +117,7 @@ def test_several_executors_are_all_sent_to_before_any_is_waited_for() -> None:
 
 
 def test_rows_of_an_executor_that_is_not_there_become_zero() -> None:
-    steps = ShmSteps(SHAPE)
+    steps = TimedSteps()
     output = torch.ones(3, 2, 4)
     steps.begin(batch({5: [1]}).handle, {5: None})
     steps.send(0, output, output[:, :1], output[:, :1])
@@ -178,10 +191,10 @@ def test_what_is_no_layer_no_channel_or_no_tensor_is_refused() -> None:
 
 
 def test_an_executor_that_has_ended_is_noticed_long_before_the_timeout() -> None:
-    steps, decode, _ = channels()
+    steps, decode, _ = channels(timeout_s=60)
     with subprocess.Popen(["sleep", "100"]) as peer:
         pidfd = os.pidfd_open(peer.pid)
-        decode.watch(pidfd, 60, shared_core=True)
+        decode.watch(peer.pid, pidfd, shared_core=True)
         ones = torch.ones(1, 2, 4)
         steps.begin(batch({0: [0]}).handle, {0: decode})
         steps.send(0, ones, ones[:, :1], ones[:, :1])
@@ -302,6 +315,89 @@ def test_a_channel_that_its_executor_closed_is_given_up_at_once() -> None:
     assert time.monotonic() - started < 10
 
 
+def run_slowly(pid: int, fd: int, epoch: int, ready: Connection, busy: bool) -> None:
+    """Never answer: compute for ever, or sleep for ever."""
+    torch.set_num_threads(1)
+    mapped = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
+    executor = ShmExecutorChannel(mapped, SHAPE, epoch, True, 1, 5.0)
+    ready.send("up")
+    assert executor.next_step() is not None
+    while busy:
+        pass
+    time.sleep(100)
+
+
+@pytest.mark.parametrize(("state", "least", "most"), [("busy", 1.0, 1.6), ("asleep", 0.2, 0.8), ("stopped", 0.2, 0.8)])
+def test_a_late_executor_is_granted_more_time_only_while_it_works(state: str, least: float, most: float) -> None:
+    steps, decode, _ = channels()
+    here, there = forked.Pipe()
+    args = (os.getpid(), decode.fd, decode.epoch, there, state != "asleep")
+    peer = forked.Process(target=run_slowly, args=args, daemon=True)
+    peer.start()
+    assert here.recv() == "up"
+    assert peer.pid is not None
+    pidfd = os.pidfd_open(peer.pid)
+    decode.watch(peer.pid, pidfd, shared_core=True)
+    if state == "stopped":
+        os.kill(peer.pid, signal.SIGSTOP)
+    ones = torch.ones(1, 2, 4)
+    steps.begin(batch({0: [0]}, rows=1).handle, {0: decode}, (0.2, 1.0))
+    steps.send(0, ones, ones[:, :1], ones[:, :1])
+    began = time.monotonic()
+    assert steps.receive(0, ones) == 1
+    assert least <= time.monotonic() - began < most
+    peer.kill()
+    peer.join()
+    os.close(pidfd)
+
+
+def test_many_slow_layers_exhaust_the_budget_of_a_step_as_one_stuck_layer_does() -> None:
+    steps, decode, executor = channels(timeout_s=0.3, layers=12)
+    ones = torch.ones(1, 2, 4)
+
+    def run() -> None:
+        assert executor.next_step() is not None
+        while executor.next_layer() is not None:
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    steps.begin(batch({0: [0]}, rows=1).handle, {0: decode})
+    failed, began = [], time.monotonic()
+    for layer in range(12):
+        steps.send(layer, ones, ones[:, :1], ones[:, :1])
+        failed.append(steps.receive(layer, ones))
+    assert sum(failed) == 1
+    assert 2 <= failed.index(1) <= 6
+    assert time.monotonic() - began < 0.6
+    decode.leave()
+    thread.join(timeout=10)
+    assert not thread.is_alive(), "it learns that it is left, in the middle of a step"
+
+
+def test_what_the_decode_worker_computes_takes_nothing_of_the_budget() -> None:
+    steps, decode, executor = channels(timeout_s=0.2, layers=3)
+    ones = torch.ones(1, 2, 4)
+    thread = serve(executor, layers=3)
+    steps.begin(batch({0: [0]}, rows=1).handle, {0: decode})
+    for layer in range(3):
+        time.sleep(0.15)
+        steps.send(layer, ones, ones[:, :1], ones[:, :1])
+        time.sleep(0.15)
+        assert steps.receive(layer, ones) == 0
+    thread.join()
+
+
+def test_an_executor_that_is_left_between_steps_ends_its_channel() -> None:
+    _, decode, executor = channels()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(executor.next_step()))
+    thread.start()
+    decode.leave()
+    thread.join(timeout=10)
+    assert found == [None]
+
+
 def test_thousands_of_channels_leave_nothing_behind() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1])
@@ -348,7 +444,7 @@ def test_an_executor_killed_at_any_point_leaves_the_decode_worker_alive_and_no_w
         assert here.recv() == "up"
         assert peer.pid is not None
         pidfd = os.pidfd_open(peer.pid)
-        decode.watch(pidfd, 30, shared_core=True)
+        decode.watch(peer.pid, pidfd, shared_core=True)
         threading.Timer(rng.uniform(0.0, 0.2), peer.kill).start()
         failed = 0
         while not failed:
@@ -369,8 +465,8 @@ def test_an_executor_killed_at_any_point_leaves_the_decode_worker_alive_and_no_w
 
 def run_decode(executor: Connection) -> None:
     """Send steps to an executor from this process until it is killed."""
-    channel, steps = ShmDecodeChannel(SHAPE), ShmSteps(SHAPE)
-    channel.watch(-1, 30, True)
+    channel, steps = ShmDecodeChannel(SHAPE), TimedSteps()
+    channel.watch(0, -1, True)
     executor.send((channel.fd, channel.epoch))
     executor.recv()  # it is there
     x = torch.zeros(8, 2, 4)
@@ -424,7 +520,7 @@ def sent(split: SplitRows, executor: int) -> tuple[int, dict[str, torch.Tensor]]
     shape = replace(SHAPE, max_rows=8, max_tokens=64, max_blocks=4)
     decode = ShmDecodeChannel(shape)
     end = ShmExecutorChannel(decode.fd, shape, decode.epoch, True, 1, 5.0)
-    ShmSteps(shape).begin(split.handle, {executor: decode})
+    ShmSteps(shape).begin(split.handle, {executor: decode}, (5.0, 5.0))
     found = end.next_step()
     decode.close()
     assert found is not None

@@ -66,7 +66,7 @@ def executor(line: Connection, epoch: int | None, faults: dict[str, float]) -> N
 class Executor:
     """An executor in a process of its own, and the decode worker's channel to it."""
 
-    def __init__(self, timeout_s: float = 5.0, epoch: int | None = None, **faults: float) -> None:
+    def __init__(self, epoch: int | None = None, **faults: float) -> None:
         self.line, theirs = multiprocessing.Pipe()
         self.process: ForkServerProcess = CONTEXT.Process(target=executor, args=(theirs, epoch, faults), daemon=True)
         self.process.start()
@@ -78,7 +78,7 @@ class Executor:
         contact = self.hear()
         assert isinstance(contact, messages.Contact)
         self.line.send(self.channel.contact)
-        self.channel.connect(contact, timeout_s)
+        self.channel.connect(contact)
         assert self.hear() == "ready"
 
     def hear(self) -> object:
@@ -125,10 +125,10 @@ class Batch:
         return right and bool((self.output[others] == 7).all())
 
 
-def step(transport: Steps, channel: CollectiveDecodeChannel) -> list[int]:
+def step(transport: Steps, channel: CollectiveDecodeChannel, budget_s: tuple[float, float] = (5.0, 5.0)) -> list[int]:
     """Run a step; return which executors failed in each layer."""
     whole = Batch()
-    transport.begin(whole.split, {0: channel})
+    transport.begin(whole.split, {0: channel}, budget_s)
     failed = [whole.layer(transport, layer) for layer in range(LAYERS)]
     assert any(failed) or whole.is_right()
     return failed
@@ -154,7 +154,7 @@ def test_steps_may_be_of_different_sizes(ends: list[Executor]) -> None:
     transport = Steps(SHAPE)
     for rows in ([0], [0, 1, 2], [5, 0, 3, 2], [1]):
         whole = Batch({0: rows})
-        transport.begin(whole.split, {0: other.channel})
+        transport.begin(whole.split, {0: other.channel}, (5.0, 5.0))
         assert [whole.layer(transport, layer) for layer in range(LAYERS)] == [0] * LAYERS
         assert whole.is_right()
 
@@ -164,7 +164,7 @@ def test_a_step_may_have_executors_on_this_host_and_on_others(ends: list[Executo
     _, near, near_end = channels(layers=LAYERS)
     transport, whole = Steps(SHAPE), Batch({0: [4], 1: [2, 5], 2: [0]})
     thread = serve(near_end, LAYERS)
-    transport.begin(whole.split, {0: first.channel, 1: near, 2: second.channel})
+    transport.begin(whole.split, {0: first.channel, 1: near, 2: second.channel}, (5.0, 5.0))
     assert [whole.layer(transport, layer) for layer in range(LAYERS)] == [0] * LAYERS
     thread.join()
     assert whole.is_right()
@@ -173,7 +173,7 @@ def test_a_step_may_have_executors_on_this_host_and_on_others(ends: list[Executo
 def test_without_executors_on_other_hosts_a_layer_is_the_native_call_itself() -> None:
     transport = Steps(SHAPE)
     _, near, near_end = channels()
-    transport.begin(Batch().split, {0: near})
+    transport.begin(Batch().split, {0: near}, (5.0, 5.0))
     assert transport.send == transport._near.send
     assert transport.receive == transport._near.receive
     near_end.stop()
@@ -182,7 +182,7 @@ def test_without_executors_on_other_hosts_a_layer_is_the_native_call_itself() ->
 def test_waiting_for_another_host_is_no_local_attention(ends: list[Executor]) -> None:
     ends.append(other := Executor(step=1, layer=1, sleep=0.3))
     transport, whole = Steps(SHAPE), Batch()
-    transport.begin(whole.split, {0: other.channel})
+    transport.begin(whole.split, {0: other.channel}, (5.0, 5.0))
     for layer in range(LAYERS):
         transport.send(layer, whole.query, whole.key, whole.value)
         time.sleep(0.02)
@@ -193,11 +193,11 @@ def test_waiting_for_another_host_is_no_local_attention(ends: list[Executor]) ->
 
 
 def test_an_executor_that_is_late_is_given_up_by_both_ends(ends: list[Executor]) -> None:
-    ends.append(other := Executor(timeout_s=0.2, step=2, layer=1, sleep=1.0))
+    ends.append(other := Executor(step=2, layer=1, sleep=1.0))
     transport = Steps(SHAPE)
     assert step(transport, other.channel) == [0] * LAYERS
     whole = Batch()
-    transport.begin(whole.split, {0: other.channel})
+    transport.begin(whole.split, {0: other.channel}, (0.2, 0.2))
     assert whole.layer(transport, 0) == 0
     began = time.monotonic()
     assert whole.layer(transport, 1) == 1
@@ -212,15 +212,15 @@ def test_an_executor_that_is_late_is_given_up_by_both_ends(ends: list[Executor])
 
 
 def test_an_executor_that_ended_is_noticed_long_before_the_timeout(ends: list[Executor]) -> None:
-    ends.append(other := Executor(timeout_s=60, step=1, layer=1, die=1))
+    ends.append(other := Executor(step=1, layer=1, die=1))
     transport = Steps(SHAPE)
     began = time.monotonic()
-    assert step(transport, other.channel) == [0, 1, 0]
+    assert step(transport, other.channel, (60, 60)) == [0, 1, 0]
     assert time.monotonic() - began < 5
 
 
 def test_an_executor_that_ended_between_steps_costs_the_next_one_its_rows(ends: list[Executor]) -> None:
-    ends.append(other := Executor(timeout_s=60))
+    ends.append(other := Executor())
     transport = Steps(SHAPE)
     assert step(transport, other.channel) == [0] * LAYERS
     other.process.kill()
@@ -266,7 +266,7 @@ def test_a_plan_beyond_the_kv_cache_is_refused_by_the_executors_own_check(ends: 
 def test_a_step_that_was_left_ends_the_channel_at_the_next_one(ends: list[Executor]) -> None:
     ends.append(other := Executor())
     transport, whole = Steps(SHAPE), Batch()
-    transport.begin(whole.split, {0: other.channel})
+    transport.begin(whole.split, {0: other.channel}, (5.0, 5.0))
     assert whole.layer(transport, 0) == 0
     assert step(transport, other.channel) == [1, 0, 0]
 
@@ -275,9 +275,9 @@ def test_executors_that_hang_together_cost_a_step_their_timeout_once(
     ends: list[Executor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps, "GRACE_S", 0.05)
-    ends += [Executor(timeout_s=0.5, step=1, layer=1, sleep=3.0) for _ in range(2)]
+    ends += [Executor(step=1, layer=1, sleep=3.0) for _ in range(2)]
     transport, whole = Steps(SHAPE), Batch({0: [4], 1: [1]})
-    transport.begin(whole.split, {n: each.channel for n, each in enumerate(ends)})
+    transport.begin(whole.split, {n: each.channel for n, each in enumerate(ends)}, (0.5, 0.5))
     assert whole.layer(transport, 0) == 0
     began = time.monotonic()
     assert whole.layer(transport, 1) == 3

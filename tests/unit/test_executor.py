@@ -23,9 +23,11 @@ from vllm_adrenaline.attention.server import Server
 from vllm_adrenaline.attention.spec import ExecutorSpec
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
-from vllm_adrenaline.decode.link import Link
+from vllm_adrenaline.decode import link as link_module
+from vllm_adrenaline.decode.link import Link, Unfit
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.space import remote_id
+from vllm_adrenaline.placement import breaker
 from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.system import memory_file
 from vllm_adrenaline.system.machine import process_space
@@ -52,14 +54,14 @@ class Decode:
         hello = messages.Attach(identity, engine, 0, memory, channel.epoch, *sizes)
         answer = sockets.ask_once(address, hello, 5)
         assert isinstance(answer, messages.Attached), answer
-        channel.watch(-1, 5.0, shared_core=True)
+        channel.watch(0, -1, shared_core=True)
 
     def begin(self, block: int = 1) -> None:
         """Begin a step of one row of 5 tokens in `block`."""
         table = torch.full((1, 2), remote_id(0, block), dtype=torch.int32)
         starts, lens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
         split = split_rows(table, starts, lens, torch.zeros(1, dtype=torch.int64), [], BLOCK)
-        self.steps.begin(split.handle, {0: self.channel})
+        self.steps.begin(split.handle, {0: self.channel}, (5.0, 5.0))
 
     def send(self, index: int) -> None:
         """Send a layer."""
@@ -380,12 +382,19 @@ def linked(address: str, monkeypatch: pytest.MonkeyPatch, engine: str, interface
         link.close()
 
 
-def far_step(link: Link, block: int = 1) -> list[int]:
+def lets_go(link: Link) -> bool:
+    """Say whether the executor writes nothing any more for the channel of a link."""
+    assert link.channel is not None
+    return link._is_let_go_of(link.channel)
+
+
+def far_step(link: Link, block: int = 1, budget_s: float = 5.0) -> list[int]:
     """Run a step over a link; return which executors failed in each layer."""
     table = torch.full((1, 2), remote_id(0, block), dtype=torch.int32)
     starts, lens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
     steps = Steps(SHAPE)
-    steps.begin(split_rows(table, starts, lens, torch.zeros(1, dtype=torch.int64), [], BLOCK).handle, {0: link.channel})
+    split = split_rows(table, starts, lens, torch.zeros(1, dtype=torch.int64), [], BLOCK)
+    steps.begin(split.handle, {0: link.channel}, (budget_s, budget_s))
     failed = []
     for layer in range(LAYERS):
         steps.send(layer, *[torch.ones(1, 2, 32)] * 3)
@@ -418,7 +427,7 @@ def test_a_decode_engine_on_another_host_that_is_let_go_of_may_come_back(
         began = time.monotonic()
         assert far_step(link) == [1, 0]
         assert time.monotonic() - began < 2, "it learns that at once"
-        assert link.is_let_go_of(), "so the executor need not be killed"
+        assert lets_go(link), "so the executor need not be killed"
         assert far_step(other) == [0, 0]
         link.close()
         link.attach()
@@ -432,20 +441,64 @@ def test_a_step_that_cannot_be_served_costs_another_host_its_channel_and_nobody_
         link.attach()
         other.attach()
         assert far_step(link, block=BLOCKS) == [1, 0]
-        assert link.is_let_go_of()
+        assert lets_go(link)
         assert far_step(other) == [0, 0], "of the same decode engine, but another channel"
 
 
 def test_an_executor_in_a_step_lets_go_only_when_it_has_left_it(
     networked: str, monkeypatch: pytest.MonkeyPatch, kernel: Kernel
 ) -> None:
+    monkeypatch.setattr(link_module, "LET_GO_S", 0.2)
     with linked(networked, monkeypatch, "a") as link:
-        link.timeout_s = 0.2
-        link.attach()
-        assert far_step(link) == [1, 0], "it is late"
-        assert not link.is_let_go_of(), "it may still write"
         kernel.may_go.set()
-        eventually(link.is_let_go_of)
+        link.attach()
+        kernel.may_go.clear()
+        assert far_step(link, budget_s=0.2) == [1, 0], "it is late"
+        assert not lets_go(link), "it may still write"
+        kernel.may_go.set()
+        eventually(lambda: lets_go(link))
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["here", "on another host"])
+def test_an_executor_that_is_given_up_is_killed_only_if_it_does_not_let_go_and_is_used_again(
+    networked: str, monkeypatch: pytest.MonkeyPatch, kernel: Kernel, far: bool
+) -> None:
+    for name, seconds in (("LET_GO_S", 0.3), ("RETRY_S", 0.01)):
+        monkeypatch.setattr(link_module, name, seconds)
+    monkeypatch.setattr(breaker, "MIN_PAUSE_S", 0.01)
+    kernel.may_go.set()
+    with linked(networked, monkeypatch, "a") as link:
+        link.is_far = far
+        link.attach()
+        assert far_step(link) == [0, 0]
+        assert link.attended[:2] == (LAYERS, LAYERS), "the step that tried it does not count"
+        kernel.may_go.clear()
+        assert far_step(link, budget_s=0.1) == [1, 0]
+        link.fail()
+        assert link.channel is None
+        assert link.is_writing
+        assert link.take_hung() == 0
+        eventually(lambda: link.take_hung() == os.getpid())
+        assert link.is_writing, "it is not dead yet"
+        kernel.may_go.set()
+        eventually(lambda: not link.is_writing)
+        eventually(lambda: link.channel is not None)
+        assert link.take_hung() == 0
+        assert far_step(link) == [0, 0]
+
+
+def test_an_executor_that_attaches_but_serves_no_step_is_not_used(
+    networked: str, monkeypatch: pytest.MonkeyPatch, kernel: Kernel
+) -> None:
+    with linked(networked, monkeypatch, "a") as link:
+        link.is_far = False
+        threading.Timer(0.3, kernel.may_go.set).start()
+        with pytest.raises(Unfit, match="does not answer in time"):
+            link.attach((0.05, 0.05))
+        assert link.channel is None
+        assert not link.is_writing
+        link.attach()
+        assert far_step(link) == [0, 0]
 
 
 def test_without_a_network_between_them_two_hosts_learn_which_option_names_it(

@@ -15,6 +15,7 @@ from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.decode import link
 from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.placement import breaker
 from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.transport.shape import Shape
 
@@ -30,13 +31,14 @@ def test_whatever_happens_an_executor_that_was_lost_is_looked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(link, "RETRY_S", 0.01)
+    monkeypatch.setattr(breaker, "MIN_PAUSE_S", 0.01)
     lost, tried = to(f"ipc://{tmp_path}/p"), []
 
     def attach() -> None:
         tried.append(1)
         if len(tried) < 3:
             raise error
-        lost.channel = SimpleNamespace(close=lambda: None)  # type: ignore[assignment]
+        lost.channel = SimpleNamespace()  # type: ignore[assignment]
 
     monkeypatch.setattr(lost, "attach", attach)
     lost.fail()

@@ -11,6 +11,7 @@ import torch
 
 from vllm_adrenaline.decode.remote_attention import RemoteAttention
 from vllm_adrenaline.kv.space import mapped_id, mapped_pool, remote_id
+from vllm_adrenaline.placement.patience import Patience
 
 BLOCK = 32
 
@@ -26,12 +27,17 @@ class Ranks:
         self.group: Any = SimpleNamespace(world_size=2, cpu_group="of the processors")
 
     def _remote(self, away: set[int]) -> RemoteAttention:
-        links: list[Any] = [SimpleNamespace(channel=None if e in away else object()) for e in range(3)]
+        links: list[Any] = [
+            SimpleNamespace(
+                channel=None if e in away else object(), is_writing=False, attended=(0, 0, 0), take_hung=lambda: 0
+            )
+            for e in range(3)
+        ]
         transport: Any = SimpleNamespace(send=None, receive=None, begin=lambda *_: None, times_ns=(0, 0))
         mapped: Any = SimpleNamespace(
             bases=[100, 200], use=lambda members: {engine: member != "gone" for engine, member in members.items()}
         )
-        return RemoteAttention(links, transport, mapped, ["a"], BLOCK, counts_rows=False)
+        return RemoteAttention(links, transport, mapped, ["a"], BLOCK, counts_rows=False, patience=Patience(1.0))
 
     def all_reduce(self, tensor: torch.Tensor, op: Any, group: Any) -> None:
         assert (op, group) == (torch.distributed.ReduceOp.MAX, self.group.cpu_group)

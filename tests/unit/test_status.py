@@ -19,6 +19,8 @@ vllm:num_requests_running{engine="0",model_name="m"} 12.0
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.75
 vllm:adrenaline_local_rows{engine="0",model_name="m"} 7.0
 vllm:adrenaline_offloaded_rows{engine="0",model_name="m"} 5.0
+vllm:adrenaline_executor_failures_total{engine="0",model_name="m"} 3.0
+vllm:adrenaline_unavailable_executors{engine="0",model_name="m"} 1.0
 vllm:adrenaline_offload_bound_ratio{engine="0",model_name="m"} 1.25
 vllm:adrenaline_local_attention_seconds_per_token{engine="0",model_name="m"} 2.5e-06
 vllm:adrenaline_placements_total{engine="0",model_name="m",placement="local",reason="fits"} 30.0
@@ -49,6 +51,7 @@ def test_every_decision_is_shown_by_kind_and_reason(engine: str, capsys: pytest.
     shown = capsys.readouterr().out
     assert "12 running" in shown
     assert "7 local, 5 offloaded (bound 1.25)" in shown
+    assert "3 failures so far, 1 not used at present" in shown
     assert [line.split() for line in shown.splitlines() if "local_full" in line] == [["offloaded", "local_full", "70"]]
 
 

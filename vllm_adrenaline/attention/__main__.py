@@ -24,15 +24,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the engine, which ends us
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=ExecutorSpec)
-    # Both before torch is imported: its thread pools look at the affinity when they start, and inherit the priority.
+    # Before torch is imported: its thread pools look at the affinity when they start.
     os.sched_setaffinity(0, spec.cpus)
-    taken = priority.take_share(os.getpid(), spec.share)
-    logger.info("attention executor %d: %d thread(s) on cores %s, %s", spec.rank, spec.threads, spec.cpus, taken)
-    if taken == priority.ORDINARY:
-        logger.warning(
-            "the attention executor may take no higher priority (it needs CAP_SYS_NICE, or ulimit -r 1): whatever else "
-            "runs on its cores delays every layer of a decode step"
-        )
     import torch
 
     from vllm_adrenaline.attention.server import Server
@@ -41,7 +34,16 @@ def main() -> None:
 
     torch.set_num_threads(spec.threads)
     sockets.use_keys(Keys.load(spec.key, spec.allow) if spec.key else None)
-    Server(spec).serve()
+    server = Server(spec)
+    # Not before: imports take seconds, and one that is started again would keep its cores from whoever works there.
+    taken = priority.take_share(os.getpid(), spec.share)
+    logger.info("attention executor %d: %d thread(s) on cores %s, %s", spec.rank, spec.threads, spec.cpus, taken)
+    if taken == priority.ORDINARY:
+        logger.warning(
+            "the attention executor may take no higher priority (it needs CAP_SYS_NICE, or ulimit -r 1): whatever else "
+            "runs on its cores delays every layer of a decode step"
+        )
+    server.serve()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import zmq
 
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.system.process import is_stopped
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -28,6 +29,9 @@ RETRY_S = 1.0
 """From a refusal, or a line that broke, to the next attempt."""
 SILENCE_S = 60.0
 """After how much silence a connection is made anew while the prefill engine has not welcomed us."""
+QUIET_S, HANGS_S = 0.75, 2.0
+"""A prefill engine that has said nothing for so long, though we ask it every BEAT_S, hangs if its process was stopped,
+and in any case."""
 MARGIN = 0.9
 """The part of a lease that we rely on: clocks of two machines do not tick alike."""
 
@@ -67,7 +71,7 @@ class PrefillClient(threading.Thread):
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._life = 0
         self._said: deque[float] = deque()
-        self._acknowledged = 0.0
+        self._acknowledged = self._heard_at = 0.0
         self._beat_is_due = False
         self._stopping = False
 
@@ -103,6 +107,13 @@ class PrefillClient(threading.Thread):
         """
         peer = self.peer(life)
         return peer is not None and now < self._acknowledged + MARGIN * peer.lease_seconds
+
+    def hangs(self, now: float) -> bool:
+        """Whether the prefill engine is there, and says nothing at `now` (seconds, monotonic)."""
+        welcome, silence = self.welcome, now - self._heard_at
+        if welcome is None or silence < QUIET_S:
+            return False
+        return silence >= HANGS_S or (welcome.process_space == self._process_space and is_stopped(welcome.pid))
 
     def stop(self) -> None:
         """Say good-bye and end. Waits up to 2 s for the thread."""
@@ -148,7 +159,7 @@ class PrefillClient(threading.Thread):
         poller.register(socket, zmq.POLLIN)
         poller.register(self._bell, zmq.POLLIN)
         self._said.clear()
-        heard = said = self._say(socket, self._hello)
+        self._heard_at = said = self._say(socket, self._hello)
         is_watched, process = False, -1
         while not self._stopping:
             if self.welcome is not None and not is_watched:
@@ -164,7 +175,7 @@ class PrefillClient(threading.Thread):
                 self._end_life("has ended")
                 return
             if socket in ready:
-                heard = now
+                self._heard_at = now
                 if not self._hear(socket):
                     return
             if self.welcome is not None:
@@ -177,7 +188,7 @@ class PrefillClient(threading.Thread):
                 beat = messages.Heartbeat(self.tpot, self.waiting, self.offloads, self.slack)
                 said = self._say(socket, beat if self.welcome is not None else self._hello)
             silence = SILENCE_S if self.welcome is None else self.welcome.lease_seconds
-            if now - heard > silence:
+            if now - self._heard_at > silence:
                 self._end_life(f"is silent for {silence:.0f} s")
                 return
         if self.welcome is not None:

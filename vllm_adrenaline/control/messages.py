@@ -10,7 +10,7 @@ import msgspec
 
 from vllm_adrenaline.control.kv_export import KVExport
 
-PROTOCOL = 9
+PROTOCOL = 10
 """Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
 
 MAX_FRAME = 1 << 20
@@ -166,8 +166,10 @@ class Leased(Message, frozen=True):
 
 
 class KillExecutors(Message, frozen=True):
-    """Decode to prefill engine: these attention executor processes of yours failed me. Kill them before you reuse a
-    block. One that only slept would wake up, and write into a block that is somebody else's by then."""
+    """Decode to prefill engine: these attention executor processes of yours failed me, and do not let go. Kill them.
+
+    One that only sleeps would wake up, and write into blocks. I keep mine until it has ended.
+    """
 
     pids: Annotated[list[Count], msgspec.Meta(max_length=1024)]
 

@@ -20,7 +20,7 @@ from vllm_adrenaline.system.statistics import percentile
 if TYPE_CHECKING:
     from vllm_adrenaline.config import Options
     from vllm_adrenaline.decode.blocks import RemotePool
-    from vllm_adrenaline.decode.remote_attention import Report
+    from vllm_adrenaline.decode.report import Report
     from vllm_adrenaline.placement.costs import Costs
 
 TPOT_STEPS = 64

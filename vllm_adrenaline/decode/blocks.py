@@ -49,6 +49,8 @@ class RemotePool:
         available: False once the life is over. Mapped requests go on using what they have of it: it is still there.
         member: what we are as a holder there (messages.Welcome); empty before a claim was granted.
         unmapped_until: until when nothing new is to be mapped, for it could not be (seconds, monotonic).
+        is_written: whether an executor that failed may still write into blocks of ours. Until it has let go, leased
+            blocks that come free are given to nobody, nor are those that were free, and none is given back.
     """
 
     def __init__(self, executor: int, client: PrefillClient, life: int = 0) -> None:
@@ -58,6 +60,8 @@ class RemotePool:
         self.available = True
         self.member = ""
         self.unmapped_until = 0.0
+        self.is_written = False
+        self._kept: list[int] = []  # leased blocks that no request has, and an executor may write
         self._leased: set[int] = set()
         self._claimed: Counter[str] = Counter()
         self._done: list[str] = []
@@ -105,6 +109,16 @@ class RemotePool:
         self.member = self.peer.member if self.peer is not None else self.member
         return [RemoteBlock(space.remote_id(self.executor, i), self, claim) for i in indices]
 
+    def keep_from_use(self, is_written: bool) -> None:
+        """Note whether an executor that failed may still write into blocks of ours."""
+        if is_written == self.is_written:
+            return
+        self.is_written = is_written
+        if is_written:
+            self.free, self._kept = [], self.free
+        else:
+            self.free, self._kept = self.free + self._kept, []
+
     def add_leased(self, indices: Sequence[int]) -> None:
         """Take the answer to a lease: indices of blocks. Raises ValueError if they cannot be lent, or are too many."""
         asked, self.asked = self.asked, 0
@@ -132,7 +146,8 @@ class RemotePool:
         for block in ordered_blocks:
             assert isinstance(block, RemoteBlock)
             if block.claim is None:
-                self.free.append(space.index_of(block.block_id))
+                unused = self._kept if self.is_written else self.free
+                unused.append(space.index_of(block.block_id))
                 continue
             self._claimed[block.claim] -= 1
             if self._claimed[block.claim] == 0:
@@ -153,9 +168,9 @@ class RemotePool:
         """Tell the prefill engine which blocks it may reuse.
 
         To be called only between steps, when the failures of the last one were reported. Until then an executor that
-        failed may write.
+        failed may write. Nothing is told while one does.
         """
-        if self._done or self._given_back:
+        if (self._done or self._given_back) and not self.is_written:
             self.post(messages.Release(self._done, self._given_back))
             self._done, self._given_back = [], []
 

@@ -74,7 +74,7 @@ class DecodeWorkerSide(WorkerSide):
 
 
 class DecodeConnector(AdrenalineConnector):
-    """The connector of a decode engine. Its worker's report of a step (remote_attention.Report) travels with vLLM's."""
+    """The connector of a decode engine. Its worker's report of a step (report.Report) travels with vLLM's."""
 
     scheduler_side, worker_side = DecodeSchedulerSide, DecodeWorkerSide
     connector_scheduler: DecodeSchedulerSide

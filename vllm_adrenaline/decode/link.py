@@ -1,10 +1,16 @@
-"""A decode worker's link to one attention executor. It attaches at start-up, and again after every failure."""
+"""A decode worker's link to one attention executor. It attaches at start-up, and again after every failure.
+
+After a failure a thread of its own sees to it that the executor lets go of the channel that was given up, and has it
+killed if it does not. Until then the executor may still write into blocks of ours, and so they are nobody's. Then the
+thread attaches anew, tries the new channel with a step of one row (decode/probe.py), and hands it over.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +20,10 @@ from urllib.parse import urlsplit
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.decode import probe
 from vllm_adrenaline.engine.setup import executors_of, is_far, no_executors, on_another_host
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.placement.breaker import Breaker
 from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.transport.collective import CollectiveDecodeChannel
 from vllm_adrenaline.transport.shape import Shape
@@ -27,10 +35,19 @@ T = TypeVar("T")
 
 ANSWER_S = 5.0
 """How long an answer is waited for."""
-LET_GO_S = 0.5
-"""How long an executor on another host may take to say that it has let go of a channel that failed. A step waits."""
+LET_GO_S = 2.0
+"""How long an executor may take to let go of a channel that was given up, until its prefill engine is to kill it. Steps
+do not wait for that."""
+WRITING_POLL_S = 0.01
+"""How often is looked whether it has let go."""
 RETRY_S, SOON_S = 1.0, 0.2
 """Between two attempts to attach: after a failure, and at start-up."""
+WARM_UP_S = 60.0
+"""How long an executor may take for its first step, which warms it up. Nobody waits for it yet."""
+
+
+class Unfit(AdrenalineError):
+    """An executor attaches, and does not serve a step."""
 
 
 class NoAnswer(AdrenalineError):
@@ -55,9 +72,10 @@ class Link:
         address: where the prefill engine listens.
         layers: names of the attention layers, in the order of their numbers.
         shape: of the channel.
-        timeout_s: how long a layer's output is waited for at most, in seconds.
+        timeout_s: how long a step of one row may take an executor that is to be used again, in seconds.
         channel: None while we are not attached. A step that finds it so counts the executor's rows as failed.
         pid: the executor's process, when we attached last.
+        is_writing: whether it may still write for a channel that we gave up.
         is_far: whether the executor is on another host.
         num_blocks, executors: what the prefill engine said last of itself, and of its executors (executors_of).
     """
@@ -76,28 +94,57 @@ class Link:
         """`interface`: the network interface over which executors on other hosts are reached; empty for none."""
         self.address, self.layers, self.shape, self.timeout_s = address, layers, shape, timeout_s
         self._identity, self._engine, self._rank = identity, engine, rank
-        self._interface, self._executor = interface, ""
+        self._interface = interface
         self.channel: ShmDecodeChannel | CollectiveDecodeChannel | None = None
         self.is_far = False
         self._pidfd = -1
         self.pid = self.num_blocks = 0
         self.executors = ""
+        self.is_writing = False
+        self._hung = 0
+        self._before = (0, 0, 0)  # what the executor had attended when we began to use the channel
+        self._breaker = Breaker()
 
-    def attach(self) -> None:
-        """Find the executor of our rank through its prefill engine, and attach.
+    @property
+    def attended(self) -> tuple[int, int, int]:
+        """What the executor attended since it is used: rows x layers, layers, nanoseconds. 0 while it is not."""
+        channel, before = self.channel, self._before
+        if channel is None:
+            return 0, 0, 0
+        rows, layers, busy_ns = channel.counters
+        return rows - before[0], layers - before[1], busy_ns - before[2]
+
+    def take_hung(self) -> int:
+        """Return the executor's process if it is to be killed, for it does not let go; once. 0: nothing is."""
+        hung, self._hung = self._hung, 0
+        return hung
+
+    def attach(self, budget_s: tuple[float, float] | None = None) -> None:
+        """Find the executor of our rank through its prefill engine, attach, and have it serve a step of one row.
+
+        `budget_s`: of that step, as in StepTransport.begin. None: what an executor is granted that is used again.
 
         Raises:
             NoAnswer: one of the two does not answer.
+            Unfit: the executor does not serve the step.
             AdrenalineError: one of the two refuses us, or has other layers.
             OSError, zmq.ZMQError: the executor has ended meanwhile, or it cannot be talked to.
         """
         executor = self._find()
-        if self.is_far:
-            self._attach_far(executor)
-        else:
-            self._attach_near(executor)
+        channel = self._attach_far(executor) if self.is_far else self._attach_near(executor)
+        is_fit = False
+        try:
+            is_fit = probe.answers(channel, self.shape, self.layers, budget_s or (self.timeout_s, self.timeout_s))
+        finally:
+            if not is_fit:
+                channel.leave()
+                self._let_go_of(channel)
+        if not is_fit:
+            raise Unfit(f"the attention executor behind {self.address} does not answer in time")
+        self._before = channel.counters
+        self.channel = channel
 
-    def _attach_near(self, executor: str) -> None:
+    def _attach_near(self, executor: str) -> ShmDecodeChannel:
         """Attach to an executor on this host, over shared memory."""
         channel = ShmDecodeChannel(self.shape)
         cpus = sorted(os.sched_getaffinity(0))
@@ -109,22 +156,22 @@ class Link:
         except BaseException:
             channel.close()
             raise
-        channel.watch(self._pidfd, self.timeout_s, shared_core=bool({*cpus} & {*answer.cpus}))
-        self.channel = channel
+        channel.watch(self.pid, self._pidfd, shared_core=bool({*cpus} & {*answer.cpus}))
+        return channel
 
-    def _attach_far(self, executor: str) -> None:
+    def _attach_far(self, executor: str) -> CollectiveDecodeChannel:
         """Attach to an executor on another host, over a process group."""
         channel = CollectiveDecodeChannel(self.shape, self._interface, len(self.layers))
         try:
             answer = self._ask_to_attach(executor, messages.Group(channel.contact), channel.epoch)
             if answer.contact is None:
                 raise AdrenalineError(f"the attention executor at {executor} does not say how it is reached")
-            channel.connect(answer.contact, self.timeout_s)
+            channel.connect(answer.contact)
             self.pid = answer.pid
         except BaseException:
             channel.close()
             raise
-        self._executor, self.channel = executor, channel
+        return channel
 
     def _ask_to_attach(
         self, executor: str, channel: messages.MemoryFile | messages.Group, epoch: int
@@ -150,7 +197,7 @@ class Link:
         Raises:
             AdrenalineError: nobody answered by the deadline, or we are refused, which is raised at once.
         """
-        until_answered(self.attach, deadline)
+        until_answered(lambda: self.attach((WARM_UP_S, WARM_UP_S)), deadline)
 
     def _find(self) -> str:
         """Ask the prefill engine where the executor of our rank listens."""
@@ -171,37 +218,83 @@ class Link:
             raise AdrenalineError(f"the prefill engine at {self.address} names an executor that has not its key")
         return executor
 
-    def is_let_go_of(self) -> bool:
-        """Whether the executor says that it writes nothing for the present channel any more."""
-        if isinstance(self.channel, CollectiveDecodeChannel):
-            revoke = messages.Revoke(self._engine, self.channel.epoch)
-            with contextlib.suppress(zmq.ZMQError):
-                answer = sockets.ask_once(self._executor, revoke, LET_GO_S)
-                return answer == messages.Revoked(self._engine, self.channel.epoch)
-            return False
-        return self.channel is not None and self.channel.is_closed
-
     def fail(self) -> None:
-        """Give the channel up, and attach anew in a thread of its own."""
-        self.close()
-        threading.Thread(target=self._reattach, name="adrenaline-reattach", daemon=True).start()
+        """Give the channel up. A thread of its own has the executor let go, and attaches anew."""
+        left, self.channel = self.channel, None
+        if left is not None:
+            left.leave()
+            self.is_writing = not self._is_let_go_of(left, at_once=True)
+        if self._has_ended():
+            self._breaker, pause = Breaker(), RETRY_S
+        else:
+            pause = self._breaker.fail(time.monotonic())
+        logger.warning(
+            "the attention executor behind %s %s: its requests are recomputed here, and it is tried again in %.0f s",
+            self.address,
+            "is late and given up" if self.is_writing else "has ended, or cannot serve a step",
+            pause,
+        )
+        threading.Thread(target=self._recover, args=(left,), name="adrenaline-reattach", daemon=True).start()
 
-    def _reattach(self) -> None:
+    def _recover(self, left: ShmDecodeChannel | CollectiveDecodeChannel | None) -> None:
+        if left is not None:
+            self._let_go_of(left)
         while self.channel is None:
-            time.sleep(RETRY_S)
+            time.sleep(max(RETRY_S, self._breaker.retry_at - time.monotonic()))
             try:
                 self.attach()
+            except Unfit as error:
+                logger.warning("%s: it is tried again in %.0f s", error, self._breaker.fail(time.monotonic()))
             except (AdrenalineError, OSError, zmq.ZMQError):
                 continue
             except Exception:
                 logger.exception("cannot attach to the attention executor behind %s; trying again", self.address)
-        logger.info("attached to the attention executor behind %s again", self.address)
+        self._breaker.close(time.monotonic())
+        logger.info("the attention executor behind %s answers again, and is used again", self.address)
+
+    def _let_go_of(self, left: ShmDecodeChannel | CollectiveDecodeChannel) -> None:
+        """Wait until the executor writes nothing for a channel any more; have it killed if it takes long."""
+        kill_at, is_killed = time.monotonic() + LET_GO_S, False
+        while not self._is_let_go_of(left):
+            self.is_writing = True
+            if not is_killed and time.monotonic() >= kill_at:
+                logger.warning("the attention executor behind %s does not let go: it is to be killed", self.address)
+                self._hung, is_killed = self.pid, True
+            time.sleep(WRITING_POLL_S)
+        if self._has_ended():
+            self._breaker = Breaker()
+        self._close(left)
+        self.is_writing, self._hung = False, 0
+
+    def _is_let_go_of(self, left: ShmDecodeChannel | CollectiveDecodeChannel, at_once: bool = False) -> bool:
+        """Whether the executor writes nothing for a channel any more. `at_once`: ask nobody who must answer first."""
+        if isinstance(left, ShmDecodeChannel):
+            return left.is_closed or self._has_ended()
+        if at_once:
+            return False
+        # One that was started again never knew the channel, and says so, too.
+        with contextlib.suppress(AdrenalineError, zmq.ZMQError):
+            answer = sockets.ask_once(self._find(), messages.Revoke(self._engine, left.epoch), LET_GO_S)
+            return answer == messages.Revoked(self._engine, left.epoch)
+        return False
+
+    def _has_ended(self) -> bool:
+        """Whether the executor's process has ended, as far as that can be seen from here."""
+        if self._pidfd < 0:
+            return False
+        watched = select.poll()
+        watched.register(self._pidfd, select.POLLIN)
+        return bool(watched.poll(0))
 
     def close(self) -> None:
         """Detach. The executor keeps its end until it closes that itself, or this process ends."""
         if self.channel is not None:
-            self.channel.close()
-            self.channel = None
+            left, self.channel = self.channel, None
+            left.leave()
+            self._close(left)
+
+    def _close(self, left: ShmDecodeChannel | CollectiveDecodeChannel) -> None:
+        left.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.adrenaline")
 
+PATIENCE_S = 60.0
+"""How long a step that is measured waits for its executor. Nobody waits for it yet."""
+
 
 def costs_of(config: VllmConfig, options: Options, executors: Sequence[str]) -> Costs:
     """Return a decode engine's costs, as its worker measured them or as the user gave them; zeros for a fixed ratio.
@@ -135,7 +138,7 @@ def _remote_seconds(remote: RemoteAttention, executor: int, rows: int, context: 
             list(range(rows)),
             like.block_size,
         )
-        plan = StepPlan(remote, split)
+        plan = StepPlan(remote, split, (PATIENCE_S, PATIENCE_S))
         for layer in range(like.num_layers):
             plan.send(layer, qkv["q"], qkv["k"], qkv["v"])
             plan.receive(layer, qkv["out"])

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 
+from vllm_adrenaline.decode.report import Report
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.native.library import library
 from vllm_adrenaline.transport.split import SplitRows, split_rows
@@ -21,47 +20,14 @@ if TYPE_CHECKING:
 
     from vllm_adrenaline.decode.link import Link
     from vllm_adrenaline.decode.mapped_memory import MappedMemory
+    from vllm_adrenaline.placement.patience import Patience
     from vllm_adrenaline.transport.channel import StepTransport
     from vllm_adrenaline.transport.collective import CollectiveDecodeChannel
     from vllm_adrenaline.transport.shm import ShmDecodeChannel
 
 
 ROWS, BUSY_NS = 0, 2
-"""Indices into a channel's counters (transport/channel.py)."""
-
-
-@dataclass
-class Report(KVConnectorWorkerMetadata):
-    """What a worker tells the scheduler at the end of a step.
-
-    Times are seconds since the worker's last report. A step without remote rows adds nothing to them.
-
-    Attributes:
-        failed: pools whose rows are worthless in the step: their executor failed, or their memory is not mapped.
-        pids: processes of failed executors that may still write, for they did not close their channel.
-        unavailable: executors to which the worker is not attached.
-        local: local attention of steps with remote rows.
-        remote: attention of each executor that had any.
-        exposed: waiting for executors with nothing else to do.
-    """
-
-    failed: frozenset[int]
-    pids: frozenset[int]
-    unavailable: frozenset[int]
-    local: float
-    remote: dict[int, float]
-    exposed: float
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> Report:
-        assert isinstance(other, Report)
-        return Report(
-            self.failed | other.failed,
-            self.pids | other.pids,
-            self.unavailable | other.unavailable,
-            max(self.local, other.local),
-            {e: max(self.remote.get(e, 0.0), other.remote.get(e, 0.0)) for e in {*self.remote, *other.remote}},
-            max(self.exposed, other.exposed),
-        )
+"""Indices into what an executor attended (Link.attended)."""
 
 
 class StepPlan:
@@ -73,8 +39,11 @@ class StepPlan:
         send: sends a layer's query [T, Hq, D], key and value [T, Hk, D], by its number (transport/channel.py).
     """
 
-    def __init__(self, owner: RemoteAttention, split: SplitRows) -> None:
-        """Begin the step on all channels that it needs."""
+    def __init__(self, owner: RemoteAttention, split: SplitRows, budget_s: tuple[float, float] | None = None) -> None:
+        """Begin the step on all channels that it needs.
+
+        `budget_s`: of waiting, as in StepTransport.begin. None: what steps have that serve requests.
+        """
         self.has_local = split.has_local
         self.layer_index = owner.layer_index
         self._owner = owner
@@ -82,7 +51,7 @@ class StepPlan:
         for executor, channel in channels.items():
             if channel is None:
                 owner.note_failure(executor)
-        owner.transport.begin(split.handle, channels)
+        owner.transport.begin(split.handle, channels, budget_s or owner.patience.budget)
         # What they are may depend on which channels the step has.
         self.send, self._receive = owner.transport.send, owner.transport.receive
 
@@ -100,6 +69,7 @@ class RemoteAttention:
         mapped: the memory of prefill engines; None if none is mapped.
         transport: the data plane.
         layer_index: numbers of the attention layers, by name.
+        patience: how long a step waits for executors.
     """
 
     def __init__(
@@ -110,6 +80,7 @@ class RemoteAttention:
         layers: list[str],
         block_size: int,
         counts_rows: bool,
+        patience: Patience,
     ) -> None:
         """Take what the worker has set up.
 
@@ -120,7 +91,9 @@ class RemoteAttention:
             layers: names of the attention layers, in the order of their numbers.
             block_size: tokens of a block.
             counts_rows: whether this worker counts the rows that are attended, as one rank of an engine does.
+            patience: how long a step waits for executors.
         """
+        self.patience = patience
         self.links, self.transport, self.mapped = links, transport, mapped
         self.layer_index = {name: index for index, name in enumerate(layers)}
         self._block_size, self._counts_rows = block_size, counts_rows
@@ -133,7 +106,6 @@ class RemoteAttention:
         self._first: torch.Tensor | None = None  # first block of each row, in a step whose rows are not all local
         self._failed: set[int] = set()  # pools, since the last report
         self._failed_in_step: set[int] = set()
-        self._hanging: set[int] = set()  # processes that may still write, since the last report
         self._ever_failed = False
         self._mapped_rows = 0
         self._attended = [0] * len(links)
@@ -210,8 +182,6 @@ class RemoteAttention:
         """Note that these executors (as bits) failed in a layer, and give their channels up."""
         for executor, link in enumerate(self.links):
             if executors >> executor & 1:
-                if link.channel is not None and not link.is_let_go_of():
-                    self._hanging.add(link.pid)
                 link.fail()
                 self.note_failure(executor)
 
@@ -248,12 +218,16 @@ class RemoteAttention:
         if self._split is None and not self._ever_failed:
             return None
         failed, self._failed = frozenset(self._failed), set()
-        pids, self._hanging = frozenset(self._hanging), set()
+        # A process that is to be killed is named before its blocks come free, never after.
+        writing = frozenset(i for i, link in enumerate(self.links) if link.is_writing)
+        hung = frozenset((i, pid) for i, link in enumerate(self.links) if (pid := link.take_hung()))
         unavailable = frozenset(i for i, link in enumerate(self.links) if link.channel is None)
         before, self._times_ns = self._times_ns, self.transport.times_ns
         local, exposed = (now - then for now, then in zip(self._times_ns, before, strict=True))
         remote = {e: busy / 1e9 for e, busy in enumerate(self._take_growth(self._busy_ns, BUSY_NS)) if busy}
-        return Report(failed, pids, unavailable, local / 1e9, remote, exposed / 1e9)
+        if self._split is not None and not failed:
+            self.patience.observe(exposed / 1e9)
+        return Report(failed, writing, hung, unavailable, local / 1e9, remote, exposed / 1e9)
 
     def take_counts(self) -> dict[str, int]:
         """Return rows x layers attended since the last call; none unless we count rows.
@@ -269,10 +243,10 @@ class RemoteAttention:
     def _take_growth(self, seen: list[int], counter: int) -> list[int]:
         """Return by how much each executor's counter has grown since it was `seen`, and set `seen` to what it is now.
 
-        The counters of a new channel begin at 0.
+        They begin at 0 when an executor is used again.
         """
         before = seen.copy()
-        seen[:] = [0 if link.channel is None else link.channel.counters[counter] for link in self.links]
+        seen[:] = [link.attended[counter] for link in self.links]
         return [max(0, now - then) for now, then in zip(seen, before, strict=True)]
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from vllm_adrenaline.decode import params
 from vllm_adrenaline.decode.admission import EngineAdmission
 from vllm_adrenaline.decode.blocks import RemoteBlock, RemotePool
 from vllm_adrenaline.decode.placement_queue import PlacementQueue
-from vllm_adrenaline.decode.remote_attention import Report
+from vllm_adrenaline.decode.report import Report
 from vllm_adrenaline.decode.request import RemoteRequest, State, progress_of
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
@@ -40,6 +40,8 @@ logger = logging.getLogger("vllm.adrenaline")
 
 CLAIM_WAIT_S = 0.002
 """How long a step waits for claims that were just made: an answer takes a tenth of that, a missed step much more."""
+CLAIM_S = 0.5
+"""For how long a prefill engine that hangs is asked for a prompt, until that is computed here."""
 MAP_AGAIN_S = 10.0
 """How long nothing more is mapped of a prefill engine whose memory could not be: every attempt costs a prompt."""
 
@@ -236,7 +238,19 @@ class RequestTable:
                 elif isinstance(message, messages.Refused):
                     self._lose(pool, lost)
                     pool = self.pools[index] = RemotePool(index, pool.client, pool.life + 1)
+            self._give_up_claims(pool)
         return lost
+
+    def _give_up_claims(self, pool: RemotePool) -> None:
+        """Have prompts computed here for which a prefill engine that hangs was asked. What it grants is released."""
+        now = time.monotonic()
+        old = [each for each in self._claiming(pool) if now >= each.claimed_at + CLAIM_S]
+        if not old or not pool.client.hangs(now):
+            return
+        logger.warning("the prefill engine at %s hangs: %d prompt(s) are computed here", pool.client.address, len(old))
+        for each in old:
+            self._leave(each)
+            self._counts["fallback_requests"] += 1
 
     def settle(self) -> None:
         """Tell the prefill engines what they may reuse. The last step's failures are reported by now."""
@@ -305,7 +319,9 @@ class RequestTable:
             self._consume_pulls(output)
         if report is None:
             return []
+        self._counts["executor_returns"] += len(self.unavailable - report.unavailable)
         self.unavailable = report.unavailable
+        self._keep_what_is_written(report)
         self._counts["local_attention_seconds"] += report.local
         self._counts["remote_attention_seconds"] += max(report.remote.values(), default=0.0)
         self._counts["exposed_wait_seconds"] += report.exposed
@@ -334,15 +350,17 @@ class RequestTable:
                 each.blocks = []
                 each.become(State.RECEIVED)
 
-    def _consume_failures(self, report: Report) -> list[Request]:
-        """Tell prefill engines which of their executors failed: they end them before they reuse any block.
+    def _keep_what_is_written(self, report: Report) -> None:
+        """Keep blocks into which an executor may still write, and have executors killed that do not let go of them."""
+        for pool in self.pools:
+            pool.keep_from_use(pool.executor in report.writing)
+        for executor in sorted({executor for executor, _ in report.hung}):
+            self.pools[executor].post(messages.KillExecutors(sorted(p for e, p in report.hung if e == executor)))
 
-        What was freed since is told them later (`settle`): an executor that hangs would write into it.
-        """
+    def _consume_failures(self, report: Report) -> list[Request]:
+        """Return the requests whose pools failed in the step."""
         failed = [executor for executor in range(len(self.pools)) if space.remote_pool(executor) in report.failed]
-        for executor in failed:
-            self._counts["executor_failures"] += 1
-            self.pools[executor].post(messages.KillExecutors(sorted(report.pids)))
+        self._counts["executor_failures"] += len(failed)
         self.unavailable |= frozenset(failed)
         lost = [e for e in self.requests.values() if e.state is State.OFFLOADED and e.block_pool in report.failed]
         for each in lost:
@@ -366,7 +384,11 @@ class RequestTable:
         """Return what placement believes at present, and what is held of the prefill engines' memory."""
         borrowed = sum(pool.borrowed for pool in self.pools)
         waiting = sum(pool.client.waiting for pool in self.pools)
-        return self.admission.gauges | {"borrowed_blocks": borrowed, "waiting_blocks": waiting}
+        return self.admission.gauges | {
+            "borrowed_blocks": borrowed,
+            "waiting_blocks": waiting,
+            "unavailable_executors": len(self.unavailable),
+        }
 
     # Details
 

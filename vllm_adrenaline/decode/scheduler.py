@@ -25,7 +25,7 @@ from vllm_adrenaline.decode import leases, profiling
 from vllm_adrenaline.decode.admission import EngineAdmission
 from vllm_adrenaline.decode.kv_manager import KVSpaceManager
 from vllm_adrenaline.decode.own_prompts import OwnPrompts
-from vllm_adrenaline.decode.remote_attention import Report
+from vllm_adrenaline.decode.report import Report
 from vllm_adrenaline.decode.request_table import RequestTable
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.engine.setup import executors_of

@@ -25,6 +25,7 @@ from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.decode.mapped_memory import MappedMemory
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.placement.patience import Patience
 from vllm_adrenaline.system.priority import come_first
 from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.steps import Steps
@@ -119,7 +120,13 @@ class DecodeWorker(CPUWorker):
             shared_weights.share(self._weights, options, identity, self.rank)
             self._weights = []
         self.remote = remote_attention.RemoteAttention(
-            links, Steps(shape), mapped, layers, config.cache_config.block_size, counts_rows=self.rank == 0
+            links,
+            Steps(shape),
+            mapped,
+            layers,
+            config.cache_config.block_size,
+            counts_rows=self.rank == 0,
+            patience=Patience(options.executor_timeout),
         )
         remote_attention.activate(self.remote)
         connector.connector_worker.remote = self.remote

@@ -23,6 +23,8 @@ DECODE = {
     "moved": f"{OURS}moved_requests_total",
     "recomputed": f"{OURS}fallback_requests_total",
     "exposed_wait_s": f"{OURS}exposed_wait_seconds_total",
+    "executor_failures": f"{OURS}executor_failures_total",
+    "unavailable_executors": f"{OURS}unavailable_executors",
 }
 
 
@@ -54,6 +56,8 @@ def table(status: dict[str, Any]) -> str:
             f"{status['remote_us_per_token']:.2f} us in the slowest executor; "
             f"{status['exposed_wait_s']:.1f} s waited for executors so far",
             f"  moved       {status['moved']:.0f} offloaded requests pulled, {status['recomputed']:.0f} recomputed",
+            f"  executors   {status['executor_failures']:.0f} failures so far, "
+            f"{status['unavailable_executors']:.0f} not used at present",
         ]
     for each in status["placements"]:
         lines.append(f"  {each['placement']:10}  {each['reason']:16} {each['count']:8}")

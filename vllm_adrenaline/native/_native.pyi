@@ -75,8 +75,11 @@ class DecodeEnd:
     def __new__(cls, memory: int, sizes: tuple[int, int, int, int, int, int], epoch: int, /) -> DecodeEnd:
         """`memory`: the address of layout(*sizes)["total"] zeroed bytes, which the caller keeps. `epoch`: its life."""
 
-    def watch(self, pidfd: int, timeout_ns: int, shared_core: bool, /) -> None:
-        """Say who answers (-1: it is not watched), how long to wait at most, and whether others need our core."""
+    def watch(self, pid: int, pidfd: int, shared_core: bool, /) -> None:
+        """Say who answers (0 and -1: it cannot be seen, is not watched), and whether others need our core."""
+
+    def leave(self) -> None:
+        """Ask nothing any more. The executor leaves the step that it may be in, and closes the channel."""
 
     def counters(self) -> tuple[int, int, int]:
         """Return what the executor says that it attended: rows x layers, layers, and nanoseconds spent on them."""
@@ -91,8 +94,12 @@ class Steps:
     def __new__(cls, q_row: int, kv_row: int, /) -> Steps:
         """Sizes of the rows of q, and of k or v, in bytes."""
 
-    def clear(self) -> None:
-        """Begin a step without executors."""
+    def begin(self, soft_ns: int, hard_ns: int, /) -> None:
+        """Begin a step without executors.
+
+        Each of those that are added is waited for `soft_ns`, all layers of the step together, and then up to `hard_ns`
+        as long as it works: one of its threads runs, wants to run, or waits for a disk or for memory.
+        """
 
     def add(self, split: Split, executor: int, end: DecodeEnd | None, /) -> None:
         """Publish an executor's plan and wake the executor.

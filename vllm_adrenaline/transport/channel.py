@@ -25,6 +25,9 @@ class DecodeChannel(Protocol):
     def is_closed(self) -> bool:
         """Whether the executor has closed the channel: it serves the channel no more, and writes nothing for it."""
 
+    def leave(self) -> None:
+        """Ask nothing any more, so that the executor closes the channel. What it does at present, it may still do."""
+
     def close(self) -> None:
         """Let go of the memory. Never fails; may be called twice."""
 
@@ -55,12 +58,14 @@ Channel = TypeVar("Channel", bound=DecodeChannel, contravariant=True)
 class StepTransport(Protocol[Channel]):
     """All channels of a decode worker, as one step after the other uses them."""
 
-    def begin(self, split: Any, channels: Mapping[int, Channel | None]) -> None:
+    def begin(self, split: Any, channels: Mapping[int, Channel | None], budget_s: tuple[float, float]) -> None:
         """Begin a step: publish each executor's part of the batch, and wake the executor.
 
         Args:
             split: the split batch, SplitRows.handle.
             channels: by executor, for all executors of the split. None for one that is not there: its rows become zero.
+            budget_s: how long each executor is waited for in all layers of the step together, in seconds: until one
+                on this host is given up that does not work, and until any is.
         """
 
     def send(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

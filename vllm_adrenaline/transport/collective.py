@@ -66,7 +66,6 @@ class CollectiveDecodeChannel:
         self._next_layer = num_layers  # that is to be received
         self._expected: Any = None
         self._sending: list[Any] = []
-        self.timeout_s = 0.0
         self._pair = Pair(0, interface)
 
     @property
@@ -74,16 +73,10 @@ class CollectiveDecodeChannel:
         """What the executor has to be told."""
         return self._pair.contact
 
-    def connect(self, contact: Contact, timeout_s: float) -> None:
-        """Connect to the executor. Raises Disconnected if it does not answer.
-
-        Args:
-            contact: what the executor said.
-            timeout_s: how long a layer's output is waited for at most, in seconds.
-        """
+    def connect(self, contact: Contact) -> None:
+        """Connect to the executor, as it said. Raises Disconnected if it does not answer."""
         self._pair.connect(contact)
-        self.timeout_s = timeout_s
-        self.end.watch(-1, int(timeout_s * 1e9), True)
+        self.end.watch(0, -1, True)
 
     @property
     def is_closed(self) -> bool:
@@ -139,6 +132,10 @@ class CollectiveDecodeChannel:
         output.unpack()
         self._next_layer += 1
         self._done.copy_(self._sent)
+
+    def leave(self) -> None:
+        if not self.is_failed:
+            self._fail(Disconnected("it is left"))
 
     def _fail(self, error: Disconnected) -> None:
         """End the channel. The native end finds it closed."""

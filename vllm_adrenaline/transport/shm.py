@@ -67,15 +67,15 @@ class ShmDecodeChannel:
             os.close(self.fd)
             raise
 
-    def watch(self, pidfd: int, timeout_s: float, shared_core: bool) -> None:
+    def watch(self, pid: int, pidfd: int, shared_core: bool) -> None:
         """Say who answers. To be called before the first step.
 
         Args:
+            pid: of the executor, so that a late one may be seen to work; 0: it cannot be seen, and is taken not to.
             pidfd: of the executor, so that its end ends every wait; -1: it is not watched.
-            timeout_s: how long a layer's output is waited for at most, in seconds.
             shared_core: whether the executor may run on our core, which spinning would keep from it.
         """
-        self.end.watch(pidfd, int(timeout_s * 1e9), shared_core)
+        self.end.watch(pid, pidfd, shared_core)
 
     @property
     def counters(self) -> tuple[int, int, int]:
@@ -84,6 +84,9 @@ class ShmDecodeChannel:
     @property
     def is_closed(self) -> bool:
         return self.end.is_closed()
+
+    def leave(self) -> None:
+        self.end.leave()
 
     def close(self) -> None:
         """Close the file. The memory goes with the last reference to this channel."""
@@ -108,8 +111,9 @@ class ShmSteps:
         self.send, self.receive = self._steps.send, self._steps.receive
         self._channels: list[HasEnd | None] = []
 
-    def begin(self, split: library.Split, channels: Mapping[int, HasEnd | None]) -> None:
-        self._steps.clear()
+    def begin(self, split: library.Split, channels: Mapping[int, HasEnd | None], budget_s: tuple[float, float]) -> None:
+        soft_s, hard_s = budget_s
+        self._steps.begin(int(soft_s * 1e9), int(hard_s * 1e9))
         self._channels = [*channels.values()]  # whose memory this step uses
         for executor, channel in channels.items():
             self._steps.add(split, executor, None if channel is None else channel.end)

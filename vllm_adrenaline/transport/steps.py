@@ -17,8 +17,8 @@ from vllm_adrenaline.transport.collective import CollectiveDecodeChannel
 from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.shm import ShmDecodeChannel
 
-GRACE_S = 1.0
-"""What is left of the timeout of later layers when executors were lost in a step, as in csrc/shm/decode_end.h."""
+GRACE_S = 0.3
+"""What is left of the budget of others when executors were lost in a step, as in csrc/shm/decode_end.h."""
 
 
 class Steps:
@@ -32,20 +32,24 @@ class Steps:
         self._near = shm.ShmSteps(shape)
         self._far: list[CollectiveDecodeChannel] = []
         self.send, self.receive = self._near.send, self._near.receive
-        self._lost_s = 0.0
+        self._waited_s: list[float] = []  # in this step, for each of those on other hosts
+        self._hard_s = self._lost_s = 0.0
         self._sending_ns = self._waiting_ns = 0
 
     def begin(
-        self, split: library.Split, channels: Mapping[int, ShmDecodeChannel | CollectiveDecodeChannel | None]
+        self,
+        split: library.Split,
+        channels: Mapping[int, ShmDecodeChannel | CollectiveDecodeChannel | None],
+        budget_s: tuple[float, float],
     ) -> None:
-        self._near.begin(split, channels)
+        self._near.begin(split, channels, budget_s)
         self._far = [each for each in channels.values() if isinstance(each, CollectiveDecodeChannel)]
         if not self._far:
             # As they are, so that a layer costs no Python frame.
             self.send, self.receive = self._near.send, self._near.receive
             return
         self.send, self.receive = self._send, self._receive
-        self._lost_s = 0.0
+        self._waited_s, self._hard_s, self._lost_s = [0.0] * len(self._far), budget_s[1], 0.0
         for channel in self._far:
             channel.begin()
 
@@ -58,11 +62,15 @@ class Steps:
 
     def _receive(self, layer: int, output: torch.Tensor) -> int:
         began = time.monotonic()
-        for channel in self._far:
-            timeout, before = channel.timeout_s, time.monotonic()
-            channel.receive(began + max(timeout - self._lost_s, min(timeout, GRACE_S)))
+        for index, channel in enumerate(self._far):
             if channel.is_failed:
-                self._lost_s += time.monotonic() - before
+                continue
+            before = time.monotonic()
+            budget = max(self._hard_s - self._lost_s, min(self._hard_s, GRACE_S))
+            channel.receive(began + budget - self._waited_s[index])
+            waited = time.monotonic() - before
+            self._waited_s[index] += waited
+            self._lost_s += waited if channel.is_failed else 0.0
         self._waiting_ns += int(1e9 * (time.monotonic() - began))
         return self._near.receive(layer, output)
 

@@ -2,8 +2,7 @@
 
 It is found through PYTHONPATH and does its work at the announcements themselves (csrc/shm/layout.h). ADRENALINE_FAULTS
 names the file that counts what was done. As long as there is another one beside it, with the suffix `.wanted`, there
-are faults, and executors are given up after TIMEOUT_S; that file says how many messages to lose. Else the transport is
-the one that it always is.
+are faults; that file says how many messages to lose. Else the transport is the one that it always is.
 
 With ADRENALINE_EARLY a prefill engine that may hand prompts over does so with every one that it has begun.
 """
@@ -21,7 +20,6 @@ from typing import Any
 
 SENT, DONE = (64 + 8) // 8, 128 // 8  # words of the header
 LATE_S = 0.003
-TIMEOUT_S = 1.0
 
 
 def end_prompts_early() -> None:
@@ -49,17 +47,6 @@ def register() -> None:
     counted = Path(os.environ["ADRENALINE_FAULTS"])
     wanted = counted.with_suffix(".wanted")
 
-    class ImpatientChannel(shm.ShmDecodeChannel):
-        def watch(self, pidfd: int, timeout_s: float, shared_core: bool) -> None:
-            self.watched, self.impatient = (pidfd, timeout_s, shared_core), False
-            super().watch(*self.watched)
-
-        def be(self, impatient: bool) -> None:
-            if impatient != self.impatient:
-                pidfd, timeout_s, shared_core = self.watched
-                super().watch(pidfd, TIMEOUT_S if impatient else timeout_s, shared_core)
-                self.impatient = impatient
-
     class FaultySteps(shm.ShmSteps):
         def __init__(self, shape: shm.Shape) -> None:
             super().__init__(shape)
@@ -68,13 +55,12 @@ def register() -> None:
             self.done: Counter[str] = Counter()
             self.to_lose = 0
 
-        def begin(self, split: Any, channels: Mapping[int, shm.ShmDecodeChannel | None]) -> None:
+        def begin(
+            self, split: Any, channels: Mapping[int, shm.ShmDecodeChannel | None], budget_s: tuple[float, float]
+        ) -> None:
             """Begin a step; whether the next one has faults is decided now, for a plan has `send` before it begins."""
-            super().begin(split, channels)
+            super().begin(split, channels, budget_s)
             faulty = wanted.exists()
-            for channel in self._channels:
-                if channel is not None:
-                    channel.be(impatient=faulty)
             if faulty == (self.send == self.bad_send):
                 return
             self.send, self.receive = self.whole_send, self.whole_receive
@@ -128,4 +114,4 @@ def register() -> None:
                     self.note("stale")
             return self.whole_receive(layer, output)
 
-    shm.ShmSteps, shm.ShmDecodeChannel = FaultySteps, ImpatientChannel
+    shm.ShmSteps = FaultySteps
