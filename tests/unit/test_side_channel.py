@@ -65,6 +65,14 @@ def test_vllms_question_is_answered_with_the_ranks_metadata_and_our_clock(channe
     assert msgspec.msgpack.decode(answer[1], type=float) > 0
 
 
+def test_metadata_that_is_told_again_takes_the_place_of_what_was_told_before(channel: SideChannel) -> None:
+    channel.serve({(0, 0): b"first"})
+    channel.serve({(0, 0): b"second"})
+    answer = ask(channel, msgspec.msgpack.encode((b"get_meta_msg", 0, 0)))
+    assert answer is not None
+    assert answer[0] == b"second"
+
+
 def test_what_cannot_be_answered_is_counted_and_ends_nothing(channel: SideChannel) -> None:
     channel.serve({(0, 0): b"first"})
     nested = b"\x94\xc4\x01x\x00\x00" + b"\x91" * 5000 + b"\xc0"  # one field more than there are, deep

@@ -67,9 +67,13 @@ class SideChannel(threading.Thread):
         self.port = urlsplit(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")).port or 0
 
     def serve(self, metadata: Mapping[Rank, bytes]) -> None:
-        """Answer with the encoded metadata of these (pipeline, tensor parallel) ranks from now on."""
+        """Answer with the encoded metadata of these (pipeline, tensor parallel) ranks from now on.
+
+        May be called again: vLLM 0.33 does so when an engine is woken up (v1/engine/core.py, wake_up; read).
+        """
         self._metadata = metadata
-        self.start()
+        if self.ident is None:
+            self.start()
 
     def stop(self) -> None:
         """End the thread; waits up to 2 s for it."""
