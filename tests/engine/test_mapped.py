@@ -205,7 +205,8 @@ def test_when_the_prefill_engine_is_killed_mapped_requests_go_on_and_no_token_is
     count = decode.counting()
     with ThreadPoolExecutor() as pool:
         answers = pool.submit(engines.door("mapped", "auto").complete, work)
-        assert eventually(lambda: count["mapped_attention_rows"] >= LAYERS * 30)
+        assert eventually(lambda: count["mapped_requests"] == len(work), poll_s=0.01)
+        assert eventually(lambda: count["mapped_attention_rows"] >= LAYERS * 30, poll_s=0.01)
         os.killpg(prefill.pid, signal.SIGKILL)
         assert tokens(answers.result()) == wanted
     assert count["fallback_requests"] == len(work), "growth that nobody can lease any more is recomputed here"
