@@ -6,9 +6,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import LLM when it is asked for: vLLM takes seconds to import, and this package is imported by every command."""
+    """Import what needs vLLM when it is asked for: that takes seconds, and every command imports this package."""
     if name == "LLM":
-        from vllm_adrenaline.llm import LLM
+        from vllm_adrenaline.offline.llm import LLM
 
         return LLM
+    if name == "SamplingParams":
+        from vllm import SamplingParams
+
+        return SamplingParams
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

