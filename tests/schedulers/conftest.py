@@ -27,6 +27,7 @@ from vllm_adrenaline.workload.tiny_model import make_model
 M = TypeVar("M", bound=messages.Message)
 BLOCK, LOCAL_BLOCKS, REMOTE_BLOCKS = 16, 65, 1000
 ENGINE = "prefill-engine"
+KEY = b"of the scripted prefill engine"
 PROMPT = list(range(10, 10 + 3 * BLOCK + 5))
 KEEP = {"do_remote_decode": True}
 
@@ -47,6 +48,7 @@ class Prefill:
         self.beat = messages.Heartbeat()
         self.greetings = 0
         self.process = 0
+        self.key = KEY
         self._outbox: queue.Queue[list[bytes]] = queue.Queue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -91,6 +93,7 @@ class Prefill:
             member,
             self.process,
             process_space(),
+            self.key,
         )
 
     def say(self, *said: messages.Message) -> None:

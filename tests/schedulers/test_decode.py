@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.schedulers.conftest import BLOCK, ENGINE, Decode, Prefill, eventually
+from tests.schedulers.conftest import BLOCK, ENGINE, KEY, Decode, Prefill, eventually
 from tests.unit.test_control import NESTED
 from vllm_adrenaline.control import client, messages
 from vllm_adrenaline.decode import request_table
@@ -22,7 +22,8 @@ BLOCKS = [11, 12, 13, 14]
 
 
 def params(prompt: list[int], name: str = "prompt", **other: Any) -> dict[str, Any]:
-    """Return the kv_transfer_params that a prefill engine answers with."""
+    """Return the kv_transfer_params that a prefill engine answers with, signed; its stamp may be replaced."""
+    stamp = {"adrenaline": other.pop("adrenaline")} if "adrenaline" in other else {}
     made = {
         "do_remote_prefill": True,
         "do_remote_decode": False,
@@ -32,8 +33,9 @@ def params(prompt: list[int], name: str = "prompt", **other: Any) -> dict[str, A
         "remote_host": "127.0.0.1",
         "remote_port": 5600,
         "tp_size": 1,
+        **other,
     }
-    return stamped(made, prompt_hash(prompt), len(prompt)) | other
+    return stamped(made, prompt_hash(prompt), len(prompt), KEY) | stamp
 
 
 def granted(prompt: list[int], name: str = "prompt", blocks: list[int] = BLOCKS) -> messages.Claimed:
@@ -164,6 +166,54 @@ def test_kv_of_another_prompt_is_not_read_and_given_up_at_once(decode: Any, pref
     assert scheduled.num_scheduled_tokens == {request.request_id: len(PROMPT)}, "it is computed here"
     assert prefill.expect(messages.Drop).requests == ["prompt"]
     assert engine.count("refused_params") == 1
+
+
+OTHERS = list(range(100, 100 + len(PROMPT)))
+"""A prompt of another user's."""
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        stamped(params(OTHERS), prompt_hash(OTHERS), len(OTHERS), b"a guess"),
+        params(OTHERS) | {"remote_request_id": "another"},
+        params(OTHERS) | {"do_remote_prefill": False},
+        params(OTHERS, adrenaline=params(PROMPT)["adrenaline"] | {"signature": ""}),
+        params(OTHERS, adrenaline=params(PROMPT)["adrenaline"] | {"prompt_hash": prompt_hash(OTHERS).hex()}),
+        params(OTHERS, adrenaline=params(OTHERS)["adrenaline"] | {"signature": "\ud800"}),
+    ],
+    ids=["other key", "other name", "called a beginning", "unsigned", "other hash", "no text"],
+)
+def test_what_the_prefill_engine_has_not_signed_reaches_no_prompt(
+    decode: Any, prefill: Prefill, forged: dict[str, Any]
+) -> None:
+    """Not even to drop it: the prompt may be another user's."""
+    engine = decode(ratio="0")
+    request = engine.arrive(OTHERS, forged)
+    scheduled = engine.step()
+    assert engine.pulls(scheduled) == {}
+    assert scheduled.num_scheduled_tokens == {request.request_id: len(OTHERS)}, "it is computed here"
+    assert prefill.silent()
+    assert engine.count("refused_params") == engine.count("unsigned_params") == 1
+
+
+def test_addresses_may_be_changed_by_routers(decode: Any, prefill: Prefill) -> None:
+    engine = decode(ratio="0")
+    engine.arrive(
+        PROMPT, params(PROMPT) | {"remote_host": "prefill.example", "remote_port": 1, "remote_block_ids": None}
+    )
+    engine.step()
+    assert prefill.expect(messages.Claim).request == "prompt"
+
+
+def test_what_an_earlier_life_of_the_prefill_engine_signed_is_not_believed(decode: Any, prefill: Prefill) -> None:
+    engine = decode(ratio="0")
+    prefill.key = b"the next"
+    prefill.forget()
+    engine.step()
+    request = engine.arrive(PROMPT, params(PROMPT))
+    assert engine.step().num_scheduled_tokens == {request.request_id: len(PROMPT)}
+    assert engine.count("unsigned_params") == 1
 
 
 def test_a_prompt_is_taken_once(decode: Any, prefill: Prefill) -> None:

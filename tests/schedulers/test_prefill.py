@@ -22,6 +22,7 @@ from tests.unit.test_mapped_memory import Cache
 from vllm_adrenaline.compat.side_channel import PORT
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
+from vllm_adrenaline.kv.stamp import Stamp
 from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.system.machine import process_space
 
@@ -32,13 +33,20 @@ def prefill(prefill_engine: Callable[..., PrefillEngine]) -> Callable[..., Prefi
 
 
 def test_a_finished_prompt_carries_the_proof_of_what_it_is(prefill: Any) -> None:
-    told = prefill().finish()
-    assert told["adrenaline"] == {
-        "version": 1,
-        "prompt_hash": prompt_hash(PROMPT).hex(),
-        "num_tokens": len(PROMPT),
-        "signature": "",
-    }
+    engine = prefill()
+    told = engine.finish()
+    stamp = msgspec.convert(told["adrenaline"], Stamp)
+    assert (stamp.version, stamp.num_tokens) == (2, len(PROMPT))
+    assert stamp.prompt_hash == prompt_hash(PROMPT).hex()
+    assert stamp.is_signed(engine.welcome.key, told)
+    assert len(engine.welcome.key) == 32
+
+
+def test_only_who_borrows_is_told_the_key(prefill: Any) -> None:
+    engine = prefill()
+    welcome = engine.ask(messages.Hello(engine.scheduler.control.identity, borrows=False))
+    assert isinstance(welcome, messages.Welcome)
+    assert welcome.key == b""
 
 
 def test_a_dropped_prompt_is_free_at_once(prefill: Any) -> None:

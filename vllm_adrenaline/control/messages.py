@@ -10,7 +10,7 @@ import msgspec
 
 from vllm_adrenaline.control.kv_export import KVExport
 
-PROTOCOL = 10
+PROTOCOL = 11
 """Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
 
 MAX_FRAME = 1 << 20
@@ -92,6 +92,8 @@ class Welcome(Message, frozen=True):
             (system/machine.py). 0: its end cannot be seen.
         member: names what the decode engine has here, from this hello on until it is parted with. Empty for one that
             does not borrow.
+        key: with which this life of the engine signs what it says of prompts (kv/stamp.py). Empty for one that does not
+            borrow.
     """
 
     engine_id: Name
@@ -104,6 +106,7 @@ class Welcome(Message, frozen=True):
     member: Name = ""
     pid: Count = 0
     process_space: Name = ""
+    key: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
 
 
 class Refused(Message, frozen=True):

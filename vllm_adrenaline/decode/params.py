@@ -1,7 +1,7 @@
 """What a request says of where its prompt's KV is (`kv_transfer_params`), checked against our prefill engines.
 
-Only two names and the stamp are used; a few other fields can but lead to a refusal. Which blocks hold the prompt, and
-where they are read, the prefill engine says itself when it grants the claim.
+Only two names and the stamp are used, if the prefill engine has signed them; a few other fields can but lead to a
+refusal. Which blocks hold the prompt, and where they are read, the prefill engine says itself when it grants the claim.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ class Found:
         pool: of the prefill engine that has the prompt; None when no prefill engine of ours has it.
         claim: the prompt's name there.
         refusal: why the prompt must not be used; None when it may.
+        is_signed: whether the prefill engine said so. Else it may be another user's prompt, and nothing is done to it.
     """
 
     pool: RemotePool | None
     claim: str
     refusal: str | None
+    is_signed: bool = False
 
 
 def find(raw: Any, pools: Sequence[RemotePool], tensor_parallel_size: int, prompt: Sequence[int]) -> Found:
@@ -68,14 +70,16 @@ def find(raw: Any, pools: Sequence[RemotePool], tensor_parallel_size: int, promp
     pool = next((p for p in pools if p.peer is not None and p.peer.engine_id == where.remote_engine_id), None)
     if pool is None:
         return Found(None, "", "its kv_transfer_params name no prefill engine of ours")
-    return Found(pool, where.remote_request_id, _refusal(raw, tensor_parallel_size, prompt))
-
-
-def _refusal(raw: Any, tensor_parallel_size: int, prompt: Sequence[int]) -> str | None:
     try:
         params = msgspec.convert(raw, RemoteParams)
     except msgspec.ValidationError as error:
-        return f"its kv_transfer_params are malformed ({error})"
+        return Found(pool, where.remote_request_id, f"its kv_transfer_params are malformed ({error})")
+    if pool.peer is None or not params.adrenaline.is_signed(pool.peer.key, raw):
+        return Found(pool, where.remote_request_id, "its kv_transfer_params are not signed by the prefill engine")
+    return Found(pool, where.remote_request_id, _refusal(params, tensor_parallel_size, prompt), is_signed=True)
+
+
+def _refusal(params: RemoteParams, tensor_parallel_size: int, prompt: Sequence[int]) -> str | None:
     if params.do_remote_decode:
         return "its kv_transfer_params are not those of a finished prompt"
     if (params.tp_size, params.dcp_size, params.pp_size) != (tensor_parallel_size, 1, 1):

@@ -87,11 +87,12 @@ class RequestTable:
         refusal = found.refusal
         if found.pool is not None and (found.pool.executor, found.claim) in self._claims:
             refusal = "its kv_transfer_params are another request's already"
-        elif found.pool is not None and refusal is not None:
+        elif found.pool is not None and refusal is not None and found.is_signed:
             found.pool.post(messages.Drop([found.claim]))
         if found.pool is None or refusal is not None:
             logger.warning("request %s: %s; its prompt is computed here", request.request_id, refusal)
             self._counts["refused_params"] += 1
+            self._counts["unsigned_params"] += not found.is_signed
             return
         made = RemoteRequest(request, found.pool, found.claim, claimed_at=time.monotonic())
         self.requests[made.name] = self._claims[found.pool.executor, found.claim] = made

@@ -21,6 +21,7 @@ COUNTERS = {
     "moved_requests": "Offloaded requests that went on on the decode engine, their KV cache pulled there.",
     "fallback_requests": "Requests that lost their KV cache on a prefill engine, or had to leave it; recomputed here.",
     "refused_params": "Requests whose kv_transfer_params are malformed, unknown or not theirs; computed here.",
+    "unsigned_params": "Those of them whose kv_transfer_params no prefill engine of ours has signed.",
     "remote_attention_rows": "Rows x layers attended by attention executors, as counted by the executors.",
     "mapped_attention_rows": "Rows x layers attended here over mapped memory of prefill engines.",
     "executor_failures": "Failures of attention executors: one for each executor that failed in a step.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ ANSWERED = (FinishReason.STOP, FinishReason.LENGTH)
 """How a request ends whose answer is complete."""
 MAX_TOKENS = 1 << 24
 """The largest `max_tokens` of a request that may stay."""
+KEY_BYTES = 32
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
@@ -37,6 +39,7 @@ class PrefillSchedulerSide(SchedulerSide):
 
     Attributes:
         leases, tuner, elastic: the scheduler's, which makes and sets them.
+        key: with which this life of the engine signs what it says of prompts.
         unfinished: what routers are to be told of prompts that ended early, by name, until the scheduler takes it.
     """
 
@@ -47,6 +50,7 @@ class PrefillSchedulerSide(SchedulerSide):
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.unfinished: dict[str, dict[str, Any]] = {}
+        self.key = secrets.token_bytes(KEY_BYTES)
 
     def on_new_request(self, request: Request) -> None:
         params = request.kv_transfer_params
@@ -77,7 +81,7 @@ class PrefillSchedulerSide(SchedulerSide):
             params["do_remote_prefill"] = False  # nobody is to take it for the whole prompt (decode/params.py)
         proof = prompt_hash(request.all_token_ids[:tokens])
         self.leases.offer(request.request_id, Offer([self.leases.pool.blocks[index] for index in ids], tokens, proof))
-        params = stamped(params, proof, tokens)
+        params = stamped(params, proof, tokens, self.key)
         if is_unfinished:
             self.unfinished[request.request_id] = params
         return is_held, params

@@ -128,6 +128,7 @@ class PrefillScheduler(Scheduler):
             member=member,
             pid=os.getpid(),
             process_space=process_space(),
+            key=nixl.key if member else b"",
         )
 
     def _adjust_share(self) -> None:
