@@ -29,8 +29,8 @@ def reason(ended: Ended) -> str:
     [
         ([*DECODE, *NOBODY], "no prefill engine answers at ipc:///tmp/adrenaline-nobody-is-here"),
         (
-            [*DECODE, "--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'],
-            "--kv-transfer-config",
+            [*DECODE, "--kv-transfer-config", '{"kv_connector":"LMCacheConnectorV1","kv_role":"kv_both"}'],
+            "--kv-transfer-config names the connector 'LMCacheConnectorV1'",
         ),
         ([*PREFILL, "--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
         ([*PREFILL, "--scheduling-policy", "priority", "--kv-cache-dtype", "fp8"], "priority scheduling"),

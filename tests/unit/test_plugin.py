@@ -105,6 +105,43 @@ def test_a_checked_vllm_is_taken_with_any_local_part() -> None:
     assert versions.check_vllm("0.32.0+cpu") == "0.32.0"
 
 
+def test_a_connector_that_is_named_as_vllms_is_taken_with_its_settings() -> None:
+    """As deployments and routers for disaggregated vLLM write it."""
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    given = KVTransferConfig(
+        kv_connector="NixlConnector",
+        kv_role="kv_both",
+        engine_id="mine",
+        kv_connector_extra_config={"backends": ["UCX"], "kv_lease_duration": 99},
+    )
+    for role, kv_role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
+        options = Options.parse({"role": role, **({"claim_seconds": 7} if role == "prefill" else {})})
+        made = setup._kv_transfer_config(given, options)
+        assert (made.kv_connector, made.kv_role, made.engine_id) == ("NixlConnector", kv_role, "mine")
+        assert made.kv_connector_extra_config["backends"] == ["UCX"]
+        assert made.kv_connector_extra_config["kv_lease_duration"] == (7 if role == "prefill" else 99)
+        assert setup._kv_transfer_config(None, options).engine_id, "vLLM makes one"
+        found = KVConnectorFactory.get_connector_class(made)
+        assert found.__module__ == f"vllm_adrenaline.{role}.connector"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}, "names the connector 'LMCacheConnectorV1'"),
+        ({"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_connector_module_path": "x"}, "has its own"),
+        ({"kv_connector": "NixlConnector", "kv_role": "kv_producer"}, "says kv_producer, and --adrenaline-role decode"),
+    ],
+)
+def test_a_connector_that_does_not_fit_is_refused(given: dict[str, str], message: str) -> None:
+    from vllm.config import KVTransferConfig
+
+    with pytest.raises(AdrenalineError, match=message):
+        setup._kv_transfer_config(KVTransferConfig(**given), Options.parse({"role": "decode"}))
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_a_decode_engine_does_not_wait_for_a_prefill_engine_that_starts_with_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, together: bool

@@ -88,3 +88,7 @@ class DecodeConnector(AdrenalineConnector):
     def build_connector_worker_meta(self) -> Any:
         remote = self.connector_worker.remote
         return remote.take_report() if remote is not None else None
+
+
+NixlConnector = DecodeConnector
+"""The name by which vLLM finds it (engine/setup.py, CONNECTOR)."""

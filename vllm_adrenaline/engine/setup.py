@@ -25,7 +25,7 @@ from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.system.network import address_of
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 UCX_INTERFACES = "UCX_NET_DEVICES"
@@ -35,6 +35,8 @@ SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 WAIT_POLICY = "OMP_WAIT_POLICY"
 """Environment variable that says whether OpenMP's threads spin between two parallel regions, which they do by default,
 or sleep. Those that spin take the cores from the other engine (docs/performance.md). Workers inherit it."""
+CONNECTOR = "NixlConnector"
+"""The name of our connectors, as that of vLLM's which they extend."""
 PEERS_START_TOO = "ADRENALINE_PEERS_START_TOO"
 """Environment variable that is set by whoever starts prefill and decode engines together. A decode engine then loads
 and compiles its model while its peers do, and waits for them only when it attaches to their executors."""
@@ -53,7 +55,6 @@ def apply(args: EngineArgs, options: Options) -> None:
     Raises:
         AdrenalineError: this vLLM, machine or installation cannot serve, or the user chose what excludes the plugin.
     """
-    from vllm.config import KVTransferConfig
     from vllm.platforms import current_platform
 
     versions.check_vllm(versions.installed_vllm())
@@ -69,7 +70,6 @@ def apply(args: EngineArgs, options: Options) -> None:
     cores.check(options.executor_cores, args.tensor_parallel_size)
     check_model(args.model)
     taken = {
-        "--kv-transfer-config": args.kv_transfer_config is not None,
         "--scheduler-cls": args.scheduler_cls is not None,
         "--worker-cls": args.worker_cls != "auto",
         "--distributed-executor-backend": args.distributed_executor_backend not in (None, "mp"),
@@ -87,14 +87,7 @@ def apply(args: EngineArgs, options: Options) -> None:
     args.worker_cls = f"{package}.worker.{'Prefill' if prefill else 'Decode'}Worker"
     if prefill:
         args.distributed_executor_backend = "vllm_adrenaline.prefill.executor.PrefillExecutor"
-    args.kv_transfer_config = KVTransferConfig(
-        kv_connector=f"{options.role.title()}Connector",
-        kv_connector_module_path=f"{package}.connector",
-        kv_role="kv_producer" if prefill else "kv_consumer",
-        kv_buffer_device="cpu",
-        kv_load_failure_policy="recompute",
-        kv_connector_extra_config={"kv_lease_duration": int(options.claim_seconds)} if prefill else {},
-    )
+    args.kv_transfer_config = _kv_transfer_config(args.kv_transfer_config, options)
     # Else NIXL's UCX listens on every interface of the machine, five ports a worker. An operator who serves other
     # machines names the interface; workers inherit it.
     os.environ.setdefault(UCX_INTERFACES, options.interface or "lo")
@@ -102,6 +95,42 @@ def apply(args: EngineArgs, options: Options) -> None:
         os.environ.setdefault(SIDE_CHANNEL_HOST, address_of(options.interface))
     if options.maps:  # two engines share their cores
         os.environ.setdefault(WAIT_POLICY, "passive")
+
+
+def _kv_transfer_config(given: KVTransferConfig | None, options: Options) -> KVTransferConfig:
+    """Return vLLM's configuration of our connector, which goes by the name of the one that it extends.
+
+    Routers and vLLM itself ask for that name (smg, Dynamo; vllm/config/vllm.py). Of what an operator gave, the engine's
+    name and NIXL's own settings are kept. Raises AdrenalineError for one that says something else than we do.
+    """
+    from vllm.config import KVTransferConfig
+
+    role = "kv_producer" if options.role == "prefill" else "kv_consumer"
+    extra: dict[str, Any] = {}
+    engine: dict[str, str] = {}
+    if given is not None:
+        if given.kv_connector != CONNECTOR or given.kv_connector_module_path:
+            raise AdrenalineError(
+                f"--kv-transfer-config names the connector {given.kv_connector!r}, and --plugin adrenaline has its "
+                f"own: leave the flag out, or name {CONNECTOR}"
+            )
+        if given.kv_role not in (None, "kv_both", role):
+            raise AdrenalineError(
+                f"--kv-transfer-config says {given.kv_role}, and --adrenaline-role {options.role}: kv_both fits both"
+            )
+        extra = dict(given.kv_connector_extra_config)
+        engine = {"engine_id": given.engine_id} if given.engine_id else {}
+    if options.role == "prefill":
+        extra["kv_lease_duration"] = int(options.claim_seconds)
+    return KVTransferConfig(
+        kv_connector=CONNECTOR,
+        kv_connector_module_path=f"vllm_adrenaline.{options.role}.connector",
+        kv_role=role,
+        kv_buffer_device="cpu",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config=extra,
+        **engine,
+    )
 
 
 def _unsupported(config: VllmConfig) -> Iterator[tuple[str, bool]]:

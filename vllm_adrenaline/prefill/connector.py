@@ -134,3 +134,7 @@ class PrefillConnector(AdrenalineConnector):
     scheduler_side, worker_side = PrefillSchedulerSide, PrefillWorkerSide
     connector_scheduler: PrefillSchedulerSide
     connector_worker: PrefillWorkerSide
+
+
+NixlConnector = PrefillConnector
+"""The name by which vLLM finds it (engine/setup.py, CONNECTOR)."""
