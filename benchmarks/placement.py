@@ -25,7 +25,7 @@ import report
 
 from vllm_adrenaline.bench.figures import seconds_by_rows
 from vllm_adrenaline.simulate import command
-from vllm_adrenaline.simulate.engines import Model
+from vllm_adrenaline.simulate.row import Model
 from vllm_adrenaline.simulate.run import Simulation
 from vllm_adrenaline.simulate.setup import Setup
 from vllm_adrenaline.workload.load import Load, from_trace

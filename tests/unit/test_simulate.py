@@ -16,13 +16,15 @@ from vllm_adrenaline.colocation.controller import Phase
 from vllm_adrenaline.engine import profile
 from vllm_adrenaline.placement.costs import Costs
 from vllm_adrenaline.simulate.device import Device
-from vllm_adrenaline.simulate.engines import Model
+from vllm_adrenaline.simulate.row import Model
 from vllm_adrenaline.simulate.run import Result, Simulation
-from vllm_adrenaline.simulate.setup import Pool, Setup
+from vllm_adrenaline.simulate.setup import Elasticity, Pool, Setup
 from vllm_adrenaline.workload import trace
 from vllm_adrenaline.workload.trace import Arrival, Scale
 
 COSTS = Costs([(1, 0.010), (8, 0.012), (64, 0.050)], 4e-6, [4e-6], 1e-4, 2e-4)
+ALONE = msgspec.structs.replace(COSTS, remote=[])
+ELASTIC = ("prompts", "decodes", "both")
 MODEL = Model(COSTS, [(32, 0.02), (512, 0.2), (2048, 1.0)], overhead=0.002, pull=1e-6)
 BURST = trace.poisson(150, Scale(0.4, 0.6, 900, 300, rate=8.0), seed=1)
 TRICKLE = trace.poisson(60, Scale(0.4, 0.3, 900, 100, rate=0.5), seed=2)
@@ -52,7 +54,7 @@ def auto() -> Result:
     st.integers(8, 40),
     st.integers(12, 60),
     st.sampled_from([None, 0.0, 0.3, 0.5, 1.0]),
-    st.sampled_from(get_args(Pool)),
+    st.sampled_from([*((pool, "off") for pool in get_args(Pool)), *(("remote", e) for e in ELASTIC)]),
     st.lists(st.tuples(st.floats(0, 5), st.integers(1, 500), st.integers(1, 120)), min_size=1, max_size=40),
 )
 def test_every_request_gets_all_its_tokens_and_every_block_comes_back(
@@ -61,11 +63,14 @@ def test_every_request_gets_all_its_tokens_and_every_block_comes_back(
     local: int,
     remote: int,
     ratio: float | None,
-    pool: Pool,
+    kind: tuple[Pool, Elasticity],
     requests: list[tuple[float, int, int]],
 ) -> None:
     model = msgspec.structs.replace(COSTS, remote=[4e-6] * prefill)
-    setup = Setup(Model(model, MODEL.prefill, pull=1e-6), prefill, decode, remote, local, pool=pool, ratio=ratio)
+    pool, elastic = kind
+    costs = Model(model, MODEL.prefill, pull=1e-6, prefill_costs=ALONE)
+    ratio = ratio if elastic == "off" else None
+    setup = Setup(costs, prefill, decode, remote, local, pool=pool, ratio=ratio, elastic=elastic)
     arrivals = sorted((Arrival(*each) for each in requests), key=lambda each: each.at)
     simulation = run(setup, arrivals)
     assert sorted((row.prompt, row.made) for row in simulation.done) == sorted((a.prompt, a.output) for a in arrivals)
@@ -73,6 +78,23 @@ def test_every_request_gets_all_its_tokens_and_every_block_comes_back(
     assert [engine.free for engine in simulation.prefills] == [remote] * prefill
     assert [engine.held for engine in simulation.prefills] == [0] * prefill
     assert [engine.free for engine in simulation.decodes] == [local] * decode
+
+
+def test_elastic_work_goes_to_the_side_that_has_the_time() -> None:
+    model = msgspec.structs.replace(COSTS, step=[(1, 0.02), (64, 0.2)], local=1e-5)
+    costs = Model(
+        model, MODEL.prefill, overhead=0.002, pull=1e-6, prefill_costs=msgspec.structs.replace(model, remote=[])
+    )
+    sizes = {"model": costs, "prefill_blocks": 300, "decode_blocks": 100}
+    answers = trace.poisson(60, Scale(0.05, 0.8, 100, 300, rate=20.0), seed=4)  # hardly any prompts
+    prompts = trace.poisson(60, Scale(1.0, 0.02, 900, 8, rate=20.0), seed=5)  # hardly any answers
+    for load, elastic, moved in ((answers, "decodes", "stays"), (prompts, "prompts", "handed_over")):
+        off, on = result(load, **sizes), result(load, **sizes, elastic=elastic)
+        assert getattr(off, moved) == 0
+        assert 5 < getattr(on, moved) < len(load) - 5
+        assert on.throughput_tok_s > 1.15 * off.throughput_tok_s
+        other = result(load, **sizes, elastic="prompts" if elastic == "decodes" else "decodes")
+        assert other.throughput_tok_s > 0.95 * off.throughput_tok_s, "the other way is not taken where it does not pay"
 
 
 def test_fixed_ratios_are_kept() -> None:

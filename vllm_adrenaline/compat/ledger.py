@@ -142,7 +142,7 @@ LEDGER = (
         "0.32 run",
     ),
 )
-OTHER_ROOMS = frozenset({"ledger", "versions"})
+OTHER_ROOMS = frozenset({"ledger", "progress", "versions"})
 """Files of this folder that patch nothing."""
 
 

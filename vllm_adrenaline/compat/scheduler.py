@@ -11,6 +11,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
 from vllm.v1.request import RequestStatus
 
+from vllm_adrenaline.compat.progress import decodes
 from vllm_adrenaline.errors import AdrenalineError
 
 if TYPE_CHECKING:
@@ -72,11 +73,6 @@ def recompute_pulled(scheduler: Scheduler, request: Request) -> None:
         scheduler.failed_recving_kv_req_ids.add(request.request_id)
 
 
-def missing_tokens(request: Request) -> int:
-    """Return how many tokens of a request are not computed yet; 1 for one that decodes."""
-    return int(request.num_tokens) - int(request.num_computed_tokens)
-
-
 def cached_tokens(scheduler: Scheduler, request: Request) -> int:
     """Return how many tokens of a waiting request the prefix cache has. Unlike vLLM's own look, it counts nowhere."""
     manager = scheduler.kv_cache_manager
@@ -90,11 +86,6 @@ def move_to_front(scheduler: Scheduler, request: Request) -> None:
     """Let a request that was just added be the first of those that wait."""
     scheduler.waiting.remove_request(request)
     scheduler.waiting.prepend_request(request)
-
-
-def decodes(request: Request) -> bool:
-    """Whether a running request has at most one token to compute in its next step."""
-    return missing_tokens(request) <= 1
 
 
 @contextlib.contextmanager

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vllm_adrenaline.placement.admission import Admission, Settings
-from vllm_adrenaline.placement.batch import Batch, Progress
-from vllm_adrenaline.placement.elastic import work_seconds
-from vllm_adrenaline.placement.memory import Memory
+from vllm_adrenaline.placement.batch import Batch
 from vllm_adrenaline.placement.pools import ExecutorPool, LocalPool, Pools
 from vllm_adrenaline.system.statistics import percentile
 
@@ -71,28 +69,6 @@ class EngineAdmission(Admission):
             for pool in remote
         ]
         return Pools(LocalPool(self._local_blocks, free), executors)
-
-    def step_seconds(self, batch: Batch, executors: int) -> float:
-        """Return what a step of `batch` is believed to take, in seconds; 0 for none."""
-        if not batch.rows:
-            return 0.0
-        _, tokens = batch.attended_here
-        remote = [(batch.remote[e].rows, batch.remote[e].tokens) for e in range(executors)]
-        return self.feedback.costs.seconds(batch.rows, tokens, remote)
-
-    def work_seconds(self, batch: Batch, pending: Iterable[Progress]) -> float:
-        """Return how long all requests take until the last one ends, in seconds.
-
-        Attention of executors counts as if it were done here.
-        """
-        known = [
-            each for load in (batch.local, *batch.remote.values(), *batch.mapped.values()) for each in load.requests
-        ]
-        return work_seconds(self.feedback.costs, [(each.tokens, self._growth(each)) for each in (*known, *pending)])
-
-    def own_memory(self, free: int, batch: Batch) -> Memory:
-        """Return the memory of this engine, of which `free` blocks are free."""
-        return self._memory(free, batch.local)
 
     def note_step(self, seconds: float) -> float:
         """Note the length of a step of decodes; return the 90th percentile of the last TPOT_STEPS."""

@@ -18,6 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adrenaline.compat import scheduler as compat
 from vllm_adrenaline.compat.message_queue import wait_without_spinning
+from vllm_adrenaline.compat.progress import decodes, missing_tokens
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import sockets
 from vllm_adrenaline.control.client import PrefillClient
@@ -114,7 +115,7 @@ class DecodeScheduler(Scheduler):
         if self._own_prompts is None:
             return contextlib.nullcontext()
         table = self.table
-        batch = table.batch(filter(compat.decodes, self.running))
+        batch = table.batch(filter(decodes, self.running))
         self._step_seconds = table.admission.step_seconds(batch, len(table.pools))
         starting = len(table.requests.keys() - {request.request_id for request in self.running})
         return compat.prompts_in_chunks(self, self._own_prompts.chunk(self._step_seconds), starting)
@@ -125,16 +126,16 @@ class DecodeScheduler(Scheduler):
             return
         table, admission, executors = self.table, self.table.admission, len(self.table.pools)
         own = [request for request in self.waiting if request.request_id not in table.requests]
-        own += [request for request in self.running if not compat.decodes(request)]
-        decodes = list(filter(compat.decodes, self.running))
-        decoding, batch = table.batch(decodes), table.batch([*decodes, *own])
+        own += [request for request in self.running if not decodes(request)]
+        running = list(filter(decodes, self.running))
+        decoding, batch = table.batch(running), table.batch([*running, *own])
         unborn = sum(self._blocks(request) - cdiv(request.num_computed_tokens, self.block_size) for request in own)
         slack = self._own_prompts.slack(
             step=admission.step_seconds(decoding, executors),
             work=admission.work_seconds(batch, table.unplaced()),
             memory=admission.own_memory(self._spare() - unborn, batch),
             growth=admission.lengths.expected_growth(0, self.max_model_len),
-            missing=sum(map(compat.missing_tokens, own)) + table.unfinished_tokens,
+            missing=sum(map(missing_tokens, own)) + table.unfinished_tokens,
             is_full=table.queue.is_stuck or len(self.running) >= self.max_num_running_reqs,
         )
         for pool in table.pools:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from vllm_adrenaline.placement import policy
+from vllm_adrenaline.placement import elastic, policy
 from vllm_adrenaline.placement.batch import Batch, PlacementLoad, Progress
 from vllm_adrenaline.placement.bounds import Rule
 from vllm_adrenaline.placement.costs import Costs
@@ -241,6 +241,34 @@ class Admission:
         self.feedback.observe(Step(batch.rows, here, tokens, total, local, remote, exposed))
 
     # What the policy sees
+
+    # What other engines are told (placement/elastic.py)
+
+    def step_seconds(self, batch: Batch, executors: int) -> float:
+        """Return what a step of `batch` is believed to take, in seconds; 0 for none."""
+        if not batch.rows:
+            return 0.0
+        _, tokens = batch.attended_here
+        remote = [(batch.remote[e].rows, batch.remote[e].tokens) for e in range(executors)]
+        return self.feedback.costs.seconds(batch.rows, tokens, remote)
+
+    def work_seconds(self, batch: Batch, pending: Iterable[Progress]) -> float:
+        """Return how long all requests take until the last one ends, in seconds.
+
+        Attention of executors counts as if it were done here.
+        """
+        known = [
+            each for load in (batch.local, *batch.remote.values(), *batch.mapped.values()) for each in load.requests
+        ]
+        return elastic.work_seconds(
+            self.feedback.costs, [(each.tokens, self._growth(each)) for each in (*known, *pending)]
+        )
+
+    def own_memory(self, free: int, batch: Batch) -> Memory:
+        """Return the memory of this engine, of which `free` blocks are free."""
+        return self._memory(free, batch.local)
+
+    # What is decided from
 
     def observed(self, pools: Pools, batch: Batch) -> Observed:
         """Return the present state as the policy sees it."""

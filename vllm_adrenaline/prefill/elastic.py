@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from vllm_adrenaline.compat.scheduler import decodes
+from vllm_adrenaline.compat.progress import decodes
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control.messages import Slack
 from vllm_adrenaline.engine.profile import Profile
@@ -96,6 +96,7 @@ class ElasticPrefill:
         seats: int,
         cached: Callable[[Request], int],
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         """Begin with nothing moved.
 
@@ -106,6 +107,7 @@ class ElasticPrefill:
             seats: requests that may run at the same time.
             cached: returns how many tokens of a waiting request the prefix cache has.
             clock: returns the time, in seconds.
+            wall: returns the time of day, in seconds, as requests have it for their arrival.
 
         Raises:
             AdrenalineError: there is no profile.
@@ -113,6 +115,7 @@ class ElasticPrefill:
         if known is None or not known.prefill or (options.moves_decodes and known.costs is None):
             raise AdrenalineError("there is no profile of this prefill engine; is the cache folder writable?")
         self._curve, self._block_size, self._clock = known.prefill, block_size, clock
+        self._wall = wall
         self._seats, self._cached = int(STAY_SEATS * seats), cached
         self._moves_prompts = options.moves_prompts
         self._ttft_slo = options.ttft_slo_ms / 1000 or None
@@ -170,7 +173,7 @@ class ElasticPrefill:
                 # Of a prompt that was begun there are blocks to go on with. What the cache has is of use here only.
                 begun = int(request.num_computed_tokens) // self._block_size * self._block_size
                 missing = int(request.num_tokens) - begun
-                waited = max(0.0, time.time() - request.arrival_time)
+                waited = max(0.0, self._wall() - request.arrival_time)
                 prompt = Prompt(missing, int(request.num_tokens), waited, ahead, own, waits + work)
                 if cause := elastic.hand_over(prompt, sides, self._ttft_slo):
                     yield self._moved(request, Outcome.HANDED_OVER, cause, (int(request.num_tokens), 0), 0.0)

@@ -23,6 +23,7 @@ from vllm_adrenaline.colocation.cpu import ExecutorShares, WorkerShares
 from vllm_adrenaline.colocation.tuner import Device, ShareTuner
 from vllm_adrenaline.compat import scheduler as compat
 from vllm_adrenaline.compat.message_queue import wait_without_spinning
+from vllm_adrenaline.compat.progress import decodes
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.control.server import ControlServer
@@ -189,7 +190,7 @@ class PrefillScheduler(Scheduler):
         """End prompts early that the decode side is to compute, and those of requests that are to be decoded here."""
         if self._elastic is None or self.pause_state != PauseState.UNPAUSED:
             return
-        if not self.waiting and all(map(compat.decodes, self.running)):
+        if not self.waiting and all(map(decodes, self.running)):
             return
         beats = self._beats()
         kept = self.leases.reserve + (self._growth_reserve if self._lends(beats) else 0)

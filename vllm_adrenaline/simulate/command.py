@@ -12,7 +12,7 @@ import msgspec
 from vllm_adrenaline.config import ratio_of
 from vllm_adrenaline.engine import profile
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.simulate.engines import Model
+from vllm_adrenaline.simulate.row import Model
 from vllm_adrenaline.simulate.run import Result, Simulation
 from vllm_adrenaline.simulate.setup import Setup
 from vllm_adrenaline.workload import trace
@@ -22,6 +22,10 @@ Run requests over many prefill and decode engines in simulated time, placed by t
 Costs come from profiles, which engines measure and keep when they start (an `auto` decode engine and its prefill
 engine). Several offload ratios are compared in one table.
 """
+
+
+MOVED = "  handed over  stays"
+"""Columns of a run with elastic work."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pool", choices=["remote", "mapped", "both"], default="remote", help="as --adrenaline-pool")
     add("--rule", choices=["or", "and", "c1", "c2"], default="or", help="as --adrenaline-offload-rule")
     add("--tpot-slo-ms", type=float, default=0.0, metavar="MS", help="as --adrenaline-tpot-slo-ms (default: none)")
+    add("--ttft-slo-ms", type=float, default=0.0, metavar="MS", help="as --adrenaline-ttft-slo-ms (default: none)")
+    add("--elastic", choices=["off", "prompts", "decodes", "both"], default="off", help="as --adrenaline-elastic")
     add("--overhead-ms", type=float, default=3.0, metavar="MS", help="of the engine, each step (default: %(default)s)")
     add("--row-overhead-ms", type=float, default=0.0, metavar="MS", help="of its API, each row (default: %(default)s)")
     add("--pull-us", type=float, default=2.0, metavar="US", help="moving a token's KV takes (default: %(default)s)")
@@ -75,7 +81,14 @@ def model_of(options: argparse.Namespace) -> Model:
     executors = costs.remote or [costs.local]  # an engine that maps all has measured none
     costs = msgspec.structs.replace(costs, remote=[executors[i % len(executors)] for i in range(options.prefill)])
     overheads = (options.overhead_ms / 1000, options.row_overhead_ms / 1000)
-    return Model(costs, prefill, *overheads, options.pull_us / 1e6, shared=not options.isolated)
+    return Model(
+        costs,
+        prefill,
+        *overheads,
+        options.pull_us / 1e6,
+        shared=not options.isolated,
+        prefill_costs=found["prefill"].costs or msgspec.structs.replace(costs, remote=[]),
+    )
 
 
 def arrivals_of(options: argparse.Namespace) -> list[trace.Arrival]:
@@ -96,11 +109,13 @@ def run(options: argparse.Namespace) -> int:
         raise AdrenalineError(f"a request of {largest} tokens fits into no engine: more blocks, or shorter requests")
     print(
         "ratio  tok/s    TTFT p50/p90 s    TPOT p50/p90 ms  rows  offloaded  mapped  preempted  P busy  executor busy"
+        f"{MOVED if options.elastic != 'off' else ''}"
     )
     for ratio in options.offload_ratio.split(","):
         began = time.monotonic()
         result = Simulation(_setup(options, model, ratio), arrivals).run()
-        print(_line(ratio, result), f"  ({time.monotonic() - began:.1f} s)", flush=True)
+        moved = f"  {result.handed_over:11}  {result.stays:5}" if options.elastic != "off" else ""
+        print(_line(ratio, result) + moved, f"  ({time.monotonic() - began:.1f} s)", flush=True)
     if options.json:
         print(msgspec.json.encode(result).decode())
     return 0
@@ -120,6 +135,8 @@ def _setup(options: argparse.Namespace, model: Model, ratio: str) -> Setup:
         share,
         options.rule,
         options.tpot_slo_ms / 1000 or None,
+        options.ttft_slo_ms / 1000 or None,
+        options.elastic,
     )
 
 

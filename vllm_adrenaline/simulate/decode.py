@@ -10,15 +10,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from vllm_adrenaline.control.messages import Slack
+from vllm_adrenaline.decode.own_prompts import OwnPrompts
 from vllm_adrenaline.placement.admission import Admission, Settings
 from vllm_adrenaline.placement.batch import Batch
 from vllm_adrenaline.placement.policy import Placement, Reason
 from vllm_adrenaline.placement.pools import ExecutorPool, LocalPool, Pools
 from vllm_adrenaline.placement.starvation import reserve_growth
-from vllm_adrenaline.simulate.engines import Prefill, Row
+from vllm_adrenaline.simulate.prefill import Prefill
+from vllm_adrenaline.simulate.row import Row
 from vllm_adrenaline.simulate.setup import Setup
 from vllm_adrenaline.system.arithmetic import cdiv
 
+ANY_LENGTH = 1 << 20
+"""Stands for the longest answer."""
 IDLE_S = 0.001
 """How long an engine with nothing to run waits before it looks again."""
 
@@ -45,10 +50,18 @@ class Decode:
         self._active: list[Row] = []
         self._batch = Batch()
         self._took: tuple[float, float, list[float], float] = (0.0, 0.0, [], 0.0)
+        self._own: OwnPrompts | None = None
+        self._own_chunk: tuple[Row, int] | None = None  # of the present step
+        if setup.elastic != "off":
+            takes_over = setup.elastic in ("prompts", "both")
+            self._own = OwnPrompts(self.admission.feedback.costs, setup.tpot_slo, setup.model.batch_tokens, takes_over)
 
     def arrive(self, row: Row) -> None:
-        """A row's prompt is computed."""
-        self._pending[row] = None
+        """A row's prompt is computed, or it is to be computed here."""
+        if row.is_handed_over:
+            row.own = row.prompt
+        else:
+            self._pending[row] = None
         self._waiting.append(row)
 
     def pulled(self, row: Row) -> None:
@@ -59,7 +72,23 @@ class Decode:
     @property
     def computes(self) -> bool:
         """Whether the present step computes anything: else the engine only waits for something to do."""
-        return bool(self._active)
+        return bool(self._active) or self._own_chunk is not None
+
+    @property
+    def slack(self) -> Slack:
+        """What this engine could do of a prefill engine's work, as it tells it (decode/scheduler.py, _tell_slack)."""
+        assert self._own is not None
+        own = [row for row in (*self._running, *self._waiting) if row.own]
+        batch, admission = self._load(), self.admission
+        unborn = sum(self._blocks(row.tokens) for row in own if not row.blocks)
+        return self._own.slack(
+            step=admission.step_seconds(self._decoding(), len(self.prefills)),
+            work=admission.work_seconds(batch, [row.progress for row in self._waiting if not row.moving]),
+            memory=admission.own_memory(self.free - unborn, batch),
+            growth=admission.lengths.expected_growth(0, ANY_LENGTH),
+            missing=sum(row.own for row in own),
+            is_full=any(row.waited for row in self._pending) or len(self._running) >= self.setup.max_rows,
+        )
 
     def begin_step(self, now: float) -> float:
         """Place what waits and start a step; return its seconds, 0 when there is nothing to do until somebody comes."""
@@ -69,7 +98,8 @@ class Decode:
         self._active = self._grow(starved)
         if self.preemptions == preemptions:
             self._active += self._start(now)
-        if not self._active:
+        self._own_chunk = self._next_chunk()
+        if not self.computes:
             self.stepping = bool(self._running or self._received)
             return IDLE_S if self.stepping else 0.0
         self.stepping = True
@@ -80,6 +110,11 @@ class Decode:
         """Every row has one more token; return those that are done."""
         self.stepping = False
         done = []
+        if self._own_chunk is not None:
+            row, tokens = self._own_chunk
+            row.own -= tokens
+            if not row.own:  # its last token makes the next one
+                self._active.append(row)
         for row in self._active:
             row.made += 1
             row.last_at = now
@@ -91,7 +126,7 @@ class Decode:
                 self._give_back(row)
         if done:
             self._running = [row for row in self._running if row.made < row.output]
-        if self._active:
+        if self._active and self._took[2]:
             total, local, remote, exposed = self._took
             self.admission.observe_step(self._batch, total, local, remote, exposed)
         return done
@@ -116,11 +151,33 @@ class Decode:
         for row in recomputed:
             seconds += model.prompt_seconds(row.tokens)
             row.recompute = False
+        if self._own_chunk is not None and self._own is not None:
+            row, chunk = self._own_chunk
+            believed = self.admission.step_seconds(self._decoding(), executors)
+            seconds += model.rest_seconds(row.tokens - row.own, row.tokens - row.own + chunk)
+            self._own.observe(seconds, believed, [chunk])
+            recomputed.append(row)
         self.exposed += exposed
         self.steps += 1
         self.row_steps += len(self._active)
         self._took = (0.0 if recomputed else seconds, costs.local * local if any(rows) else 0.0, attended, exposed)
         return seconds
+
+    def _decoding(self) -> Batch:
+        """Return the rows that decode."""
+        batch = Batch()
+        for row in self._running:
+            if not row.own:
+                batch.add(row.progress, row.where, row.is_mapped)
+        return batch
+
+    def _next_chunk(self) -> tuple[Row, int] | None:
+        """Return the row whose prompt is computed in this step, and how many tokens of it."""
+        row = next((row for row in self._running if row.own), None)
+        if row is None or self._own is None:
+            return None
+        step = self.admission.step_seconds(self._decoding(), len(self.prefills))
+        return row, min(row.own, self._own.chunk(step))
 
     # Placement: admission in this engine's terms
 
@@ -216,7 +273,7 @@ class Decode:
         self._running.sort(key=lambda row: row.where is None)
         active: list[Row] = []
         for row in list(self._running):
-            if row in starved or row.recompute:
+            if row in starved or row.recompute or row.own:
                 continue
             missing = self._missing(row)
             if missing <= 0:
@@ -237,12 +294,13 @@ class Decode:
         return active
 
     def _start(self, now: float) -> list[Row]:
-        """Let waiting rows start, first come first served; return those that run in this step."""
+        """Let waiting rows start, first come first served; return those that decode in this step."""
         active: list[Row] = []
+        own: list[Row] = []
         while self._received and len(self._running) + len(active) < self.setup.max_rows:
             active.append(self._received.popleft())
         for row in list(self._waiting):
-            if len(self._running) + len(active) >= self.setup.max_rows:
+            if len(self._running) + len(active) + len(own) >= self.setup.max_rows:
                 break
             if row in self._pending and row.decision is None:
                 continue
@@ -254,7 +312,9 @@ class Decode:
             if row in self._pending:
                 self._leave_queue(row)
                 self.admission.count_local(row)
-            if row.where is None and not row.recompute:
+            if row.own:
+                own.append(row)
+            elif row.where is None and not row.recompute:
                 self._pulling.append(row)
                 self._pull(now, row, row.blocks)
             else:
@@ -262,12 +322,16 @@ class Decode:
             row.moving = False
             if row.where is None:
                 row.blocks = needed
-        self._running += active
+        self._running += active + own
         return active
 
     def _preempt(self, row: Row) -> None:
         self.preemptions += 1
         self._give_back(row)
-        row.where, row.is_mapped, row.recompute = None, False, True
+        row.where, row.is_mapped = None, False
+        if self._own is not None:
+            row.own = row.tokens
+        else:
+            row.recompute = True
         self._running.remove(row)
         self._waiting.appendleft(row)

@@ -13,7 +13,9 @@ import msgspec
 from vllm_adrenaline.colocation.controller import Phase
 from vllm_adrenaline.simulate.decode import Decode
 from vllm_adrenaline.simulate.device import Device
-from vllm_adrenaline.simulate.engines import Prefill, Row
+from vllm_adrenaline.simulate.elastic import Elastic
+from vllm_adrenaline.simulate.prefill import Prefill
+from vllm_adrenaline.simulate.row import Row
 from vllm_adrenaline.simulate.setup import Setup
 from vllm_adrenaline.system.statistics import percentile
 from vllm_adrenaline.workload.trace import Arrival
@@ -36,6 +38,8 @@ class Result(msgspec.Struct, frozen=True):
     mapped: int
     preemptions: int
     moved: int
+    handed_over: int
+    stays: int
     exposed_share: float
     prefill_busy_share: float
     executor_busy_share: float
@@ -48,6 +52,10 @@ class Simulation:
     def __init__(self, setup: Setup, arrivals: Sequence[Arrival]) -> None:
         self.prefills = [Prefill(setup.model, setup.prefill_blocks, setup.block_size) for _ in range(setup.prefill)]
         self.decodes = [Decode(setup, self.prefills, self._pull) for _ in range(setup.decode)]
+        self._now = 0.0
+        if setup.elastic != "off":
+            for engine in self.prefills:
+                engine.elastic = Elastic(setup, lambda: self._now, lambda: [decode.slack for decode in self.decodes])
         # On one device: the decode engine of a number shares it with the prefill engine of the same number.
         pairs = min(setup.prefill, setup.decode) if setup.pool != "remote" else 0
         self._devices = [Device() for _ in range(pairs)]
@@ -63,8 +71,8 @@ class Simulation:
     def run(self) -> Result:
         """Let everything happen."""
         while self._events:
-            now, _, happen, arguments = heapq.heappop(self._events)
-            happen(now, *arguments)
+            self._now, _, happen, arguments = heapq.heappop(self._events)
+            happen(self._now, *arguments)
         return self._result()
 
     def _at(self, when: float, happen: Callable[..., None], *arguments: Any) -> None:
@@ -75,7 +83,12 @@ class Simulation:
         self._compute(now, self.prefills[row.prefill])
 
     def _compute(self, now: float, engine: Prefill) -> None:
-        if not engine.begin(now):
+        begins = engine.begin(now)
+        moved, engine.handed_over = engine.handed_over, []
+        for row in moved:
+            self.decodes[row.decode].arrive(row)
+            self._step(now, self.decodes[row.decode])
+        if not begins:
             return
         number = self.prefills.index(engine)
         if number < len(self._devices):
@@ -107,7 +120,10 @@ class Simulation:
         if now < engine.done_at - 1e-12:  # attention took time from it meanwhile
             self._at(engine.done_at, self._computed, engine)
             return
-        for row in engine.end(now):
+        done = engine.end(now)
+        self.done += engine.finished
+        engine.finished = []
+        for row in done:
             self.decodes[row.decode].arrive(row)
             self._step(now, self.decodes[row.decode])
         self._compute(now, engine)
@@ -160,6 +176,8 @@ class Simulation:
             mapped=sum(count for (placement, _), count in placements.items() if placement == "mapped"),
             preemptions=sum(decode.preemptions for decode in decodes),
             moved=sum(decode.moved for decode in decodes),
+            handed_over=sum(row.is_handed_over for row in rows),
+            stays=sum(row.stays for row in rows),
             exposed_share=sum(decode.exposed for decode in decodes) / lasted / len(decodes),
             prefill_busy_share=sum(engine.busy for engine in self.prefills) / lasted / len(self.prefills),
             executor_busy_share=sum(engine.attended for engine in self.prefills) / lasted / len(self.prefills),

@@ -7,10 +7,12 @@ from typing import Literal
 
 from vllm_adrenaline.placement.bounds import Rule
 from vllm_adrenaline.placement.costs import Costs
-from vllm_adrenaline.simulate.engines import Model
+from vllm_adrenaline.simulate.row import Model
 
 Pool = Literal["remote", "mapped", "both"]
 """What --adrenaline-pool may be."""
+Elasticity = Literal["off", "prompts", "decodes", "both"]
+"""What --adrenaline-elastic may be."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Setup:
         ratio: The fixed share of requests to offload, 0 to 1; None for placement by load.
         rule: How the paper's two conditions are combined.
         tpot_slo: Objective for the time per output token in seconds; None for no objective.
+        ttft_slo: Objective for the time to first token in seconds; None for no objective.
+        elastic: Which engines do the other's work (--adrenaline-elastic).
         believed: The costs that placement starts from; None for the true ones.
     """
 
@@ -43,4 +47,6 @@ class Setup:
     ratio: float | None = None
     rule: Rule = "or"
     tpot_slo: float | None = None
+    ttft_slo: float | None = None
+    elastic: Elasticity = "off"
     believed: Costs | None = None
