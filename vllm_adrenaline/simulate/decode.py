@@ -80,10 +80,13 @@ class Decode:
         assert self._own is not None
         own = [row for row in (*self._running, *self._waiting) if row.own]
         batch, admission = self._load(), self.admission
+        for row in self._waiting:
+            if row.own:
+                batch.add(row.progress, None)
         unborn = sum(self._blocks(row.tokens) for row in own if not row.blocks)
         return self._own.slack(
             step=admission.step_seconds(self._decoding(), len(self.prefills)),
-            work=admission.work_seconds(batch, [row.progress for row in self._waiting if not row.moving]),
+            work=admission.work_seconds(batch, [row.progress for row in self._pending]),
             memory=admission.own_memory(self.free - unborn, batch),
             growth=admission.lengths.expected_growth(0, ANY_LENGTH),
             missing=sum(row.own for row in own),
