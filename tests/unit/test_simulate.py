@@ -49,7 +49,7 @@ def auto() -> Result:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.integers(1, 3),
+    st.integers(0, 3),
     st.integers(1, 2),
     st.integers(8, 40),
     st.integers(12, 60),
@@ -70,6 +70,7 @@ def test_every_request_gets_all_its_tokens_and_every_block_comes_back(
     pool, elastic = kind
     costs = Model(model, MODEL.prefill, pull=1e-6, prefill_costs=ALONE)
     ratio = ratio if elastic == "off" else None
+    pool, elastic = (pool, elastic) if prefill else ("remote", "off")
     setup = Setup(costs, prefill, decode, remote, local, pool=pool, ratio=ratio, elastic=elastic)
     arrivals = sorted((Arrival(*each) for each in requests), key=lambda each: each.at)
     simulation = run(setup, arrivals)
@@ -78,6 +79,18 @@ def test_every_request_gets_all_its_tokens_and_every_block_comes_back(
     assert [engine.free for engine in simulation.prefills] == [remote] * prefill
     assert [engine.held for engine in simulation.prefills] == [0] * prefill
     assert [engine.free for engine in simulation.decodes] == [local] * decode
+
+
+def test_an_aggregated_engine_computes_prompts_beside_its_decodes() -> None:
+    alone = Arrival(0.0, 512, 2)  # 0.2 s of prompt and a token, then a step
+    (one,) = run(Setup(MODEL, prefill=0), [alone]).done
+    assert one.first_at == pytest.approx(0.2 + 0.012, abs=0.002)
+    assert one.last_at - one.first_at == pytest.approx(0.012 + 512 * 4e-6, abs=0.001)
+    beside = run(Setup(MODEL, prefill=0), [Arrival(0.0, 32, 400), Arrival(1.0, 512, 1)]).done
+    prompt, other = sorted(beside, key=lambda row: -row.prompt)
+    assert prompt.first_at == pytest.approx(1.22, abs=0.02), "in the very next step"
+    undisturbed = run(Setup(MODEL, prefill=0), [Arrival(0.0, 32, 400)]).done[0]
+    assert other.last_at - undisturbed.last_at == pytest.approx(0.2, abs=0.02), "which is so much longer"
 
 
 def test_elastic_work_goes_to_the_side_that_has_the_time() -> None:

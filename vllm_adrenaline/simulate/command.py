@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for what in ("prompt", "output"):
         add(f"--{what}-scale", type=float, default=1.0, metavar="X", help=f"multiply {what} lengths (default: 1)")
         add(f"--max-{what}", type=int, default=1 << 20, metavar="TOKENS", help=f"longest {what} (default: no limit)")
-    for kind in ("prefill", "decode"):
-        add(f"--{kind}", type=int, default=1, metavar="N", help=f"{kind} engines (default: %(default)s)")
+    for kind, none in (("prefill", "; 0: decode engines compute prompts themselves, as vLLM's do"), ("decode", "")):
+        add(f"--{kind}", type=int, default=1, metavar="N", help=f"{kind} engines (default: %(default)s{none})")
         add(f"--{kind}-blocks", type=int, default=1000, metavar="N", help="KV blocks of each (default: %(default)s)")
     add("--block-size", type=int, default=128, metavar="TOKENS", help="tokens in a KV block (default: %(default)s)")
     add("--max-rows", type=int, default=256, metavar="N", help="largest batch (default: %(default)s)")
@@ -105,7 +105,8 @@ def run(options: argparse.Namespace) -> int:
     """Simulate every ratio and print a table."""
     model, arrivals = model_of(options), arrivals_of(options)
     largest = max(arrival.prompt + arrival.output for arrival in arrivals)
-    if largest > min(options.decode_blocks, options.prefill_blocks) * options.block_size:
+    blocks = min(options.decode_blocks, options.prefill_blocks) if options.prefill else options.decode_blocks
+    if largest > blocks * options.block_size:
         raise AdrenalineError(f"a request of {largest} tokens fits into no engine: more blocks, or shorter requests")
     print(
         "ratio  tok/s    TTFT p50/p90 s    TPOT p50/p90 ms  rows  offloaded  mapped  preempted  P busy  executor busy"

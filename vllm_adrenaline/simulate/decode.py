@@ -51,14 +51,14 @@ class Decode:
         self._batch = Batch()
         self._took: tuple[float, float, list[float], float] = (0.0, 0.0, [], 0.0)
         self._own: OwnPrompts | None = None
-        self._own_chunk: tuple[Row, int] | None = None  # of the present step
+        self._chunks: list[tuple[Row, int]] = []  # tokens of prompts that the present step computes
         if setup.elastic != "off":
             takes_over = setup.elastic in ("prompts", "both")
             self._own = OwnPrompts(self.admission.feedback.costs, setup.tpot_slo, setup.model.batch_tokens, takes_over)
 
     def arrive(self, row: Row) -> None:
         """A row's prompt is computed, or it is to be computed here."""
-        if row.is_handed_over:
+        if row.is_handed_over or not self.prefills:
             row.own = row.prompt
         else:
             self._pending[row] = None
@@ -72,7 +72,7 @@ class Decode:
     @property
     def computes(self) -> bool:
         """Whether the present step computes anything: else the engine only waits for something to do."""
-        return bool(self._active) or self._own_chunk is not None
+        return bool(self._active or self._chunks)
 
     @property
     def slack(self) -> Slack:
@@ -101,7 +101,7 @@ class Decode:
         self._active = self._grow(starved)
         if self.preemptions == preemptions:
             self._active += self._start(now)
-        self._own_chunk = self._next_chunk()
+        self._chunks = self._next_chunks()
         if not self.computes:
             self.stepping = bool(self._running or self._received)
             return IDLE_S if self.stepping else 0.0
@@ -113,8 +113,7 @@ class Decode:
         """Every row has one more token; return those that are done."""
         self.stepping = False
         done = []
-        if self._own_chunk is not None:
-            row, tokens = self._own_chunk
+        for row, tokens in self._chunks:
             row.own -= tokens
             if not row.own:  # its last token makes the next one
                 self._active.append(row)
@@ -129,7 +128,7 @@ class Decode:
                 self._give_back(row)
         if done:
             self._running = [row for row in self._running if row.made < row.output]
-        if self._active and self._took[2]:
+        if self._active and self.prefills:
             total, local, remote, exposed = self._took
             self.admission.observe_step(self._batch, total, local, remote, exposed)
         return done
@@ -154,12 +153,12 @@ class Decode:
         for row in recomputed:
             seconds += model.prompt_seconds(row.tokens)
             row.recompute = False
-        if self._own_chunk is not None and self._own is not None:
-            row, chunk = self._own_chunk
-            believed = self.admission.step_seconds(self._decoding(), executors)
+        for row, chunk in self._chunks:
             seconds += model.rest_seconds(row.tokens - row.own, row.tokens - row.own + chunk)
-            self._own.observe(seconds, believed, [chunk])
             recomputed.append(row)
+        if self._chunks and self._own is not None:
+            believed = self.admission.step_seconds(self._decoding(), executors)
+            self._own.observe(seconds, believed, [chunk for _, chunk in self._chunks])
         self.exposed += exposed
         self.steps += 1
         self.row_steps += len(self._active)
@@ -174,13 +173,24 @@ class Decode:
                 batch.add(row.progress, row.where, row.is_mapped)
         return batch
 
-    def _next_chunk(self) -> tuple[Row, int] | None:
-        """Return the row whose prompt is computed in this step, and how many tokens of it."""
-        row = next((row for row in self._running if row.own), None)
-        if row is None or self._own is None:
-            return None
-        step = self.admission.step_seconds(self._decoding(), len(self.prefills))
-        return row, min(row.own, self._own.chunk(step))
+    def _next_chunks(self) -> list[tuple[Row, int]]:
+        """Return the rows of whose prompts this step computes something, and how many tokens of each.
+
+        With elastic work it is one (compat/scheduler.py, prompts_in_chunks). An aggregated engine computes as many as
+        fit, after a token of each row that decodes.
+        """
+        own = [row for row in self._running if row.own]
+        if not own:
+            return []
+        if self._own is not None:
+            step = self.admission.step_seconds(self._decoding(), len(self.prefills))
+            return [(own[0], min(own[0].own, self._own.chunk(step)))]
+        left, chunks = self.setup.model.batch_tokens - len(self._active), []
+        for row in own:
+            if left > 0:
+                chunks.append((row, min(row.own, left)))
+                left -= row.own
+        return chunks
 
     # Placement: admission in this engine's terms
 
@@ -332,7 +342,7 @@ class Decode:
         self.preemptions += 1
         self._give_back(row)
         row.where, row.is_mapped = None, False
-        if self._own is not None:
+        if self._own is not None or not self.prefills:
             row.own = row.tokens
         else:
             row.recompute = True

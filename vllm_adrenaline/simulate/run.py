@@ -33,6 +33,7 @@ class Result(msgspec.Struct, frozen=True):
     tpot_p50_ms: float
     tpot_p90_ms: float
     tpot_p99_ms: float
+    steps: int
     mean_rows: float
     offloaded: int
     mapped: int
@@ -65,7 +66,8 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         for number, arrival in enumerate(arrivals):
             # Engines of a kind are used in turn, as the proxy does.
-            row = Row(arrival.at, arrival.prompt, arrival.output, number % setup.prefill, number % setup.decode)
+            prefill = number % setup.prefill if setup.prefill else 0
+            row = Row(arrival.at, arrival.prompt, arrival.output, prefill, number % setup.decode)
             self._at(arrival.at, self._arrive, row)
 
     def run(self) -> Result:
@@ -79,6 +81,10 @@ class Simulation:
         heapq.heappush(self._events, (when, next(self._order), happen, arguments))
 
     def _arrive(self, now: float, row: Row) -> None:
+        if not self.prefills:
+            self.decodes[row.decode].arrive(row)
+            self._step(now, self.decodes[row.decode])
+            return
         self.prefills[row.prefill].queue.append(row)
         self._compute(now, self.prefills[row.prefill])
 
@@ -171,6 +177,7 @@ class Simulation:
             tpot_p50_ms=percentile(tpot, 0.5),
             tpot_p90_ms=percentile(tpot, 0.9),
             tpot_p99_ms=percentile(tpot, 0.99),
+            steps=sum(decode.steps for decode in decodes),
             mean_rows=sum(decode.row_steps for decode in decodes) / steps,
             offloaded=sum(count for (placement, _), count in placements.items() if placement == "offloaded"),
             mapped=sum(count for (placement, _), count in placements.items() if placement == "mapped"),
@@ -179,7 +186,7 @@ class Simulation:
             handed_over=sum(row.is_handed_over for row in rows),
             stays=sum(row.stays for row in rows),
             exposed_share=sum(decode.exposed for decode in decodes) / lasted / len(decodes),
-            prefill_busy_share=sum(engine.busy for engine in self.prefills) / lasted / len(self.prefills),
-            executor_busy_share=sum(engine.attended for engine in self.prefills) / lasted / len(self.prefills),
+            prefill_busy_share=sum(engine.busy for engine in self.prefills) / lasted / max(len(self.prefills), 1),
+            executor_busy_share=sum(engine.attended for engine in self.prefills) / lasted / max(len(self.prefills), 1),
             placements={f"{placement}/{reason}": count for (placement, reason), count in placements.items()},
         )

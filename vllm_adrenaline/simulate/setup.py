@@ -21,7 +21,7 @@ class Setup:
 
     Attributes:
         model: What things cost in truth.
-        prefill: How many prefill engines there are.
+        prefill: How many prefill engines there are; 0 for aggregated engines, which compute prompts themselves.
         decode: How many decode engines there are.
         prefill_blocks: KV blocks of each prefill engine.
         decode_blocks: KV blocks of each decode engine.

@@ -1,0 +1,182 @@
+"""Other people's routers in front of our engines: the tokens of plain vLLM, and requests are offloaded all the same.
+
+vllm-router runs for real, where it is installed. Of others, what they send is replayed (docs/routers.md).
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.engine.conftest import Client, Fleet, Plain, eventually, run, workload
+from tests.engine.test_faults import Stream, stream_all
+from vllm_adrenaline.system.ports import reserve_ports
+
+pytestmark = pytest.mark.extended
+
+Body = dict[str, Any]
+SHORT, LONG, OTHER = (item.prompt for item in workload(3, seed=131, prompts=[20, 500, 130], outputs=[1]))
+COMMON = {"model": "m", "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+
+def body(prompt: Any, **more: Any) -> Body:
+    """Return the body of a client's request."""
+    return {**COMMON, "prompt": prompt, "max_tokens": 30, **more}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A client's request, and how many requests of it are offloaded at least if all that can be are."""
+
+    body: Body
+    offloaded: int
+
+
+CASES = {
+    "short": Case(body(SHORT), 1),
+    "long": Case(body(LONG), 1),
+    "sampled": Case(body(OTHER, temperature=0.8, seed=3), 1),
+    "minimum": Case(body(OTHER, min_tokens=5), 1),
+    "two answers": Case(body(OTHER, n=2, temperature=0.8, seed=3), 1),
+    "two prompts": Case(body([OTHER, LONG]), 1),
+    "one token": Case(body(SHORT, max_tokens=1), 0),
+}
+
+
+def post(url: str, what: Body, headers: dict[str, str] | None = None) -> Body:
+    """Post to a completions API; return its answer."""
+    answer = requests.post(f"{url}/v1/completions", json=what, headers=headers, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def tokens(answer: Body) -> list[list[int]]:
+    """Return the tokens of all answers in one."""
+    return [choice["token_ids"] for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+
+
+def stopped_at_once(plain: Plain) -> Case:
+    """Return a request whose first token ends it."""
+    ((first, *_),) = tokens(post(plain.engine.url, body(SHORT)))
+    return Case(body(SHORT, stop_token_ids=[first]), 0)
+
+
+# What other routers send
+
+
+def toy_proxy(prefill: str, decode: str, asked: Body) -> Body:
+    """vLLM's own: one request id on both sides, all parameters named."""
+    headers = {"X-Request-Id": "toy-1"}
+    first = asked | {"max_tokens": 1, "stream": False, "kv_transfer_params": KEEP | dict.fromkeys(WHERE)}
+    return post(decode, asked | {"kv_transfer_params": post(prefill, first, headers)["kv_transfer_params"]}, headers)
+
+
+def llm_d(prefill: str, decode: str, asked: Body) -> Body:
+    """The sidecar: all of a client's headers, and a request id that is appended to the client's."""
+    headers = {"X-Request-Id": "client-1, sidecar-1", "x-prefiller-host-port": "prefill:8000"}
+    first = asked | {"max_tokens": 1, "max_completion_tokens": 1, "stream": False}
+    first["kv_transfer_params"] = KEEP | dict.fromkeys(WHERE)
+    return post(decode, asked | {"kv_transfer_params": post(prefill, first, headers)["kv_transfer_params"]}, headers)
+
+
+def production_stack(prefill: str, decode: str, asked: Body) -> Body:
+    """The host is the one of the prefill engine's URL, as Kubernetes has it."""
+    first = asked | {"max_tokens": 1, "stream": False, "kv_transfer_params": KEEP | dict.fromkeys(WHERE)}
+    params = post(prefill, first)["kv_transfer_params"]
+    return post(decode, asked | {"kv_transfer_params": params | {"remote_host": "prefill.default.svc"}})
+
+
+def smg(prefill: str, decode: str, asked: Body) -> Body:
+    """Two parameters only; min_tokens is taken off, and only the decode engine is told to give several answers."""
+    first = {name: value for name, value in asked.items() if name not in ("min_tokens", "n")}
+    params = post(prefill, first | {"max_tokens": 1, "kv_transfer_params": KEEP})["kv_transfer_params"]
+    return post(decode, asked | ({"kv_transfer_params": params} if params else {}))
+
+
+def dynamo(prefill: str, decode: str, asked: Body) -> Body:
+    """Its parameters travel in its own plane, copied field by field."""
+    params = post(prefill, asked | {"max_tokens": 1, "kv_transfer_params": KEEP})["kv_transfer_params"]
+    return post(decode, asked | {"kv_transfer_params": copy.deepcopy(params)}, {"X-Request-Id": "dynamo-1"})
+
+
+def nobody_kept_it(prefill: str, decode: str, asked: Body) -> Body:
+    """As vllm-router passes on what a prefill engine answers that keeps nothing."""
+    return post(decode, asked | {"kv_transfer_params": None})
+
+
+KEEP = {"do_remote_decode": True, "do_remote_prefill": False}
+WHERE = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
+REPLAYED = [toy_proxy, llm_d, production_stack, smg, dynamo, nobody_kept_it]
+
+
+@pytest.mark.parametrize("router", REPLAYED, ids=lambda router: router.__name__)
+def test_what_other_routers_send_is_answered_as_plain_vllm_would(
+    standard: Fleet, plain: Plain, router: Callable[[str, str, Body], Body]
+) -> None:
+    standard.door("decode", 1)
+    for name, case in {**CASES, "ends at once": stopped_at_once(plain)}.items():
+        count = standard["decode"].counting()
+        got = tokens(router(standard["prefill"].url, standard["decode"].url, case.body))
+        assert got == tokens(post(plain.engine.url, case.body)), name
+        assert count["offloaded_requests"] >= (0 if router is nobody_kept_it else case.offloaded), name
+        assert count["unsigned_params"] == 0, name
+    assert standard["prefill"].settle() == standard["decode"].settle() == 0
+
+
+@pytest.fixture(scope="module")
+def vllm_router(standard: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """vllm-router in front of a prefill and a decode engine."""
+    command = shutil.which("vllm-router", path=str(Path(sys.executable).parent)) or shutil.which("vllm-router")
+    if command is None:
+        pytest.skip("vllm-router is not installed: pip install vllm-router==0.1.17")
+    port, metrics = reserve_ports(2)
+    engines = ["--prefill", standard["prefill"].url, "--decode", standard["decode"].url]
+    listen = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics)]
+    log = tmp_path_factory.mktemp("router") / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [command, "--vllm-pd-disaggregation", *engines, *listen], stdout=output, stderr=subprocess.STDOUT
+        )
+    client = Client(f"http://127.0.0.1:{port}")
+    try:
+        assert eventually(lambda: is_up(client.url)), log.read_text()
+        yield client
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_up(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/health", timeout=2).status_code == 200
+    except requests.ConnectionError:
+        return False
+
+
+def test_vllm_router_in_front_of_our_engines(standard: Fleet, plain: Plain, vllm_router: Client) -> None:
+    standard.door("decode", 1)
+    for name, case in {**CASES, "ends at once": stopped_at_once(plain)}.items():
+        count = standard["decode"].counting()
+        assert tokens(post(vllm_router.url, case.body)) == tokens(post(plain.engine.url, case.body)), name
+        assert count["offloaded_requests"] >= case.offloaded, name
+    assert standard["prefill"].settle() == standard["decode"].settle() == 0
+
+
+def test_vllm_router_streams(standard: Fleet, plain: Plain, vllm_router: Client) -> None:
+    standard.door("decode", 1)
+    count = standard["decode"].counting()
+    work = workload(6, seed=132, prompts=[20, 300], outputs=[40])
+    streams = [Stream() for _ in work]
+    run(stream_all(vllm_router, work, streams))
+    assert [each.tokens for each in streams] == plain.tokens(work)
+    assert count["offloaded_requests"] == len(work)
+    assert all(len(each.times) > 5 for each in streams), "tokens come one by one"
