@@ -50,6 +50,15 @@ def test_without_an_objective_nothing_is_touched() -> None:
     assert tuner.shares is None
 
 
+def test_a_device_that_is_to_be_divided_is_without_an_objective_and_nothing_moves_then() -> None:
+    device = Device()
+    tuner = ShareTuner(Objectives(), 0.15, [], device, LIMITS, settle=0, divides=True)
+    late(tuner, 20)
+    assert device.taken == [tuner.shares]
+    assert tuner.shares is not None
+    assert tuner.shares.part(Phase.DECODE) == pytest.approx(0.15, abs=1e-3)
+
+
 def test_late_first_tokens_take_from_decode() -> None:
     device = Device()
     tuner = tuner_of(BOTH, device)

@@ -1,6 +1,6 @@
 """The tuner of the shares of a device: it feeds the controller (controller.py), and has its decisions carried out.
 
-Runs in the prefill engine's control thread. Without an objective it does nothing.
+Runs in the prefill engine's control thread. Without an objective no share is moved after the first ones.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ShareTuner:
     """Moves the shares of prefill and decode on one device, so that their objectives are met.
 
     Attributes:
-        shares: those in force that were decided here. None without an objective, and until the first are in force.
+        shares: those in force that were decided here; None until the first are.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class ShareTuner:
         device: Device,
         limits: Limits = Limits(window=16),  # noqa: B008 - frozen
         settle: int = 6,
+        divides: bool = False,
     ) -> None:
         """Take the objectives and what there is to begin with.
 
@@ -77,9 +78,10 @@ class ShareTuner:
             limits: of the controller.
             settle: updates after a change until what is observed counts. What a decode engine says of its steps is of
                 the last 64 (decode/admission.py). Steps of 50 ms are 3 s then, and two updates are a second.
+            divides: whether the first shares are carried out without an objective, too.
         """
         self.shares: Shares | None = None
-        self._is_on = objectives.ttft is not None or objectives.tpot is not None
+        self._is_on = divides or objectives.ttft is not None or objectives.tpot is not None
         self._device = device
         self._controller = ShareController(objectives, limits, first_shares(prefill, objectives.ttft, decode, limits))
         self._settle, self._settling = settle, 0
@@ -101,7 +103,7 @@ class ShareTuner:
             self._update(max(tpots, default=0.0))
         except PermissionError as error:
             self._is_on = False
-            logger.warning("the shares of prefill and decode stay as they are, whatever the objectives: %s", error)
+            logger.warning("the shares of prefill and decode stay as they are: %s", error)
 
     def _update(self, tpot: float) -> None:
         if not self._has_begun:

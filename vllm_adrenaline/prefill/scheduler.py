@@ -20,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adrenaline.colocation.controller import Objectives
 from vllm_adrenaline.colocation.cpu import ExecutorShares, WorkerShares
-from vllm_adrenaline.colocation.tuner import Device, ShareTuner
+from vllm_adrenaline.colocation.tuner import ShareTuner
 from vllm_adrenaline.compat import scheduler as compat
 from vllm_adrenaline.compat.message_queue import wait_without_spinning
 from vllm_adrenaline.compat.progress import decodes
@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from vllm_adrenaline.prefill.connector import PrefillConnector
+
+
+BESIDE_PROMPTS = 0.15
+"""Decode's part of a device that both engines have all of, while prompts want it, without an objective for the TPOT.
+Prompts that are done sooner join the batch sooner, and every step less is one fixed cost less (docs/performance.md)."""
 
 
 class PrefillScheduler(Scheduler):
@@ -107,14 +112,14 @@ class PrefillScheduler(Scheduler):
         decode workers. One TPOT would then have to be answered by two ratios, which move each other. Executors are the
         choice: by default they run on these very cores, and they are this engine's own.
         """
-        device: Device
-        if options.uses_executors:
-            device, decode = ExecutorShares(self._executors.set_share), options.executor_share
-        else:
-            decode = 0.5  # both sides' workers give themselves the same priority
-            device = WorkerShares([export.pid for export in self._executors.exports], self.lending.mappers.pids)
         objectives = Objectives(options.ttft_slo_ms / 1000 or None, options.tpot_slo_ms / 1000 or None)
-        return ShareTuner(objectives, decode, known.prefill if known is not None else [], device)
+        prefill = known.prefill if known is not None else []
+        if options.uses_executors:
+            executors = ExecutorShares(self._executors.set_share)
+            return ShareTuner(objectives, options.executor_share, prefill, executors)
+        workers = WorkerShares([export.pid for export in self._executors.exports], self.lending.mappers.pids)
+        decode = 0.5 if objectives.tpot is not None else BESIDE_PROMPTS
+        return ShareTuner(objectives, decode, prefill, workers, divides=True)
 
     def _welcome(self, member: str) -> messages.Welcome:
         nixl, executors = self.connector.connector_scheduler, self._executors
