@@ -70,27 +70,38 @@ def stopped_at_once(plain: Plain) -> Case:
     return Case(body(SHORT, stop_token_ids=[first]), 0)
 
 
+def nothing_is_kept(engines: Fleet) -> bool:
+    """Say whether no block stays: a prompt that no router passed on is let go after --adrenaline-claim-seconds."""
+    return eventually(lambda: engines["prefill"].settle() == engines["decode"].settle() == 0, seconds=60, poll_s=1)
+
+
 # What other routers send
+
+
+def capped(asked: Body) -> Body:
+    """Return what a prefill engine is asked for: one token. (vLLM refuses a larger minimum, which production-stack
+    leaves as it is: its clients get that error.)"""
+    return asked | {"max_tokens": 1, **({"min_tokens": 1} if "min_tokens" in asked else {})}
 
 
 def toy_proxy(prefill: str, decode: str, asked: Body) -> Body:
     """vLLM's own: one request id on both sides, all parameters named."""
     headers = {"X-Request-Id": "toy-1"}
-    first = asked | {"max_tokens": 1, "stream": False, "kv_transfer_params": KEEP | dict.fromkeys(WHERE)}
+    first = capped(asked) | {"stream": False, "kv_transfer_params": KEEP | dict.fromkeys(WHERE)}
     return post(decode, asked | {"kv_transfer_params": post(prefill, first, headers)["kv_transfer_params"]}, headers)
 
 
 def llm_d(prefill: str, decode: str, asked: Body) -> Body:
     """The sidecar: all of a client's headers, and a request id that is appended to the client's."""
     headers = {"X-Request-Id": "client-1, sidecar-1", "x-prefiller-host-port": "prefill:8000"}
-    first = asked | {"max_tokens": 1, "max_completion_tokens": 1, "stream": False}
+    first = capped(asked) | {"max_completion_tokens": 1, "stream": False}
     first["kv_transfer_params"] = KEEP | dict.fromkeys(WHERE)
     return post(decode, asked | {"kv_transfer_params": post(prefill, first, headers)["kv_transfer_params"]}, headers)
 
 
 def production_stack(prefill: str, decode: str, asked: Body) -> Body:
     """The host is the one of the prefill engine's URL, as Kubernetes has it."""
-    first = asked | {"max_tokens": 1, "stream": False, "kv_transfer_params": KEEP | dict.fromkeys(WHERE)}
+    first = capped(asked) | {"stream": False, "kv_transfer_params": KEEP | dict.fromkeys(WHERE)}
     params = post(prefill, first)["kv_transfer_params"]
     return post(decode, asked | {"kv_transfer_params": params | {"remote_host": "prefill.default.svc"}})
 
@@ -104,7 +115,7 @@ def smg(prefill: str, decode: str, asked: Body) -> Body:
 
 def dynamo(prefill: str, decode: str, asked: Body) -> Body:
     """Its parameters travel in its own plane, copied field by field."""
-    params = post(prefill, asked | {"max_tokens": 1, "kv_transfer_params": KEEP})["kv_transfer_params"]
+    params = post(prefill, capped(asked) | {"kv_transfer_params": KEEP})["kv_transfer_params"]
     return post(decode, asked | {"kv_transfer_params": copy.deepcopy(params)}, {"X-Request-Id": "dynamo-1"})
 
 
@@ -129,7 +140,7 @@ def test_what_other_routers_send_is_answered_as_plain_vllm_would(
         assert got == tokens(post(plain.engine.url, case.body)), name
         assert count["offloaded_requests"] >= (0 if router is nobody_kept_it else case.offloaded), name
         assert count["unsigned_params"] == 0, name
-    assert standard["prefill"].settle() == standard["decode"].settle() == 0
+    assert nothing_is_kept(standard)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +179,7 @@ def test_vllm_router_in_front_of_our_engines(standard: Fleet, plain: Plain, vllm
         count = standard["decode"].counting()
         assert tokens(post(vllm_router.url, case.body)) == tokens(post(plain.engine.url, case.body)), name
         assert count["offloaded_requests"] >= case.offloaded, name
-    assert standard["prefill"].settle() == standard["decode"].settle() == 0
+    assert nothing_is_kept(standard)
 
 
 def test_vllm_router_streams(standard: Fleet, plain: Plain, vllm_router: Client) -> None:
