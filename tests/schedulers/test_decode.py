@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -399,6 +401,27 @@ def test_a_prompt_that_a_hanging_prefill_engine_was_asked_for_is_computed_here(
     prefill.say(granted(PROMPT) if wakes == "grants" else messages.ClaimRejected("prompt"))
     eventually(lambda: engine.step() and not engine.scheduler.has_requests())
     eventually(lambda: released(prefill) == (["prompt"] if wakes == "grants" else []))
+
+
+def test_a_silent_prefill_engine_that_works_is_waited_for_longer(
+    decode: Any, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may have its cores."""
+    monkeypatch.setattr(client, "HANGS_S", 0.4)
+    monkeypatch.setattr(client, "BUSY_S", 1.5)
+    monkeypatch.setattr(request_table, "CLAIM_S", 0.2)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        prefill.process = busy.pid
+        engine = decode(ratio="1")
+        prefill.answers_beats = False
+        engine.arrive(PROMPT, params(PROMPT))
+        prefill.expect(messages.Claim)
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            assert not engine.step().num_scheduled_tokens
+        eventually(lambda: engine.step().num_scheduled_tokens)
+        busy.kill()
+    assert engine.count("fallback_requests") == 1
 
 
 def test_a_prefill_engine_that_is_only_slow_to_grant_is_waited_for(

@@ -19,7 +19,7 @@ import zmq
 
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.system.machine import process_space
-from vllm_adrenaline.system.process import is_stopped
+from vllm_adrenaline.system.process import is_stopped, works
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -29,9 +29,9 @@ RETRY_S = 1.0
 """From a refusal, or a line that broke, to the next attempt."""
 SILENCE_S = 60.0
 """After how much silence a connection is made anew while the prefill engine has not welcomed us."""
-QUIET_S, HANGS_S = 0.75, 2.0
-"""A prefill engine that has said nothing for so long, though we ask it every BEAT_S, hangs if its process was stopped,
-and in any case."""
+QUIET_S, HANGS_S, BUSY_S = 0.75, 2.0, 10.0
+"""A prefill engine that has said nothing for so long, though we ask it every BEAT_S, hangs: if its process was stopped;
+if it does not work, or cannot be seen; and in any case. One that gets no CPU from others is late, and does not hang."""
 MARGIN = 0.9
 """The part of a lease that we rely on: clocks of two machines do not tick alike."""
 
@@ -113,7 +113,11 @@ class PrefillClient(threading.Thread):
         welcome, silence = self.welcome, now - self._heard_at
         if welcome is None or silence < QUIET_S:
             return False
-        return silence >= HANGS_S or (welcome.process_space == self._process_space and is_stopped(welcome.pid))
+        if welcome.process_space != self._process_space:
+            return silence >= HANGS_S
+        if silence < HANGS_S:
+            return is_stopped(welcome.pid)
+        return silence >= BUSY_S or not works(welcome.pid)
 
     def stop(self) -> None:
         """Say good-bye and end. Waits up to 2 s for the thread."""
