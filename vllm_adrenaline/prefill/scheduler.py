@@ -110,11 +110,12 @@ class PrefillScheduler(Scheduler):
 
         With `--adrenaline-pool both` the prefill workers share them with executors and may share them with mapping
         decode workers. One TPOT would then have to be answered by two ratios, which move each other. Executors are the
-        choice: by default they run on these very cores, and they are this engine's own.
+        choice: by default they run on these very cores, and they are this engine's own. Without an objective nothing
+        is moved, and it is the decode workers that prompts come before.
         """
         objectives = Objectives(options.ttft_slo_ms / 1000 or None, options.tpot_slo_ms / 1000 or None)
         prefill = known.prefill if known is not None else []
-        if options.uses_executors:
+        if options.uses_executors and (objectives != Objectives() or not options.maps):
             executors = ExecutorShares(self._executors.set_share)
             return ShareTuner(objectives, options.executor_share, prefill, executors)
         workers = WorkerShares([export.pid for export in self._executors.exports], self.lending.mappers.pids)
