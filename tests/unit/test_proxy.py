@@ -203,6 +203,31 @@ def test_without_a_decode_engine_it_is_503_and_without_a_prefill_engine_decode_c
     asyncio.run(run())
 
 
+def test_no_prompt_is_computed_while_nobody_can_decode_it() -> None:
+    async def run() -> None:
+        p, d = good_prefill(), good_decode()
+        async with p.serve():
+            async with d.serve():
+                port = int(d.url.rpartition(":")[2])
+            listener = bind("127.0.0.1", 0)
+            proxy = ServerThread(listener, [p.url], [d.url])
+            proxy.start()
+            try:
+                async with aiohttp.ClientSession(url_of(listener)) as client:
+                    for _ in range(3):
+                        async with client.post("/v1/completions", json=BODY) as answer:
+                            assert answer.status == 503
+                    assert len(p.seen) == 1, "it was not known before the first one"
+                    async with d.serve(port), client.post("/v1/completions", json=BODY) as answer:
+                        assert answer.status == 200
+                    assert len(p.seen) == 2
+            finally:
+                await asyncio.to_thread(proxy.stop)
+                listener.close()
+
+    asyncio.run(run())
+
+
 def test_a_stream_whose_engine_dies_ends_with_an_error_event() -> None:
     async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
         async with client.post("/v1/completions", json=BODY | {"stream": True}) as answer:

@@ -110,6 +110,8 @@ class Generate:
         answer = _Sender(self._limits, path, engine_headers(Request(scope).headers.items(), name), send, name)
         if not (self._prefill.all and bodies.can_disaggregate(body)):
             return await self._decoded(answer, raw)
+        if await self._decode.are_down():  # else prompts would be computed that nobody can decode
+            raise EngineFailed(self._decode.all[0], "unreachable", "it is not healthy again")
         found = await self._prefilled(path, body, answer.headers, name)
         if found is None:
             self._counts.without_prefill.inc()
@@ -191,6 +193,7 @@ class _Sender:
         try:
             async with asyncio.timeout(self._limits.first_byte_seconds) as deadline:
                 async with engine.post(self._path, data, self.headers) as answer:
+                    engine.is_down = False
                     if answer.status >= 500:
                         return await self._error(engine, answer.status, await answer.content.read(LOGGED))
                     self.taken = answer.status < 400
@@ -212,6 +215,7 @@ class _Sender:
             if sending:
                 raise ClientGone from error
             failed = unreachable(engine, error)
+            engine.is_down = failed.elsewhere
             if deadline.expired():
                 failed = EngineFailed(engine, "silent", "silent for too long")
             if not self._started:

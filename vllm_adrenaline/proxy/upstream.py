@@ -56,13 +56,15 @@ class EngineFailed(Exception):
 class Engine:
     """An engine, and the HTTP session for it.
 
-    `kind` is prefill or decode; `address` is http://host:port, or unix: and the path of a socket.
+    `kind` is prefill or decode; `address` is http://host:port, or unix: and the path of a socket. `is_down`: it could
+    not be reached when it was last asked to generate.
     """
 
     session: aiohttp.ClientSession
 
     def __init__(self, kind: str, address: str) -> None:
         self.kind, self.address = kind, address.rstrip("/")
+        self.is_down = False
         self._url = "http://engine" if address.startswith(UNIX) else self.address
 
     def open(self) -> aiohttp.ClientSession:
@@ -123,6 +125,12 @@ class Engines:
         first = self._next
         self._next = (first + 1) % len(self.all)
         return self.all[first:] + self.all[:first]
+
+    async def are_down(self) -> bool:
+        """Say whether none of them can be reached. Only those that could not be reached last are asked again."""
+        return all(engine.is_down for engine in self.all) and not any(
+            await asyncio.gather(*(engine.is_healthy() for engine in self.all))
+        )
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Open the sessions, until the stack is closed."""
