@@ -29,6 +29,7 @@ The engines are ordinary vLLM engines. To start them yourself:
 UP = """\
 Start a prefill engine, a decode engine and an OpenAI-compatible proxy on this machine, and stop all of them
 together. Flags that are not listed here go to both engines, after MODEL, e.g. --max-model-len 8192 --dtype bfloat16.
+What ends is started again, up to five times in ten minutes.
 """
 UP_EPILOG = """\
 On a CPU the cores are halved between the engines, unless --one-device or VLLM_CPU_OMP_THREADS_BIND is set. The logs of
@@ -39,7 +40,8 @@ Run the proxy alone, in front of engines that run already. Several engines of a 
 """
 STATUS = """\
 Show the batch of each engine, what attention costs here and in the executors, and all placement decisions so far by
-kind and reason. Reads the engines' /metrics; `adrenaline up` prints their addresses.
+kind and reason. Reads the engines' /metrics, at their own addresses or behind a proxy. Sends $ADRENALINE_API_KEY, if
+that is set.
 """
 KEYGEN = """\
 Make the key of an engine whose control messages go to other hosts, and print its public key. The secret key is for
@@ -59,9 +61,12 @@ ROOMS = {
 """Commands whose arguments and work are in a room's command.py, and what they are for."""
 
 
-def _address(parser: argparse.ArgumentParser) -> None:
+def _proxy_options(parser: argparse.ArgumentParser) -> None:
+    from vllm_adrenaline.proxy import limits
+
     parser.add_argument("--host", default="127.0.0.1", help="address the proxy listens on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port of the proxy (default: %(default)s)")
+    limits.add_arguments(parser)
 
 
 def _command_of(name: str) -> Any:
@@ -98,21 +103,22 @@ def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="both engines on all cores and with one KV cache: the decode engine attends in the prefill engine's "
         "memory, and nothing is sent or moved. Without it the cores are halved",
     )
-    _address(up)
     for role in ("prefill", "decode"):
         up.add_argument(
             f"--{role}-args", default="", metavar='"ARGS"', help=f"more vLLM flags, for the {role} engine only"
         )
+    _proxy_options(up)
 
     proxy = commands.add_parser("proxy", help="run the proxy alone", description=PROXY, formatter_class=raw)
     for role in ("prefill", "decode"):
         proxy.add_argument(
             f"--{role}", required=True, metavar="URL[,URL]", help=f"{role} engines, e.g. http://127.0.0.1:8100"
         )
-    _address(proxy)
+    proxy.add_argument("--fd", type=int, help=argparse.SUPPRESS)  # a bound socket, from `adrenaline up`
+    _proxy_options(proxy)
 
     status = commands.add_parser("status", help="show what engines do", description=STATUS, formatter_class=raw)
-    status.add_argument("engines", nargs="+", metavar="URL", help="engines, e.g. http://127.0.0.1:8200")
+    status.add_argument("engines", nargs="+", metavar="URL", help="engines, or a proxy in front of them")
     status.add_argument("--json", action="store_true", help="print one JSON list instead")
 
     for name, (_, summary) in ROOMS.items():
@@ -139,19 +145,25 @@ def _urls(flag: str, text: str) -> list[str]:
 
     urls = [url.strip() for url in text.split(",") if url.strip()]
     for url in urls:
-        if not url.startswith(("http://", "https://")):
-            raise AdrenalineError(f"{flag}: {url!r} is no URL; write http://HOST:PORT")
+        if not url.startswith(("http://", "https://", "unix:/")):
+            raise AdrenalineError(f"{flag}: {url!r} is no URL; write http://HOST:PORT, or unix:/PATH")
     if not urls:
         raise AdrenalineError(f"{flag} names no engine")
     return urls
 
 
 def _proxy(options: argparse.Namespace) -> int:
+    import logging
+    import socket
+
+    from vllm_adrenaline.proxy import limits
     from vllm_adrenaline.proxy.server import bind, make_server, url_of
     from vllm_adrenaline.system.terminal import say
 
-    server = make_server(_urls("--prefill", options.prefill), _urls("--decode", options.decode))
-    with bind(options.host, options.port) as listener:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    engines = _urls("--prefill", options.prefill), _urls("--decode", options.decode)
+    server = make_server(*engines, limits.from_options(options), limits.api_key(options.api_key))
+    with bind(options.host, options.port) if options.fd is None else socket.socket(fileno=options.fd) as listener:
         say(f"proxy: {url_of(listener)}")
         server.run(sockets=[listener])
     return 0

@@ -21,6 +21,7 @@ from vllm_adrenaline.launch.engine_command import EngineCommand
 from vllm_adrenaline.launch.process import EngineProcess, group_members, meaningful_lines
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy.server import bind
+from vllm_adrenaline.system import http_get
 from vllm_adrenaline.system.ports import reserve_ports
 
 # Has a child that ignores SIGTERM, as a hanging worker would.
@@ -31,13 +32,25 @@ child = subprocess.Popen([sys.executable, "-c", code])
 time.sleep(60)
 """
 SERVER = """
-import http.server, sys
+import http.server, os, socketserver, sys
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+    def address_string(self):
+        return "client"
+if sys.argv[1].isdigit():
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+socketserver.ThreadingUnixStreamServer(sys.argv[1], Handler).serve_forever()
 """
+
+
+def at(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
+
+
+def fake_engine(name: str, model: str, path: Path, args: object, env: dict[str, str]) -> EngineCommand:
+    return EngineCommand(name, f"unix:{path}", [sys.executable, "-c", SERVER, str(path)], env)
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
@@ -161,7 +174,7 @@ time.sleep(60)
 def test_engine_that_ends_stops_the_others_and_says_why(tmp_path: Path) -> None:
     lasting = [sys.executable, "-c", "import time; time.sleep(60)"]
     failing = [sys.executable, "-c", "import time; time.sleep(1); raise ValueError('no such model')"]
-    specs = [EngineCommand("decode", 1, lasting), EngineCommand("prefill", 1, failing)]
+    specs = [EngineCommand("decode", at(1), lasting), EngineCommand("prefill", at(1), failing)]
     supervisor = Supervisor(specs, logs=tmp_path)
     pids: list[int] = []
     original = supervisor.check
@@ -183,7 +196,7 @@ def test_engine_that_ends_stops_the_others_and_says_why(tmp_path: Path) -> None:
 
 def test_ready_when_healthy(tmp_path: Path) -> None:
     (port,) = reserve_ports(1)
-    spec = EngineCommand("decode", port, [sys.executable, "-c", SERVER, str(port)])
+    spec = EngineCommand("decode", at(port), [sys.executable, "-c", SERVER, str(port)])
     with Supervisor([spec], logs=tmp_path) as supervisor:
         supervisor.check()
         os.kill(supervisor.processes["decode"].pid, signal.SIGKILL)
@@ -192,21 +205,30 @@ def test_ready_when_healthy(tmp_path: Path) -> None:
             supervisor.check()
 
 
-def test_cluster_leaves_no_folder_and_no_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dummy(name: str, model: str, port: int, args: object, env: dict[str, str]) -> EngineCommand:
-        return EngineCommand(name, port, [sys.executable, "-c", SERVER, str(port)], env)
-
-    monkeypatch.setattr(engine_command, "vllm_server", dummy)
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_cluster_leaves_no_folder_and_no_port_under_any_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    monkeypatch.setattr(engine_command, "vllm_server", fake_engine)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "logs").mkdir()
-    with Cluster(tmp_path, offload_ratio=0.5, logs=tmp_path / "logs") as cluster:
-        pids = [process.pid for process in cluster.processes.values()]
-        (runtime,) = tmp_path.glob("adrenaline-*")
-        assert runtime.stat().st_mode & 0o777 == 0o700
-        port = int(cluster.url.rpartition(":")[2])
-        cluster.check()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = os.umask(umask)
+    try:
+        with Cluster(tmp_path, offload_ratio=0.5) as cluster:
+            pids = [process.pid for process in cluster.processes.values()]
+            (runtime,) = tmp_path.glob("adrenaline-*")
+            assert runtime.stat().st_mode & 0o777 == 0o700
+            assert {path.name for path in runtime.glob("*.http")} == {"prefill.http", "decode.http"}
+            port = int(cluster.url.rpartition(":")[2])
+            cluster.check()
+            assert http_get.get(cluster.url, "/health", 5)[0] == 200
+            assert http_get.get(cluster.decode_url, "/metrics", 5)[0] == 200
+    finally:
+        os.umask(before)
+    made = [path for path in (tmp_path / "cache").rglob("*") if path.is_dir()]
+    assert {path.stat().st_mode & 0o777 for path in made} == {0o700}
     assert not list(tmp_path.glob("adrenaline-*"))
-    assert [group_members(pid) for pid in pids] == [[], []]
+    assert [group_members(pid) for pid in pids] == [[], [], []]
     bind("127.0.0.1", port).close()
 
 
@@ -295,12 +317,15 @@ def test_every_part_of_a_cluster_is_stopped_whatever_another_one_does(tmp_path: 
 
         close = stop
 
-    cluster._proxy, cluster._listener, cluster._supervisor = parts = (Part(), Part(), Part())  # type: ignore[assignment]
+        def end(self, name: str) -> None:
+            self.stop()
+
+    cluster._supervisor, cluster._listener = parts = (Part(), Part())  # type: ignore[assignment]
     cluster._runtime = tmp_path / "runtime"
     cluster._runtime.mkdir()
     with pytest.raises(PermissionError):
         cluster.stop()
-    assert stopped == [*parts]
+    assert stopped == [parts[0], *parts]  # the proxy, the engines, the port
     assert not (tmp_path / "runtime").exists()
     cluster.stop()
 
@@ -331,7 +356,7 @@ def test_a_start_that_stands_still_is_given_up_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str, said: str
 ) -> None:
     monkeypatch.setattr("vllm_adrenaline.launch.supervisor.STUCK_S", 1.0)
-    spec = EngineCommand("decode", 1, [sys.executable, "-c", code])
+    spec = EngineCommand("decode", at(1), [sys.executable, "-c", code])
     started = time.monotonic()
     with pytest.raises(AdrenalineError) as error, Supervisor([spec], logs=tmp_path, silence_limit=2):
         pass
@@ -347,7 +372,7 @@ def test_what_engines_are_at_is_shown_while_they_start(
     (port,) = reserve_ports(1)
     line = "(Worker pid=7) INFO 11-20 22:13:22 [x.py:9] Loading weights"
     code = f"print({line!r}, flush=True); import time; time.sleep(1)\n{SERVER}"
-    spec = EngineCommand("decode", port, [sys.executable, "-c", code, str(port)])
+    spec = EngineCommand("decode", at(port), [sys.executable, "-c", code, str(port)])
     with Supervisor([spec], logs=tmp_path):
         pass
     assert "s, decode: Loading weights\n" in capsys.readouterr().out

@@ -88,6 +88,8 @@ def commands_of(monkeypatch: pytest.MonkeyPatch, model: Path, **options: list[st
 
         def stop(self) -> None: ...
 
+        def end(self, name: str) -> None: ...
+
     monkeypatch.setattr("vllm_adrenaline.launch.cluster.Supervisor", Nothing)
     with pytest.raises(AdrenalineError, match="far enough"), Cluster(model, **options):  # type: ignore[arg-type]
         pass

@@ -153,7 +153,7 @@ def test_a_request_reaches_the_core_with_the_place_of_its_prompt(engine: Prefill
     assert asked["max_tokens"] == 1
     assert asked["cache_salt"] == "salt"
     assert asked[PARAMS]["do_remote_decode"] is True
-    assert "adrenaline_stay" not in asked[PARAMS], "there is no router to send the request back"
+    assert "adrenaline_stay" not in asked[PARAMS], "nobody would send the request back"
 
 
 def test_a_prompt_that_is_not_computed_there_is_computed_here(engine: PrefillEngine, prompts: Both) -> None:

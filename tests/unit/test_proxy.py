@@ -5,108 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
+from tests.unit.proxy_cases import BODY, PARAMS, FakeEngine, good_decode, good_prefill, with_proxy
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv import stamp
 from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.proxy.app import create_app
 from vllm_adrenaline.proxy.errors import Refused
+from vllm_adrenaline.proxy.limits import Limits
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
 from vllm_adrenaline.system.ports import reserve_ports
-
-PARAMS = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_block_ids": [[1, 2]]}
-BODY = {"model": "m", "prompt": "hello", "max_tokens": 7}
-
-
-class FakeEngine:
-    """An engine that records what it is asked and answers as it is told; `wait` blocks it until its client leaves."""
-
-    def __init__(self, answer: Any = None, status: int = 200, wait: bool = False, cut: bool = False) -> None:
-        self.answer, self.status, self.wait, self.cut = answer, status, wait, cut
-        self.seen: list[tuple[str, dict[str, Any], dict[str, str]]] = []
-        self.started, self.cancelled = asyncio.Event(), asyncio.Event()
-        self.url = ""
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        if request.path == "/health":
-            return web.Response(status=self.status)
-        if request.path == "/v1/models":
-            return web.json_response({"data": [{"id": "m"}]})
-        body = await request.json()
-        self.seen.append((request.path, body, {name.lower(): value for name, value in request.headers.items()}))
-        self.started.set()
-        try:
-            if body.get("stream"):
-                return await self.stream(request)
-            if self.wait:
-                await asyncio.sleep(60)
-        except (asyncio.CancelledError, ConnectionError):
-            self.cancelled.set()
-            raise
-        return web.json_response(self.answer, status=self.status)
-
-    async def stream(self, request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "X-Engine": "d"})
-        await response.prepare(request)
-        await response.write(b'data: {"a":  1}\n\n')
-        if self.cut:
-            assert request.transport is not None
-            request.transport.abort()
-        if self.wait:
-            await asyncio.sleep(60)
-        await response.write(b"data: [DONE]\n\n")
-        return response
-
-    @asynccontextmanager
-    async def serve(self) -> AsyncIterator[None]:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self.handle)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        try:
-            yield
-        finally:
-            await runner.cleanup()
-
-
-Test = Callable[[aiohttp.ClientSession, FakeEngine, FakeEngine], Awaitable[None]]
-
-
-def with_proxy(prefill: Callable[[], FakeEngine], decode: Callable[[], FakeEngine], test: Test) -> None:
-    """Run the test with a client of a proxy before the two engines."""
-
-    async def run() -> None:
-        p, d = prefill(), decode()
-        async with p.serve(), d.serve():
-            listener = bind("127.0.0.1", 0)
-            proxy = ServerThread(listener, [p.url], [d.url])
-            proxy.start()
-            try:
-                async with aiohttp.ClientSession(url_of(listener)) as client:
-                    await asyncio.wait_for(test(client, p, d), 20)
-            finally:
-                await asyncio.to_thread(proxy.stop)
-                listener.close()
-
-    asyncio.run(run())
-
-
-def good_prefill() -> FakeEngine:
-    return FakeEngine({"kv_transfer_params": PARAMS})
-
-
-def good_decode() -> FakeEngine:
-    return FakeEngine({"choices": [{"text": "x"}]})
 
 
 def test_prefill_first_then_decode_with_its_params() -> None:
@@ -221,7 +134,8 @@ def test_a_request_that_was_to_stay_goes_on_without_its_prefill_engine() -> None
 
 def test_the_limit_of_an_answer_is_the_one_that_vllm_takes() -> None:
     def limit(**body: object) -> object:
-        return bodies.for_prefill({"model": "m", **body})["kv_transfer_params"][bodies.STAY]
+        parsed = bodies.parse(json.dumps({"model": "m", **body}).encode())
+        return bodies.for_prefill(parsed)["kv_transfer_params"][bodies.STAY]
 
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
@@ -247,7 +161,9 @@ def test_refusal_of_the_prefill_engine_is_passed_on() -> None:
 
 
 @pytest.mark.parametrize("missing", ["prefill", "decode"])
-def test_engine_that_is_down_is_503(missing: str) -> None:
+def test_without_a_decode_engine_it_is_503_and_without_a_prefill_engine_decode_computes_the_prompt(
+    missing: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def run() -> None:
         engine = good_prefill() if missing == "decode" else good_decode()
         async with engine.serve():
@@ -258,15 +174,28 @@ def test_engine_that_is_down_is_503(missing: str) -> None:
             proxy.start()
             try:
                 async with aiohttp.ClientSession(url_of(listener)) as client:
-                    async with client.post("/v1/completions", json=BODY) as answer:
-                        assert answer.status == 503
-                        assert "Retry-After" in answer.headers
-                        error = (await answer.json())["error"]
-                        assert error["code"] == 503
-                        assert f"the {missing} engine at {down} does not answer" in error["message"]
+                    headers = {"X-Request-Id": "mine"}
+                    async with client.post("/v1/completions", json=BODY, headers=headers) as answer:
+                        if missing == "prefill":
+                            assert (answer.status, await answer.json()) == (200, {"choices": [{"text": "x"}]})
+                            assert engine.seen[0][1] == BODY
+                        else:
+                            assert answer.status == 503
+                            assert "Retry-After" in answer.headers
+                            error = (await answer.json())["error"]
+                            assert error["code"] == 503
+                            assert error["message"] == "the decode engine does not answer (request mine)"
+                    assert f"the {missing} engine at {down}" in caplog.text
+                    assert "(request mine)" in caplog.text
+                    async with client.get("/metrics") as answer:
+                        counted = f"adrenaline_proxy_without_prefill_total {float(missing == 'prefill')}"
+                        assert counted in await answer.text()
                     async with client.get("/health") as answer:
                         assert answer.status == 503
-                        assert f"{missing} engine" in (await answer.json())["error"]["message"]
+                        message = (await answer.json())["error"]["message"]
+                        assert message.startswith(f"not healthy: 1 {missing} engine(s)")
+                    async with client.get(f"/{missing}/metrics") as answer:
+                        assert answer.status == 503
             finally:
                 await asyncio.to_thread(proxy.stop)
                 listener.close()
@@ -274,13 +203,96 @@ def test_engine_that_is_down_is_503(missing: str) -> None:
     asyncio.run(run())
 
 
-def test_engine_that_dies_mid_answer_is_no_whole_answer() -> None:
+def test_no_prompt_is_computed_while_nobody_can_decode_it() -> None:
+    async def run() -> None:
+        p, d = good_prefill(), good_decode()
+        async with p.serve():
+            async with d.serve():
+                port = int(d.url.rpartition(":")[2])
+            listener = bind("127.0.0.1", 0)
+            proxy = ServerThread(listener, [p.url], [d.url])
+            proxy.start()
+            try:
+                async with aiohttp.ClientSession(url_of(listener)) as client:
+                    for _ in range(3):
+                        async with client.post("/v1/completions", json=BODY) as answer:
+                            assert answer.status == 503
+                    assert len(p.seen) == 1, "it was not known before the first one"
+                    async with d.serve(port), client.post("/v1/completions", json=BODY) as answer:
+                        assert answer.status == 200
+                    assert len(p.seen) == 2
+            finally:
+                await asyncio.to_thread(proxy.stop)
+                listener.close()
+
+    asyncio.run(run())
+
+
+def test_a_stream_whose_engine_dies_ends_with_an_error_event() -> None:
     async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
         async with client.post("/v1/completions", json=BODY | {"stream": True}) as answer:
+            first, last = (await answer.text()).removesuffix("\n\n").split("\n\n")
+        assert first == 'data: {"a":  1}'
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
+
+    with_proxy(good_prefill, lambda: FakeEngine(cut=True), test)
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
+def test_an_answer_that_is_cut_anywhere_else_is_no_whole_answer(kind: str) -> None:
+    class Cutting(FakeEngine):
+        async def handle(self, request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"Content-Type": kind})
+            await response.prepare(request)
+            await response.write(b'{"half": ')
+            await asyncio.sleep(0.1)
+            assert request.transport is not None
+            request.transport.abort()
+            return response
+
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", json=BODY) as answer:
             with pytest.raises(aiohttp.ClientError):
                 await answer.read()
 
-    with_proxy(good_prefill, lambda: FakeEngine(cut=True), test)
+    with_proxy(good_prefill, Cutting, test)
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_what_an_engine_says_of_its_own_failure_goes_to_the_log_only(
+    status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", json=BODY) as answer:
+            assert answer.status == status
+            text = await answer.text()
+        assert "/home/me/secret" not in text
+        assert answer.headers["X-Request-Id"] in text
+        assert "/home/me/secret" in caplog.text
+
+    said = {"error": {"message": "cannot open /home/me/secret"}}
+    with_proxy(good_prefill, lambda: FakeEngine(said, status=status), test)
+
+
+def test_a_prefill_engine_that_fails_leaves_the_prompt_to_decode() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", json=BODY) as answer:
+            assert answer.status == 200
+        assert d.seen[0][1] == BODY
+
+    with_proxy(lambda: FakeEngine({}, status=500), good_decode, test)
+
+
+def test_headers_that_are_not_on_the_list_stay_with_the_proxy() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        headers = {"Cookie": "a=b", "X-Data-Parallel-Rank": "1", "Traceparent": "00-1-2-01", "Forwarded": "for=x"}
+        async with client.post("/v1/completions", json=BODY, headers=headers) as answer:
+            assert answer.status == 200
+        for seen in (p.seen[0][2], d.seen[0][2]):
+            assert set(seen) <= {"host", "accept", "content-type", "content-length", "traceparent", "x-request-id"}
+            assert seen["traceparent"] == "00-1-2-01"
+
+    with_proxy(good_prefill, good_decode, test)
 
 
 def test_health_models_and_unknown_paths() -> None:
@@ -329,7 +341,7 @@ def test_body_size_is_bounded() -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        app = create_app(["http://p"], ["http://d"], max_body_bytes=100)
+        app = create_app(["http://p"], ["http://d"], Limits(max_body_bytes=100))
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
         await app(scope, receive, send)
         assert sent[0]["status"] == 413
@@ -362,11 +374,11 @@ def test_requests_of_several_sequences_go_to_decode_alone(extra: dict[str, Any])
 
 @pytest.mark.parametrize("extra", [{"n": 1}, {"n": None}, {"prompt": [1, 2, 3]}, {"prompt": ["a"]}, {"echo": False}])
 def test_one_sequence_is_disaggregated(extra: dict[str, Any]) -> None:
-    assert bodies.can_disaggregate(BODY | extra)
+    assert bodies.can_disaggregate(bodies.parse(json.dumps(BODY | extra).encode()))
 
 
 def test_prefill_that_kept_nothing_leaves_all_to_decode() -> None:
-    assert bodies.for_decode(BODY, bodies.params_of(b'{"kv_transfer_params": null}')) == BODY
+    assert bodies.params_of(b'{"kv_transfer_params": null}') is None
     with pytest.raises(Refused):
         bodies.params_of(b"[]")
 
@@ -436,18 +448,21 @@ def test_a_prompt_whose_client_leaves_before_decode_answers_is_given_up() -> Non
     with_proxy(good_prefill, lambda: FakeEngine({}, wait=True), test)
 
 
-def test_a_prompt_is_given_up_through_another_decode_engine_when_its_own_is_down() -> None:
+@pytest.mark.parametrize("refuses", [False, True])
+def test_with_one_decode_engine_down_another_one_decodes_or_gives_the_prompt_up(refuses: bool) -> None:
     async def run() -> None:
-        p, d = good_prefill(), good_decode()
+        p, d = good_prefill(), FakeEngine({"choices": []}, status=400 if refuses else 200)
         async with p.serve(), d.serve():
             listener = bind("127.0.0.1", 0)
-            proxy = ServerThread(listener, [p.url], [f"http://127.0.0.1:{reserve_ports(1)[0]}", d.url])
+            engines = [f"http://127.0.0.1:{reserve_ports(1)[0]}", d.url]
+            # The turn of a refused prompt's release is the next one's.
+            proxy = ServerThread(listener, [p.url], engines[::-1] if refuses else engines)
             proxy.start()
             try:
                 async with aiohttp.ClientSession(url_of(listener)) as client:
                     async with client.post("/v1/completions", json=BODY) as answer:
-                        assert answer.status == 503
-                    assert await released(d) == [RELEASE]
+                        assert answer.status == d.status
+                    assert await released(d, int(refuses)) == [RELEASE] * refuses
             finally:
                 await asyncio.to_thread(proxy.stop)
                 listener.close()

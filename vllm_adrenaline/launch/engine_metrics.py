@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -10,7 +9,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.proxy.limits import api_key
+from vllm_adrenaline.system import http_get
 
+TIMEOUT_S = 10
 KV_USED = "vllm:kv_cache_usage_perc"
 PLACEMENTS = "vllm:adrenaline_placements_total"
 
@@ -59,11 +61,19 @@ class EngineMetrics:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
 
+    def text(self) -> str:
+        """Return the page itself. Raises OSError or ValueError when there is none."""
+        key = api_key(None)  # the engine may be behind a proxy that wants it
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        status, page = http_get.get(self.url, "/metrics", TIMEOUT_S, headers)
+        if status != 200:
+            raise ValueError(f"status {status}")
+        return page.decode()
+
     def read(self) -> Snapshot:
         """Return all metrics. Raises AdrenalineError when no engine answers within ten seconds."""
         try:
-            with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
-                text = answer.read().decode()
+            text = self.text()
             if "\nvllm:" not in text:
                 raise ValueError("what is there has no metrics of vLLM")
             return Snapshot(text)

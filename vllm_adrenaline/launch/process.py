@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_adrenaline.launch.engine_command import PROXY
 from vllm_adrenaline.system.child import dying_with_parent
 
 SHM = "/dev/shm/"
@@ -60,10 +61,16 @@ def meaningful_lines(text: str, count: int = 3) -> list[str]:
 
 
 class EngineProcess:
-    """An engine, or any other command, that runs in a process group of its own and writes to the file `log`."""
+    """An engine, or any other command, that runs in a process group of its own and writes to the file `log`.
 
-    def __init__(self, name: str, command: Sequence[str], env: dict[str, str], log: Path) -> None:
+    `files` are the numbers of open files that it gets.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], env: dict[str, str], log: Path, files: Sequence[int] = ()
+    ) -> None:
         self.name, self.log = name, log
+        self.label = PROXY if name == PROXY else f"{name} engine"
         self._shm: set[str] = set()
         self._there_before = set(os.listdir(SHM))
         with log.open("wb") as output:
@@ -76,6 +83,7 @@ class EngineProcess:
                 # Not start_new_session: Linux gives every session a scheduling group of its own, and such groups were
                 # seen to starve each other for minutes (docs/vllm-notes.md).
                 process_group=0,
+                pass_fds=files,
             )
 
     @property
@@ -94,7 +102,7 @@ class EngineProcess:
         how = (
             f"was killed by {signal.Signals(-status).name}" if status and status < 0 else f"ended with status {status}"
         )
-        return self.explained(f"the {self.name} engine {how}")
+        return self.explained(f"the {self.label} {how}")
 
     def explained(self, what: str) -> str:
         """Return one message for the user: `what` happened, and what the log says of it."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_adrenaline.launch.engine_metrics import KV_USED, EngineMetrics, Snapshot
+from vllm_adrenaline.proxy.counts import ENGINES
 
 OURS = "vllm:adrenaline_"
 ENGINE = {
@@ -64,8 +65,22 @@ def table(status: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def engines_at(url: str) -> list[str]:
+    """Return where the metrics of engines are: of those behind a proxy, or of the one at this address itself."""
+    try:
+        kinds = Snapshot(EngineMetrics(url).text()).labelled(ENGINES)
+    except (OSError, ValueError):  # the engine's own metrics will say it in words
+        return [url]
+    url = url.rstrip("/")
+    return [f"{url}/{each['kind']}/{number}" for each, count in kinds for number in range(int(count))] or [url]
+
+
 def run(urls: Sequence[str], as_json: bool) -> int:
-    """Print the status of the engines at `urls` and return 0. Raises AdrenalineError for one that does not answer."""
-    found = [of_engine(url, EngineMetrics(url).read()) for url in urls]
+    """Print the status of the engines at or behind `urls` and return 0.
+
+    Raises AdrenalineError for one that does not answer.
+    """
+    engines = [engine for url in urls for engine in engines_at(url)]
+    found = [of_engine(url, EngineMetrics(url).read()) for url in engines]
     print(json.dumps(found) if as_json else "\n".join(table(status) for status in found))
     return 0

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.engine_command import EngineCommand
 from vllm_adrenaline.launch.process import EngineProcess
 from vllm_adrenaline.launch.running import Running
-from vllm_adrenaline.system.folders import cache_folder
+from vllm_adrenaline.system import http_get
+from vllm_adrenaline.system.folders import cache_folder, make_private
+from vllm_adrenaline.system.http_get import UNIX
 from vllm_adrenaline.system.terminal import StatusLine, say
 
 STOP_S = 15.0
@@ -30,24 +31,19 @@ LOG_FOLDERS_KEPT = 10
 
 def log_folder() -> Path:
     """Make and return a folder for the logs of one run. Only the last ten such folders are kept."""
-    parent = cache_folder("logs")
-    parent.mkdir(parents=True, exist_ok=True)
+    parent = make_private(cache_folder("logs"))
     old = sorted((path for path in parent.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     for path in old[: -LOG_FOLDERS_KEPT + 1]:
         shutil.rmtree(path, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=parent))
 
 
-def is_ready(port: int) -> bool:
-    """Say whether the engine on this loopback port answers /health with 200 within two seconds."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+def is_ready(url: str) -> bool:
+    """Say whether the engine or proxy at this address answers /health with 200 within two seconds."""
     try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
+        return http_get.get(url, "/health", 2)[0] == 200
+    except OSError:
         return False
-    finally:
-        connection.close()
 
 
 class Supervisor(Running):
@@ -80,9 +76,26 @@ class Supervisor(Running):
         """Start all engines, and wait for none."""
         self.logs, self._spawned_at = self.logs or log_folder(), time.monotonic()
         for spec in self.specs:
-            log = self.logs / f"{spec.name}.log"
-            self.processes[spec.name] = EngineProcess(spec.name, spec.argv, {**os.environ, **spec.env}, log)
-            say(f"{spec.name} engine: started as process {self.processes[spec.name].pid}, log: {log}")
+            self.launch(spec)
+
+    def add(self, spec: EngineCommand) -> None:
+        """Start one more process, and return when it is healthy. Raises AdrenalineError when it does not start."""
+        self.specs.append(spec)
+        self._spawned_at = time.monotonic()
+        self.launch(spec)
+        self.wait_until_ready([spec])
+
+    def launch(self, spec: EngineCommand) -> None:
+        """Start a process, for the first time or again. The log of its last life is kept beside the new one."""
+        assert self.logs is not None, "the supervisor has started"
+        log = self.logs / f"{spec.name}.log"
+        with suppress(FileNotFoundError):
+            log.rename(self.logs / f"{spec.name}.log.1")
+        if spec.url.startswith(UNIX):  # vLLM does not bind where a killed engine left its socket
+            Path(spec.url.removeprefix(UNIX)).unlink(missing_ok=True)
+        process = EngineProcess(spec.name, spec.argv, {**os.environ, **spec.env}, log, spec.files)
+        self.processes[spec.name] = process
+        say(f"{process.label}: started as process {process.pid}, log: {log}")
 
     def check(self) -> None:
         """Raise AdrenalineError if an engine has ended."""
@@ -100,30 +113,36 @@ class Supervisor(Running):
                 stack.callback(process.finish, deadline)
             self.processes = {}
 
-    def wait_until_ready(self) -> None:
-        """Return when each engine is healthy. Raises AdrenalineError when one does not start."""
-        waiting = {spec.name: spec for spec in self.specs}
+    def end(self, name: str) -> None:
+        """Stop one process for good."""
+        if (process := self.processes.pop(name, None)) is not None:
+            process.terminate()
+            process.finish(time.monotonic() + STOP_S)
+
+    def stuck(self, process: EngineProcess, seconds: float) -> str | None:
+        """Say in words why a process that has been starting for so many seconds will not be ready; None if it may."""
+        if process.thread_died and process.silent_s > STUCK_S:
+            return process.explained(f"the {process.label} does not start: one of its threads ended")
+        if process.silent_s > self.silence_limit or seconds > self.ready_timeout:
+            what = f"said nothing for {process.silent_s:.0f} s" if seconds <= self.ready_timeout else "is not up"
+            return process.explained(f"the {process.label} {what}, and is given up after {seconds:.0f} s")
+        return None
+
+    def wait_until_ready(self, specs: Sequence[EngineCommand] | None = None) -> None:
+        """Return when these or all processes are healthy. Raises AdrenalineError when one does not start."""
+        waiting = {spec.name: spec for spec in specs or self.specs}
         line = StatusLine(PROGRESS_S)
         while waiting:
             time.sleep(PROBE_S)
             self.check()
             seconds = time.monotonic() - self._spawned_at
-            for name in [name for name, spec in waiting.items() if is_ready(spec.port)]:
+            for name in [name for name, spec in waiting.items() if is_ready(spec.url)]:
                 del waiting[name]
                 self.processes[name].remember_shared_memory()
-                line.keep(f"{name} engine: ready after {seconds:.0f} s")
+                line.keep(f"{self.processes[name].label}: ready after {seconds:.0f} s")
             if waiting:
                 said = {name: self.processes[name].last_line[:LAST_LINE] or "starting" for name in waiting}
                 line.show(f"{seconds:.0f} s, {'; '.join(f'{name}: {last}' for name, last in said.items())}")
             for process in (self.processes[name] for name in waiting):
-                if process.thread_died and process.silent_s > STUCK_S:
-                    raise AdrenalineError(
-                        process.explained(f"the {process.name} engine does not start: one of its threads ended")
-                    )
-                if process.silent_s > self.silence_limit or seconds > self.ready_timeout:
-                    what = (
-                        f"said nothing for {process.silent_s:.0f} s" if seconds <= self.ready_timeout else "is not up"
-                    )
-                    raise AdrenalineError(
-                        process.explained(f"the {process.name} engine {what}, and is given up after {seconds:.0f} s")
-                    )
+                if why := self.stuck(process, seconds):
+                    raise AdrenalineError(why)

@@ -1,4 +1,4 @@
-"""`adrenaline up`: a whole cluster on this machine, until Ctrl-C or until one of its processes ends."""
+"""`adrenaline up`: a whole cluster on this machine, until Ctrl-C or until one of its processes ends too often."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.cluster import Cluster
+from vllm_adrenaline.proxy import limits
 from vllm_adrenaline.system.terminal import say
 
 CHECK_S = 0.5
@@ -33,12 +34,14 @@ def run(options: Namespace, engine_args: Sequence[str]) -> int:
         args=engine_args,
         prefill_args=split_flags("--prefill-args", options.prefill_args),
         decode_args=split_flags("--decode-args", options.decode_args),
+        limits=limits.from_options(options),
+        api_key=limits.api_key(options.api_key),
     )
     with cluster:
         try:
-            say(f"ready: {cluster.url}  (prefill {cluster.prefill_url}, decode {cluster.decode_url}; Ctrl-C stops all)")
+            say(f"ready: {cluster.url}  (see `adrenaline status {cluster.url}`; Ctrl-C stops all)")
             while True:
-                cluster.check()
+                cluster.recover()
                 time.sleep(CHECK_S)
         finally:
             say("stopping")

@@ -87,10 +87,10 @@ class LLM(vllm.LLM):
             else:
                 folder = runtime_folder()
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
-                address = f"ipc://{folder}/prefill"
+                address = start.listen_address(folder)
                 on_cores = start.cores_of_engines(share_all=mine.get(f"{PREFIX}pool", "remote") != "remote")
                 theirs, mine = start.with_memory(theirs), start.with_memory(mine)
-                engine = start.prefill_engine(model, address, theirs, on_cores.get("prefill"))
+                engine = start.prefill_engine(model, folder, theirs, on_cores.get("prefill"))
                 url, supervisor = engine.url, Supervisor([engine])
                 stack.callback(supervisor.stop)
                 supervisor.spawn()

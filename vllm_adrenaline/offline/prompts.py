@@ -12,7 +12,7 @@ import aiohttp
 
 from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.proxy.errors import Refused
-from vllm_adrenaline.proxy.upstream import UNREACHABLE, open_session
+from vllm_adrenaline.proxy.upstream import UNREACHABLE, Engine
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
@@ -51,9 +51,9 @@ class PromptsFirst(threading.Thread):
     forward: Callable[[EngineCoreRequest], None]
 
     def __init__(self, url: str) -> None:
-        """Start the thread. `url`: of the prefill engine's API."""
+        """Start the thread. `url`: of the prefill engine's API, as in Engine."""
         super().__init__(name="adrenaline-prompts", daemon=True)
-        self._url = f"{url.rstrip('/')}/v1/completions"
+        self._engine = Engine("prefill", url)
         self._loop = asyncio.new_event_loop()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._seats = asyncio.Semaphore(AT_ONCE)
@@ -100,16 +100,15 @@ class PromptsFirst(threading.Thread):
 
     async def _ask(self, request: EngineCoreRequest) -> dict[str, Any] | None:
         """Return where the prompt's KV cache is; None if the prefill engine does not have it."""
-        body = bodies.for_prefill(
-            {"prompt": request.prompt_token_ids, "max_tokens": request.sampling_params.max_tokens}
-        )
-        body[PARAMS] = bodies.KEEP_KV_FOR_DECODE  # and nobody asks it to decode
+        # A first token that ended the request would make vLLM drop the KV cache instead of handing it over.
+        body: dict[str, Any] = {"prompt": request.prompt_token_ids, "max_tokens": 1, "ignore_eos": True}
+        body[PARAMS] = bodies.KEEP_KV_FOR_DECODE
         if request.cache_salt is not None:
             body["cache_salt"] = request.cache_salt
         if self._session is None:
-            self._session = open_session()
+            self._session = self._engine.open()
         try:
-            async with self._session.post(self._url, json=body) as answer:
+            async with self._engine.post("/v1/completions", bodies.encode(body), []) as answer:
                 text = await answer.read()
                 if answer.status != 200:
                     raise Refused(answer.status, text.decode(errors="replace")[:500])
@@ -118,7 +117,7 @@ class PromptsFirst(threading.Thread):
             if not self._is_away:
                 logger.warning(
                     "the prefill engine at %s computes no prompts: this engine does so itself until it is back (%s)",
-                    self._url,
+                    self._engine.address,
                     error or type(error).__name__,
                 )
             self._is_away = True

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from vllm_adrenaline.compat import versions
@@ -18,7 +19,6 @@ from vllm_adrenaline.launch.engine_command import EngineCommand
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.offline.arguments import flags_of
 from vllm_adrenaline.system import cores
-from vllm_adrenaline.system.ports import reserve_ports
 
 WATCH_S = 0.5
 MEMORY = "gpu_memory_utilization"
@@ -43,12 +43,16 @@ def with_memory(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, MEMORY: round(memory.utilization(memory.read(), 2), 3)}
 
 
-def prefill_engine(model: str, address: str, arguments: Mapping[str, Any], on_cores: str | None) -> EngineCommand:
-    """Return how the prefill engine is started, which listens for the decode engine at `address`."""
-    (port,) = reserve_ports(1)
-    flags = ["--plugin", "adrenaline", "--adrenaline-role", "prefill", "--adrenaline-listen", address]
+def listen_address(folder: Path) -> str:
+    """Return the control address of the prefill engine whose sockets are in `folder`."""
+    return f"ipc://{folder}/prefill"
+
+
+def prefill_engine(model: str, folder: Path, arguments: Mapping[str, Any], on_cores: str | None) -> EngineCommand:
+    """Return how the prefill engine is started. In `folder` it serves, and listens for the decode engine."""
+    flags = ["--plugin", "adrenaline", "--adrenaline-role", "prefill", "--adrenaline-listen", listen_address(folder)]
     env = {CORES_ENV: on_cores} if on_cores else {}
-    return engine_command.vllm_server("prefill", model, port, [*flags, *flags_of(arguments)], env)
+    return engine_command.vllm_server("prefill", model, folder / "prefill.http", [*flags, *flags_of(arguments)], env)
 
 
 @contextmanager

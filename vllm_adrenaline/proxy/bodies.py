@@ -1,16 +1,29 @@
-"""Request bodies: pure functions from the client's JSON body to those for the prefill and the decode engine."""
+"""Request bodies: pure functions from the client's JSON body to those for the prefill and the decode engine.
+
+Of a body only the names of its fields become Python objects; values stay the bytes they are until one is needed. A body
+of 8 MiB may be millions of values, which as objects would take many times its size.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+import msgspec
+from msgspec import Raw
 
 from vllm_adrenaline.proxy.errors import Refused
 
-Body = dict[str, Any]
+Body = dict[str, Raw]
+"""A body by the names of its fields; the values are JSON."""
+MOST_FIELDS = 256
+SHORT = 64
+"""Bytes of a value that is read. What is longer is none of the numbers and switches that are looked for."""
+LONG = object()
 
 # vLLM's protocol of prefill/decode disaggregation: the first engine keeps the KV cache and answers where it is.
-KEEP_KV_FOR_DECODE: Body = {
+KEEP_KV_FOR_DECODE: dict[str, Any] = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
     "remote_engine_id": None,
@@ -32,48 +45,91 @@ NOT_FOR_PREFILL = (
     "stop",
     "stop_token_ids",
 )
+TOKEN_IDS = re.compile(rb"\s*\[\s*(-?[0-9]|\])")
+
+
+class _Carrier(msgspec.Struct):
+    """An object that may carry the engines' internal parameters."""
+
+    kv_transfer_params: Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class _PrefillAnswer(msgspec.Struct):
+    kv_transfer_params: dict[str, Any] | None
+
+
+_BODY = msgspec.json.Decoder(Body)
+_CARRIER = msgspec.json.Decoder(_Carrier)
+_ONE = msgspec.json.Decoder(tuple[Raw])
+_PREFILL_ANSWER = msgspec.json.Decoder(_PrefillAnswer)
 
 
 def parse(raw: bytes) -> Body:
-    """Return the body as a dictionary.
+    """Return the fields of the body.
 
     Raises Refused for what is no JSON object, and for a body that carries the engines' internal parameters.
     """
     try:
-        body = json.loads(raw)
+        body = _BODY.decode(raw)
+    except msgspec.ValidationError:
+        raise Refused(400, "the request body must be a JSON object") from None
     except (ValueError, RecursionError):
         raise Refused(400, "the request body is not valid JSON") from None
-    if not isinstance(body, dict):
-        raise Refused(400, "the request body must be a JSON object")
-    extra = body.get("vllm_xargs")
-    if "kv_transfer_params" in body or (isinstance(extra, dict) and "kv_transfer_params" in extra):
+    if len(body) > MOST_FIELDS:
+        body.clear()  # the exception keeps this frame until the client has its answer
+        raise Refused(400, f"the request body has more than {MOST_FIELDS} fields")
+    if "kv_transfer_params" in body or _carries_params(body.get("vllm_xargs")):
         message = "kv_transfer_params is set by this server for its engines and is not accepted from clients"
         raise Refused(400, message, "kv_transfer_params")
     return body
 
 
+def _carries_params(extra: Raw | None) -> bool:
+    try:
+        return extra is not None and _CARRIER.decode(extra).kv_transfer_params is not msgspec.UNSET
+    except msgspec.ValidationError:  # no object: the engines refuse it
+        return False
+
+
+def _value(body: Body, name: str) -> Any:
+    """Return a field's value, None if it is not there, and LONG if it is no short one."""
+    raw = body.get(name)
+    if raw is None:
+        return None
+    return LONG if len(memoryview(raw)) > SHORT else json.loads(bytes(raw))
+
+
 def can_disaggregate(body: Body) -> bool:
     """Say whether one KV cache, made on the prefill engine, is enough for the whole request."""
-    if any(body.get(name) not in (None, 1) for name in ("n", "best_of")):
+    if any(_value(body, name) not in (None, 1) for name in ("n", "best_of")):
         return False
-    if any(body.get(name) for name in ("echo", "use_beam_search", "prompt_embeds")):
+    if any(_value(body, name) for name in ("echo", "use_beam_search", "prompt_embeds")):
         return False
     # 0 asks for prompt logprobs too; they come from prefill, which only the engine that answers must do.
-    if body.get("prompt_logprobs") is not None:
+    if _value(body, "prompt_logprobs") is not None:
         return False
-    prompt = body.get("prompt")
-    several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
-    return not several
+    return "prompt" not in body or _is_one_prompt(body["prompt"])
 
 
-def for_prefill(body: Body) -> Body:
+def _is_one_prompt(prompt: Raw) -> bool:
+    """Say whether a prompt is a text, a list of token ids, or a list with one of either."""
+    beginning = bytes(memoryview(prompt)[:SHORT])
+    if not beginning.lstrip().startswith(b"[") or TOKEN_IDS.match(beginning):
+        return True
+    try:
+        return len(_ONE.decode(prompt)) == 1
+    except msgspec.ValidationError:
+        return False
+
+
+def for_prefill(body: Body) -> dict[str, Any]:
     """Return the body that makes the prefill engine compute the prompt and keep its KV cache."""
-    prefill = {name: value for name, value in body.items() if name not in NOT_FOR_PREFILL}
+    prefill: dict[str, Any] = {name: value for name, value in body.items() if name not in NOT_FOR_PREFILL}
     # As vLLM takes them: completions have a default of 16 and know max_tokens only.
     limits = (
-        (body.get("max_tokens"), 16)
+        (_value(body, "max_tokens"), 16)
         if "prompt" in body
-        else (body.get("max_completion_tokens"), body.get("max_tokens"))
+        else (_value(body, "max_completion_tokens"), _value(body, "max_tokens"))
     )
     limit = next((each for each in limits if isinstance(each, int) and each > 0), ANY_LENGTH)
     params = KEEP_KV_FOR_DECODE | {STAY: min(limit, ANY_LENGTH)}
@@ -85,26 +141,28 @@ def for_prefill(body: Body) -> Body:
     return prefill
 
 
-def stays(params: Body | None) -> bool:
+def stays(params: dict[str, Any] | None) -> bool:
     """Say whether the prefill engine is to decode the request as well: it has computed nothing of it yet."""
     return params is not None and STAY in params
 
 
-def params_of(prefill_answer: bytes) -> Body | None:
+def params_of(prefill_answer: bytes) -> dict[str, Any] | None:
     """Return the kv_transfer_params of a prefill engine's answer: where it keeps the KV cache.
 
     None says that it kept nothing, and the decode engine computes the prompt itself. Raises Refused for an answer that
-    is none.
+    carries none.
     """
     try:
-        params = json.loads(prefill_answer)["kv_transfer_params"]
-    except (ValueError, KeyError, TypeError):
+        return _PREFILL_ANSWER.decode(prefill_answer).kv_transfer_params
+    except (ValueError, RecursionError):
         raise Refused(502, "the prefill engine's answer carries no kv_transfer_params") from None
-    if params is not None and not isinstance(params, dict):
-        raise Refused(502, "the prefill engine's kv_transfer_params are no JSON object")
-    return params
 
 
-def for_decode(body: Body, params: Body | None) -> Body:
+def for_decode(body: Body, params: dict[str, Any]) -> dict[str, Any]:
     """Return the body that makes the decode engine go on with the KV cache that `params` describe."""
-    return body if params is None else body | {"kv_transfer_params": params}
+    return body | {"kv_transfer_params": params}
+
+
+def encode(body: dict[str, Any]) -> bytes:
+    """Return a body as JSON; values that are JSON already go into it as they are."""
+    return msgspec.json.encode(body)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any
 
 from starlette.responses import JSONResponse
 
 RETRY_AFTER_S = 5
+REQUEST_ID = "X-Request-Id"
+TRY_AGAIN = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 class Refused(Exception):
@@ -17,10 +20,22 @@ class Refused(Exception):
         self.status, self.message, self.param = status, message, param
 
 
-def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
-    """Return an error as vLLM would answer it. One with status 503 also says when to try again."""
+def content(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """Return the JSON of an error as vLLM would answer it."""
     name = HTTPStatus(status).phrase.title().replace(" ", "")
     kind = "InternalServerError" if status == HTTPStatus.INTERNAL_SERVER_ERROR else f"{name}Error"
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
-    content = {"error": {"message": message, "type": kind, "param": param, "code": status}}
-    return JSONResponse(content, status_code=status, headers=headers)
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def error_response(status: int, message: str, request_id: str, param: str | None = None) -> JSONResponse:
+    """Return an error for a client.
+
+    It names the request, by which the operator finds in the log what a client is not told. One with status 429 or 503
+    also says when to try again.
+    """
+    headers = {REQUEST_ID: request_id}
+    if status in TRY_AGAIN:
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        message = f"{message} (request {request_id})"
+    return JSONResponse(content(status, message, param), status_code=status, headers=headers)

@@ -8,12 +8,12 @@ one was taken after all, nothing happens.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from typing import Any
 
-import aiohttp
+import msgspec
 
+from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.proxy.upstream import UNREACHABLE, Engines, Headers
 
 logger = logging.getLogger(__name__)
@@ -24,10 +24,10 @@ AT_ONCE = 64
 """Releases under way at most. The prefill engine lets other prompts go by itself, some seconds later."""
 
 
-def body_of(model: Any, params: dict[str, Any]) -> bytes:
+def body_of(model: msgspec.Raw | None, params: dict[str, Any]) -> bytes:
     """Return the body of the request that releases the prompt of `params`: its own prompt of one token does not fit."""
     body = {"prompt": [0], "max_tokens": 1, "kv_transfer_params": params}
-    return json.dumps(body if model is None else body | {"model": model}).encode()
+    return bodies.encode(body if model is None else body | {"model": model})
 
 
 class Releases:
@@ -37,23 +37,21 @@ class Releases:
         self._decode = decode
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, session: aiohttp.ClientSession, data: bytes, headers: Headers) -> None:
+    def start(self, data: bytes, headers: Headers) -> None:
         """Start to release a prompt. `data` is made by `body_of`; `headers` are those of the prompt's request."""
         if len(self._tasks) >= AT_ONCE:
             logger.warning("%d prompts are being given up already", AT_ONCE)
             return
-        own = [(name, value) for name, value in headers if name.lower() not in ("x-request-id", "accept-encoding")]
-        task = asyncio.create_task(self._release(session, data, own))
+        own = [(name, value) for name, value in headers if name.lower() != "x-request-id"]
+        task = asyncio.create_task(self._release(data, own))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _release(self, session: aiohttp.ClientSession, data: bytes, headers: Headers) -> None:
-        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-        for _ in self._decode.urls:  # any of them will do
-            url = self._decode.next()
+    async def _release(self, data: bytes, headers: Headers) -> None:
+        for engine in self._decode.in_turn():  # any of them will do
             try:
-                async with session.post(url + PATH, data=data, headers=headers, timeout=timeout) as answer:
+                async with asyncio.timeout(TIMEOUT_S), engine.post(PATH, data, headers) as answer:
                     await answer.read()
                     return
             except UNREACHABLE as error:
-                logger.warning("the decode engine at %s cannot give up a prompt: %s", url, error)
+                logger.warning("the decode engine at %s cannot give up a prompt: %s", engine.address, error)

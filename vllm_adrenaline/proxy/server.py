@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 import socket
 import threading
 import time
@@ -12,9 +13,14 @@ import uvicorn
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.proxy.app import create_app
+from vllm_adrenaline.proxy.connections import Connections
+from vllm_adrenaline.proxy.counts import Counts
+from vllm_adrenaline.proxy.limits import Limits
 
 DRAIN_S = 5
 START_S = 10.0
+FILES = 64
+"""Files that the proxy has open beside the connections of its clients and those to engines."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -44,19 +50,55 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_server(prefill: Sequence[str], decode: Sequence[str]) -> uvicorn.Server:
-    """Return the proxy's server. When it is stopped, running requests have a few seconds to finish."""
+def make_server(
+    prefill: Sequence[str], decode: Sequence[str], limits: Limits | None = None, api_key: str | None = None
+) -> uvicorn.Server:
+    """Return the proxy's server; the arguments are those of `create_app`.
+
+    When it is stopped, running requests have a few seconds to finish. Raises AdrenalineError when this process may not
+    have as many connections as the limits allow.
+    """
+    limits, counts = limits or Limits(), Counts()
+    _allow_files(FILES + limits.max_connections + limits.max_requests)
     config = uvicorn.Config(
-        create_app(prefill, decode), log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S
+        create_app(prefill, decode, limits, api_key, counts),
+        http=Connections(limits, counts).protocol,  # type: ignore[arg-type]
+        ws="none",
+        h11_max_incomplete_event_size=limits.max_header_bytes,
+        timeout_keep_alive=limits.idle_seconds,  # type: ignore[arg-type]
+        log_level="error",  # of warnings it has one for every client that sends nonsense
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=DRAIN_S,
     )
     return uvicorn.Server(config)
+
+
+def _allow_files(count: int) -> None:
+    """Let this process open so many files. Raises AdrenalineError if it may not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY not in (soft, hard) and hard < count:
+        raise AdrenalineError(
+            f"the proxy needs {count} file descriptors, and may have {hard}: raise the limit (ulimit -n), or lower "
+            "--max-connections and --max-requests"
+        )
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 class ServerThread:
     """The proxy's server in a daemon thread of this process, behind a socket of `bind`."""
 
-    def __init__(self, listener: socket.socket, prefill: Sequence[str], decode: Sequence[str]) -> None:
-        self._server = make_server(prefill, decode)
+    def __init__(
+        self,
+        listener: socket.socket,
+        prefill: Sequence[str],
+        decode: Sequence[str],
+        limits: Limits | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        self._server = make_server(prefill, decode, limits, api_key)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [listener]}, name="proxy", daemon=True
         )

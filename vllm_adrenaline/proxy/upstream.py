@@ -1,85 +1,147 @@
-"""The engines behind the proxy, and the one HTTP session that all requests to them share."""
+"""The engines behind the proxy, and how they are asked."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import uuid
+import logging
 from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
 
 import aiohttp
+
+from vllm_adrenaline.system.http_get import UNIX
 
 CONNECT_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 5.0
 # vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request on one being closed would fail.
 KEEP_ALIVE_S = 2.0
-
+FOR_ENGINES = frozenset(("accept", "authorization", "traceparent", "tracestate"))
+"""Headers of clients that go to engines, beside the request's name. Others could steer an engine, or are of no use."""
 # RFC 9110 7.6.1, and what each side states for itself.
-HOP_BY_HOP = frozenset(
+NOT_FOR_CLIENTS = frozenset(
     (
         "connection",
+        "date",
         "keep-alive",
         "proxy-authenticate",
         "proxy-authorization",
         "proxy-connection",
+        "server",
         "te",
         "trailer",
         "transfer-encoding",
         "upgrade",
     )
 )
-NOT_FOR_ENGINES = HOP_BY_HOP | {"host", "content-length", "content-type", "expect"}
-NOT_FOR_CLIENTS = HOP_BY_HOP | {"date", "server"}
 
 Headers = list[tuple[str, str]]
 UNREACHABLE = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
-"""Exceptions of the session for an engine that does not answer."""
-LONGEST_ID = 256
-"""Characters of a client's X-Request-Id at most. Engines make it longer and send it in control messages."""
+"""Exceptions of a session for an engine that does not answer."""
+
+logger = logging.getLogger(__name__)
 
 
-class EngineUnreachable(Exception):
-    """An engine did not answer at all."""
+class EngineFailed(Exception):
+    """An engine that did not answer as it should. `what` is one of unreachable, silent, error; the text is for the log.
+
+    `elsewhere`: it has done nothing for the request, so that another engine can be asked.
+    """
+
+    def __init__(self, engine: Engine, what: str, detail: str, elsewhere: bool = False) -> None:
+        super().__init__(f"the {engine.kind} engine at {engine.address}: {detail}")
+        self.kind, self.what, self.elsewhere = engine.kind, what, elsewhere
+
+
+class Engine:
+    """An engine, and the HTTP session for it.
+
+    `kind` is prefill or decode; `address` is http://host:port, or unix: and the path of a socket. `is_down`: it could
+    not be reached when it was last asked to generate.
+    """
+
+    session: aiohttp.ClientSession
+
+    def __init__(self, kind: str, address: str) -> None:
+        self.kind, self.address = kind, address.rstrip("/")
+        self.is_down = False
+        self._url = "http://engine" if address.startswith(UNIX) else self.address
+
+    def open(self) -> aiohttp.ClientSession:
+        """Make and return the session. It limits nothing but the time that connecting takes."""
+        kept: dict[str, Any] = {"limit": 0, "keepalive_timeout": KEEP_ALIVE_S}
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.UnixConnector(self.address.removeprefix(UNIX), **kept)
+            if self.address.startswith(UNIX)
+            else aiohttp.TCPConnector(**kept),
+            timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # Bytes go through as they are.
+            auto_decompress=False,
+            skip_auto_headers=("Accept-Encoding", "User-Agent"),
+        )
+        return self.session
+
+    def post(self, path: str, data: bytes, headers: Headers) -> Any:
+        """Return the context manager of a request with a JSON body."""
+        sent = [*headers, ("Content-Type", "application/json")]
+        return self.session.post(self._url + path, data=data, headers=sent, allow_redirects=False)
+
+    async def get(self, path: str, headers: Headers, timeout_s: float) -> tuple[int, Headers, bytes]:
+        """Return status, headers and body of a page. Raises EngineFailed for an engine that does not answer."""
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self.session.get(self._url + path, headers=headers, timeout=timeout) as answer:
+                return answer.status, list(answer.headers.items()), await answer.read()
+        except UNREACHABLE as error:
+            raise unreachable(self, error) from error
+
+    async def is_healthy(self) -> bool:
+        """Say whether the engine answers /health with 200 within five seconds."""
+        try:
+            return (await self.get("/health", [], HEALTH_TIMEOUT_S))[0] == 200
+        except EngineFailed:
+            return False
+
+
+def unreachable(engine: Engine, error: BaseException) -> EngineFailed:
+    """Return what an exception of an engine's session says of the engine."""
+    elsewhere = isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
+    return EngineFailed(engine, "unreachable", str(error) or type(error).__name__, elsewhere)
 
 
 class Engines:
     """Engines of one kind, used in turn."""
 
-    def __init__(self, kind: str, urls: Sequence[str]) -> None:
+    def __init__(self, kind: str, addresses: Sequence[str]) -> None:
         self.kind = kind
-        self.urls = [url.rstrip("/") for url in urls]
-        self._turn = itertools.cycle(self.urls)
+        self.all = [Engine(kind, address) for address in addresses]
+        self._next = 0
 
-    def next(self) -> str:
-        """Return the engine whose turn it is."""
-        return next(self._turn)
+    def in_turn(self) -> list[Engine]:
+        """Return all engines, beginning with the one whose turn it is."""
+        if not self.all:
+            return []
+        first = self._next
+        self._next = (first + 1) % len(self.all)
+        return self.all[first:] + self.all[:first]
 
+    async def are_down(self) -> bool:
+        """Say whether none of them can be reached. Only those that could not be reached last are asked again."""
+        return all(engine.is_down for engine in self.all) and not any(
+            await asyncio.gather(*(engine.is_healthy() for engine in self.all))
+        )
 
-def open_session() -> aiohttp.ClientSession:
-    """Return the session for all requests. Nothing is limited but the time that connecting takes."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=None),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        # Bytes go through as they are, compressed or not.
-        auto_decompress=False,
-        skip_auto_headers=("Accept-Encoding", "User-Agent"),
-        read_bufsize=2**20,
-    )
-
-
-def engine_headers(headers: Iterable[tuple[str, str]]) -> Headers:
-    """Return the client's headers without those that belong to its connection to the proxy."""
-    return [(name, value) for name, value in headers if name.lower() not in NOT_FOR_ENGINES]
+    async def open(self, stack: AsyncExitStack) -> None:
+        """Open the sessions, until the stack is closed."""
+        for engine in self.all:
+            await stack.enter_async_context(engine.open())
 
 
-def with_request_id(headers: Headers) -> Headers:
-    """Return the headers with one X-Request-Id that engines can use: the client's, or a new one if that is unfit."""
-    given = [value for name, value in headers if name.lower() == "x-request-id"]
-    if len(given) == 1 and 0 < len(given[0]) <= LONGEST_ID and given[0].isascii() and given[0].isprintable():
-        return headers
-    others = [(name, value) for name, value in headers if name.lower() != "x-request-id"]
-    return [*others, ("X-Request-Id", uuid.uuid4().hex)]
+def engine_headers(headers: Iterable[tuple[str, str]], request_id: str) -> Headers:
+    """Return those of the client's headers that engines get, and the name of the request."""
+    kept = [(name, value) for name, value in headers if name.lower() in FOR_ENGINES]
+    return [*kept, ("X-Request-Id", request_id)]
 
 
 def client_headers(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
@@ -89,13 +151,3 @@ def client_headers(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, byte
         for name, value in headers
         if name.lower() not in NOT_FOR_CLIENTS
     ]
-
-
-async def is_healthy(session: aiohttp.ClientSession, url: str) -> bool:
-    """Say whether the engine answers /health with 200 within five seconds."""
-    timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
-    try:
-        async with session.get(f"{url}/health", timeout=timeout) as answer:
-            return answer.status == 200
-    except (TimeoutError, aiohttp.ClientError, OSError):
-        return False

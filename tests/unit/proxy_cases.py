@@ -1,0 +1,107 @@
+"""Fake engines, and a proxy in front of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from vllm_adrenaline.proxy.limits import Limits
+from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
+
+PARAMS = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_block_ids": [[1, 2]]}
+BODY = {"model": "m", "prompt": "hello", "max_tokens": 7}
+
+
+class FakeEngine:
+    """An engine that records what it is asked and answers as it is told; `wait` blocks it until its client leaves."""
+
+    def __init__(self, answer: Any = None, status: int = 200, wait: bool = False, cut: bool = False) -> None:
+        self.answer, self.status, self.wait, self.cut = answer, status, wait, cut
+        self.seen: list[tuple[str, dict[str, Any], dict[str, str]]] = []
+        self.started, self.cancelled = asyncio.Event(), asyncio.Event()
+        self.url = ""
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/health":
+            return web.Response(status=self.status)
+        if request.path == "/v1/models":
+            return web.json_response({"data": [{"id": "m"}]})
+        body = await request.json()
+        self.seen.append((request.path, body, {name.lower(): value for name, value in request.headers.items()}))
+        self.started.set()
+        try:
+            if body.get("stream"):
+                return await self.stream(request)
+            if self.wait:
+                await asyncio.sleep(60)
+        except (asyncio.CancelledError, ConnectionError):
+            self.cancelled.set()
+            raise
+        return web.json_response(self.answer, status=self.status)
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "X-Engine": "d"})
+        await response.prepare(request)
+        await response.write(b'data: {"a":  1}\n\n')
+        if self.cut:
+            assert request.transport is not None
+            request.transport.abort()
+        if self.wait:
+            await asyncio.sleep(60)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    @asynccontextmanager
+    async def serve(self, port: int = 0) -> AsyncIterator[None]:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self.handle)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", port)
+        await site.start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            yield
+        finally:
+            await runner.cleanup()
+
+
+Test = Callable[[aiohttp.ClientSession, FakeEngine, FakeEngine], Awaitable[None]]
+
+
+def with_proxy(
+    prefill: Callable[[], FakeEngine],
+    decode: Callable[[], FakeEngine],
+    test: Test,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+) -> None:
+    """Run the test with a client of a proxy before the two engines."""
+
+    async def run() -> None:
+        p, d = prefill(), decode()
+        async with p.serve(), d.serve():
+            listener = bind("127.0.0.1", 0)
+            proxy = ServerThread(listener, [p.url], [d.url], limits, api_key)
+            proxy.start()
+            try:
+                async with aiohttp.ClientSession(url_of(listener)) as client:
+                    await asyncio.wait_for(test(client, p, d), 20)
+            finally:
+                await asyncio.to_thread(proxy.stop)
+                listener.close()
+
+    asyncio.run(run())
+
+
+def good_prefill() -> FakeEngine:
+    return FakeEngine({"kv_transfer_params": PARAMS})
+
+
+def good_decode() -> FakeEngine:
+    return FakeEngine({"choices": [{"text": "x"}]})

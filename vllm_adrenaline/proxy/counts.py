@@ -1,0 +1,34 @@
+"""What the proxy counts, for its own /metrics."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+PREFIX = "adrenaline_proxy"
+ENGINES = f"{PREFIX}_engines"
+
+
+class Counts:
+    """The metrics of one proxy."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.engines = Gauge(ENGINES, "Engines behind the proxy.", ["kind"], registry=registry)
+        self.under_way = Gauge(f"{PREFIX}_requests_under_way", "Requests that are being answered.", registry=registry)
+        self.connections = Gauge(f"{PREFIX}_connections", "Open connections of clients.", registry=registry)
+        self.refused = Counter(
+            f"{PREFIX}_refused", "Requests and connections that a limit ended, by limit.", ["reason"], registry=registry
+        )
+        self.without_prefill = Counter(
+            f"{PREFIX}_without_prefill", "Requests whose prompts no prefill engine could compute.", registry=registry
+        )
+        self.failures = Counter(
+            f"{PREFIX}_engine_failures",
+            "Requests to engines that were not answered as they should be.",
+            ["kind", "what"],
+            registry=registry,
+        )
+
+    def text(self) -> bytes:
+        """Return all of them in the text format of Prometheus."""
+        return generate_latest(self._registry)
