@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 import msgspec
 
-from vllm_adrenaline.control import sockets
+from vllm_adrenaline.control import addresses
 from vllm_adrenaline.control.keys import Keys
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system import cores
@@ -288,12 +288,12 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def listen_address(self) -> str:
         """The control address of a prefill engine."""
-        return self.listen or sockets.default_address()
+        return self.listen or addresses.default()
 
     @property
     def peer_addresses(self) -> list[str]:
         """The control addresses of a decode engine's prefill engines. Their order numbers the executors."""
-        return [address.strip() for address in (self.peers or sockets.default_address()).split(",")]
+        return [address.strip() for address in (self.peers or addresses.default()).split(",")]
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Options:
@@ -316,7 +316,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if binds and bool(options.key) != bool(options.allow):
             raise AdrenalineError(f"{FLAG_PREFIX}key and {FLAG_PREFIX}allow of a prefill engine go together")
         for address in [options.listen_address] if binds else options.peer_addresses:
-            sockets.check_address(address, binds, has_keys=bool(options.key), insecure=options.insecure)
+            addresses.check(address, binds, has_keys=bool(options.key), insecure=options.insecure)
         cores.parse(options.executor_cores)
         if options.elastic != "off" and options.ratio is not None:
             raise AdrenalineError(

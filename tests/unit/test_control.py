@@ -19,7 +19,7 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.control.server import FAILED, ControlServer
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill.leases import LeaseManager, Offer
@@ -156,7 +156,7 @@ def test_a_mismatch_names_the_field_and_both_values(field: str, value: object) -
 @pytest.mark.parametrize("address", ["", "http://x:1", "ipc://relative", "tcp://127.0.0.1", "ipc:///" + "x" * 200])
 def test_an_address_that_cannot_work_is_refused(address: str) -> None:
     with pytest.raises(AdrenalineError):
-        sockets.check_address(address)
+        addresses.check(address)
 
 
 class Prefill:

@@ -103,11 +103,12 @@ def test_a_prefill_engine_with_another_key_than_its_address_says_is_not_talked_t
 
 
 class Relay(threading.Thread):
-    """What lies between two hosts: it passes on what it gets, and keeps what it saw."""
+    """What lies between two hosts: it passes on what it gets, and keeps what it saw, and what the near end said."""
 
     def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
         self.listener, self.port, self.seen = socket.create_server(("127.0.0.1", 0)), port, bytearray()
+        self.near_said = bytearray()
 
     def run(self) -> None:
         with (
@@ -120,6 +121,8 @@ class Relay(threading.Thread):
                     if not (data := ready.recv(65536)):
                         return
                     self.seen += data
+                    if ready is near:
+                        self.near_said += data
                     (far if ready is near else near).sendall(data)
 
 

@@ -157,7 +157,8 @@ class Server:
             try:
                 answer: messages.Message = self._attach(message)
             except (AdrenalineError, OSError, RuntimeError, ValueError) as error:
-                answer = messages.Refused(str(error)[: messages.MAX_REASON])
+                logger.warning("a worker of decode engine %s is refused: %s", message.engine, error)
+                answer = sockets.refusal(str(error), self._address)
             except Exception:
                 logger.exception("cannot attach a worker of decode engine %s", message.engine)
                 answer = messages.Refused("the attention executor failed; its log says how")

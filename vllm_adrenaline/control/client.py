@@ -53,7 +53,8 @@ class PrefillClient(threading.Thread):
         bad_frames: how many frames came that were no message.
     """
 
-    def __init__(self, address: str, identity: messages.Identity, engine: str) -> None:
+    def __init__(self, address: str, identity: messages.Identity, engine: str, beyond_loopback: bool = False) -> None:
+        """`beyond_loopback`: whether the operator named an interface to other hosts."""
         super().__init__(name="adrenaline-prefill-client", daemon=True)
         self.address = address
         self.welcome: messages.Welcome | None = None
@@ -61,6 +62,7 @@ class PrefillClient(threading.Thread):
         self.tpot, self.waiting, self.offloads = 0.0, 0, False
         self.slack: messages.Slack | None = None
         self.bad_frames = 0
+        self._beyond_loopback = beyond_loopback
         self.answers: deque[tuple[int, messages.AnyMessage]] = deque()
         self.answered = threading.Event()
         self._process_space = process_space()
@@ -134,8 +136,9 @@ class PrefillClient(threading.Thread):
 
     def run(self) -> None:
         while not self._stopping:
-            socket = sockets.connect(self.address)
+            socket = None
             try:
+                socket = sockets.connect(self.address)
                 with contextlib.ExitStack() as stack:
                     self._talk(socket, stack)
             except Exception:
@@ -143,7 +146,8 @@ class PrefillClient(threading.Thread):
                 self._end_life("cannot be talked to")
                 time.sleep(RETRY_S)
             finally:
-                socket.close(linger=int(1000 * RETRY_S) if self._stopping else 0)
+                if socket is not None:
+                    socket.close(linger=int(1000 * RETRY_S) if self._stopping else 0)
 
     def _watch(self, welcome: messages.Welcome, stack: contextlib.ExitStack) -> int:
         """Return a descriptor that is ready when the prefill engine's process has ended; -1 if we cannot see it."""
@@ -215,6 +219,7 @@ class PrefillClient(threading.Thread):
             logger.warning("the prefill engine at %s sent what is no message: %s", self.address, error)
             return True
         if isinstance(message, messages.Welcome):
+            sockets.check_welcome(message, self.address, self._beyond_loopback)
             self._acknowledge()
             if self.welcome is None or self.welcome.engine_id == message.engine_id:
                 self.welcome = message

@@ -201,7 +201,7 @@ class ControlServer(threading.Thread):
                     "the decode engine is on another host than the prefill engine, and cannot map its memory: start "
                     "both with --adrenaline-pool remote, and without --adrenaline-share-weights"
                 )
-            return self.handler.map(message) if reason is None else messages.Refused(reason)
+            return self.handler.map(message) if reason is None else self._refuse(reason)
         is_known = self.handler.note_sign_of_life(peer)
         if not is_known and not isinstance(message, messages.LetGo):  # that is of what was taken from its sender before
             return messages.Refused("unknown decode engine: say hello first")
@@ -213,9 +213,14 @@ class ControlServer(threading.Thread):
     def _greet(self, peer: bytes, hello: messages.Hello) -> messages.Message:
         reason = messages.mismatch(self.identity, hello.identity, "prefill engine", "decode engine")
         if reason is not None:
-            return messages.Refused(reason)
+            return self._refuse(reason)
         if hello.borrows and not hello.engine:
             return messages.Refused("a decode engine that borrows says its name: what it has is taken back by it")
         if hello.borrows:
             self._join(peer, hello)
         return self.handler.welcome(peer if hello.borrows else None)
+
+    def _refuse(self, reason: str) -> messages.Refused:
+        """Refuse somebody who does not fit, and log why."""
+        logger.warning("an engine is refused: %s", reason)
+        return sockets.refusal(reason, self.address)

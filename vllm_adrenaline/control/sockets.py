@@ -1,9 +1,6 @@
 """The ZMQ sockets of the control plane: frames and queues are bounded, and each socket has one thread that owns it.
 
-An address is `ipc:///path` (the default, protected by the folder's permissions) or `tcp://host:port`. Who connects to
-a TCP address may demand a key there, and writes it into the address: `tcp://KEY@host:port`. Both sides have to prove
-their keys then, and everything is encrypted (CURVE; keys.py). Beyond loopback that is a must, unless the operator says
-that it is not (--adrenaline-insecure).
+What an address may be is said in addresses.py.
 """
 
 from __future__ import annotations
@@ -11,80 +8,28 @@ from __future__ import annotations
 import contextlib
 import os
 import socket as std_socket
-import tempfile
+import stat
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
 import zmq
 
+from vllm_adrenaline.control import addresses, messages
 from vllm_adrenaline.control import keys as curve
-from vllm_adrenaline.control import messages
 from vllm_adrenaline.control.keys import Keys
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system.folders import private_folder
 
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-EVERY_INTERFACE = {"0.0.0.0", "::", "*"}
-HIGH_WATER_MARK = 10_000
-"""Messages that wait in a socket at most, in each direction."""
+MAX_UNSENT, MAX_UNREAD = 10_000, 64
+"""Messages that wait in a socket to be sent, and to be read, at most; of each connection. A sender waits when nobody
+reads, so that a flood fills its own memory, and of the reader's no more than MAX_UNREAD frames."""
+HANDSHAKE_MS = 10_000
+"""After how long a TCP connection is closed that has not said who it is."""
+BACKLOG = 128
+"""Connections to a Unix socket that wait to be accepted."""
 KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 60, zmq.TCP_KEEPALIVE_INTVL: 10, zmq.TCP_KEEPALIVE_CNT: 6}
 """So that a TCP connection to a host that is gone does not stay for ever. A process that only sleeps keeps its own."""
-
-
-def default_address() -> str:
-    """Return the address at which a prefill engine listens if none is given: the same for all engines of one user."""
-    return f"ipc://{tempfile.gettempdir()}/vllm-adrenaline-{os.getuid()}/prefill"
-
-
-def check_address(address: str, binds: bool = False, has_keys: bool = False, insecure: bool = False) -> str:
-    """Return `address` if it can be used.
-
-    Args:
-        address: what an operator, or a peer, says.
-        binds: whether we are to listen there, or else to connect.
-        has_keys: whether we have a key of our own, and if we listen an allow-list.
-        insecure: whether other machines may be talked to without keys.
-
-    Raises:
-        AdrenalineError: it has no form that can be used, or other machines would be trusted without a key.
-    """
-    parts = urlsplit(address)
-    if parts.scheme == "ipc" and parts.path.startswith("/") and len(parts.path) < 100:
-        return address
-    host, port = _host_of(address)
-    if parts.scheme != "tcp" or host is None or port is None:
-        raise AdrenalineError(
-            f"address {address!r} is neither ipc:///absolute/path (under 100 characters) nor tcp://host:port"
-        )
-    key = parts.username
-    if key is not None:
-        if binds:
-            raise AdrenalineError(f"address {address}: whoever listens there has no key in its address")
-        curve.parse(key, f"what stands before the @ of the address of {host}")
-        if not has_keys:
-            raise AdrenalineError(f"whoever listens at {host}:{port} wants to know our key: give --adrenaline-key")
-    if host in EVERY_INTERFACE:
-        raise AdrenalineError(f"address {address} is of every interface: name the address of one")
-    if host not in LOOPBACK and not insecure and (not has_keys if binds else key is None):
-        wanted = (
-            "--adrenaline-key and --adrenaline-allow"
-            if binds
-            else "--adrenaline-key, and its public key in the address, tcp://KEY@host:port"
-        )
-        raise AdrenalineError(
-            f"address {address} is not loopback: give {wanted} (docs/security.md); or --adrenaline-insecure, and then "
-            "everybody who reaches this network can read, write and end what is served"
-        )
-    return address
-
-
-def _host_of(address: str) -> tuple[str | None, int | None]:
-    """Return host and port of a TCP address; None for what is not there, or is none."""
-    parts = urlsplit(address)
-    try:
-        return parts.hostname, parts.port
-    except ValueError:
-        return None, None
 
 
 def check_free(address: str) -> None:
@@ -102,18 +47,13 @@ def check_free(address: str) -> None:
         )
 
 
-def sibling(address: str, suffix: str) -> str:
-    """Return an address to bind beside `address`: the same folder, or any free port of the same host."""
-    parts = urlsplit(address)
-    return f"{address}.{suffix}" if parts.scheme == "ipc" else f"tcp://{parts.hostname}:*"
-
-
 def _bounded(kind: int) -> zmq.Socket[bytes]:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, messages.MAX_FRAME)
-    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.SNDHWM, MAX_UNSENT)
+    socket.setsockopt(zmq.RCVHWM, MAX_UNREAD)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     for option, value in KEEPALIVE.items():
         socket.setsockopt(option, value)
     return socket
@@ -144,20 +84,37 @@ def bind(address: str, keys: Keys | None = None) -> tuple[zmq.Socket[bytes], str
     parts, keys = urlsplit(address), keys or _active
     if not address.endswith(":*"):
         check_free(address)
-    if parts.scheme == "ipc":
-        folder = Path(parts.path).parent
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     socket = _bounded(zmq.ROUTER)
     has_keys = keys is not None and parts.scheme == "tcp"
     try:
         if keys is not None and has_keys:
             curve.guard(socket, keys)
+        if parts.scheme == "ipc":
+            socket.setsockopt(zmq.USE_FD, _listen(parts.path))
         socket.bind(address)
-    except zmq.ZMQError as error:
+    except AdrenalineError:
+        socket.close()
+        raise
+    except (OSError, zmq.ZMQError) as error:
         socket.close()
         raise AdrenalineError(f"cannot listen at {address}: {error}") from None
     found = socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
     return socket, found.replace("tcp://", f"tcp://{keys.public.hex()}@", 1) if keys is not None and has_keys else found
+
+
+def _listen(path: str) -> int:
+    """Return a Unix socket that listens at `path`, to which this user alone may connect, whatever the umask is."""
+    private_folder(Path(path).parent)
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise AdrenalineError(f"cannot listen at {path}: there is a file that is no socket")
+        os.unlink(path)  # left by a process that was killed; check_free has found that nobody listens
+    with std_socket.socket(std_socket.AF_UNIX) as listener:
+        os.fchmod(listener.fileno(), 0o600)  # before it has a path, which gets these permissions
+        listener.bind(path)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+        return listener.detach()
 
 
 def unbind(socket: zmq.Socket[bytes], address: str) -> None:
@@ -176,9 +133,11 @@ def connect(address: str, keys: Keys | None = None) -> zmq.Socket[bytes]:
         keys: our own; None for those of this process.
 
     Raises:
-        AdrenalineError: the address demands a key, and we have none.
+        AdrenalineError: the address demands a key, and we have none; or others could listen in its folder.
     """
     parts, keys = urlsplit(address), keys or _active
+    if parts.scheme == "ipc":
+        private_folder(Path(parts.path).parent)  # made now, so that nobody else makes it before the peer is there
     socket = _bounded(zmq.DEALER)
     try:
         if parts.username is not None:
@@ -193,6 +152,31 @@ def connect(address: str, keys: Keys | None = None) -> zmq.Socket[bytes]:
         socket.close()
         raise
     return socket
+
+
+def check_welcome(welcome: messages.Welcome, by: str, beyond_loopback: bool) -> None:
+    """Raise AdrenalineError unless the prefill engine that we reach at `by` may name the addresses in its welcome.
+
+    They are checked like an operator's. `beyond_loopback`: whether the operator named an interface to other hosts.
+    """
+    addresses.check_host(welcome.nixl_host, welcome.nixl_port, by, beyond_loopback)
+    check_executors(welcome, by)
+
+
+def check_executors(welcome: messages.Welcome, by: str) -> None:
+    """Raise AdrenalineError unless the prefill engine that we reach at `by` may name these executors."""
+    for executor in welcome.executors:
+        if executor:  # else it does not serve yet
+            addresses.check_named(executor, by, has_keys=_active is not None)
+
+
+def refusal(reason: str, address: str) -> messages.Refused:
+    """Return what is told to somebody whom we refuse at `address`, where we listen.
+
+    What we are is told to those only who have proved a key, or are this user.
+    """
+    told = "the log of who refuses says why" if addresses.lets_anybody_in(address) else reason
+    return messages.Refused(told[: messages.MAX_REASON])
 
 
 def ask_once(

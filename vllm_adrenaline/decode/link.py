@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import zmq
 
@@ -213,10 +212,8 @@ class Link:
             raise on_another_host(self.address)
         if not answer.executors[self._rank]:
             raise NoAnswer(f"the attention executor {self._rank} of the prefill engine at {self.address} is starting")
-        executor = answer.executors[self._rank]
-        if urlsplit(executor).username != urlsplit(self.address).username:
-            raise AdrenalineError(f"the prefill engine at {self.address} names an executor that has not its key")
-        return executor
+        sockets.check_executors(answer, self.address)
+        return answer.executors[self._rank]
 
     def fail(self) -> None:
         """Give the channel up. A thread of its own has the executor let go, and attaches anew."""

@@ -29,7 +29,7 @@ from vllm_adrenaline.decode.own_prompts import OwnPrompts
 from vllm_adrenaline.decode.report import Report
 from vllm_adrenaline.decode.request_table import RequestTable
 from vllm_adrenaline.engine.identity import identity_of
-from vllm_adrenaline.engine.setup import executors_of
+from vllm_adrenaline.engine.setup import executors_of, listens_beyond_loopback
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.placement.batch import Batch
 from vllm_adrenaline.placement.policy import Reason
@@ -57,7 +57,8 @@ class DecodeScheduler(Scheduler):
         sockets.use_keys(options.load_keys())
         identity = identity_of(self.vllm_config)
         engine = self.vllm_config.kv_transfer_config.engine_id
-        self.clients = [PrefillClient(address, identity, engine) for address in options.peer_addresses]
+        far = listens_beyond_loopback()
+        self.clients = [PrefillClient(address, identity, engine, far) for address in options.peer_addresses]
         for client in self.clients:
             client.start()
         self._wait_for_peers(options.connect_timeout)

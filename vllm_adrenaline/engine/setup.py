@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 UCX_INTERFACES = "UCX_NET_DEVICES"
 """Environment variable that names the network interfaces at which UCX, and so NIXL, listens."""
+LOOPBACK = "lo"
 SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 """Environment variable with the address of NIXL's side channel, as in vLLM: there others ask how memory is read."""
 WAIT_POLICY = "OMP_WAIT_POLICY"
@@ -90,7 +91,7 @@ def apply(args: EngineArgs, options: Options) -> None:
     args.kv_transfer_config = _kv_transfer_config(args.kv_transfer_config, options)
     # Else NIXL's UCX listens on every interface of the machine, five ports a worker. An operator who serves other
     # machines names the interface; workers inherit it.
-    os.environ.setdefault(UCX_INTERFACES, options.interface or "lo")
+    os.environ.setdefault(UCX_INTERFACES, options.interface or LOOPBACK)
     if options.interface:
         os.environ.setdefault(SIDE_CHANNEL_HOST, address_of(options.interface))
     if options.maps:  # two engines share their cores
@@ -198,6 +199,12 @@ def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
             )
         if is_far(welcome) and not options.interface:
             raise on_another_host(address)
+        sockets.check_welcome(welcome, address, listens_beyond_loopback())
+
+
+def listens_beyond_loopback() -> bool:
+    """Whether NIXL of this process talks to other hosts: the operator named an interface."""
+    return os.environ.get(UCX_INTERFACES, LOOPBACK) != LOOPBACK
 
 
 def no_executors(address: str) -> AdrenalineError:

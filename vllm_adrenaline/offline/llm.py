@@ -20,7 +20,7 @@ import vllm
 
 from vllm_adrenaline.compat import engine_core_client
 from vllm_adrenaline.config import PLUGIN, Options, ratio_of
-from vllm_adrenaline.control import sockets
+from vllm_adrenaline.control import addresses
 from vllm_adrenaline.engine.setup import check_model
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.supervisor import Supervisor
@@ -83,7 +83,7 @@ class LLM(vllm.LLM):
             supervisor: Supervisor | None = None
             on_cores: dict[str, str] = {}
             if isinstance(prefill, str):
-                url, address = prefill, mine.get(f"{PREFIX}peers") or sockets.default_address()
+                url, address = prefill, mine.get(f"{PREFIX}peers") or addresses.default()
             else:
                 folder = runtime_folder()
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)

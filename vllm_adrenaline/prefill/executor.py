@@ -14,7 +14,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_adrenaline.attention.spec import ExecutorSpec
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.control import sockets
+from vllm_adrenaline.control import addresses, sockets
 from vllm_adrenaline.control.kv_export import KVExport
 from vllm_adrenaline.control.messages import SharedWeights
 from vllm_adrenaline.engine.identity import identity_of
@@ -43,7 +43,7 @@ class PrefillExecutor(MultiprocExecutor):
         specs = [
             ExecutorSpec(
                 rank=rank,
-                address=sockets.sibling(options.listen_address, f"executor{rank}"),
+                address=addresses.sibling(options.listen_address, f"executor{rank}"),
                 identity=identity,
                 kv=export,
                 cpus=cores[rank],

@@ -10,6 +10,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from vllm_adrenaline.errors import AdrenalineError
+
 LONGEST_PARENT = 80
 """Characters of a path below which Unix sockets can be. The kernel's limit for a socket's whole path is 107 bytes."""
 PREFIX = "adrenaline-"
@@ -67,3 +69,29 @@ def _is_abandoned(folder: Path) -> bool:
         finally:
             os.close(lock)
     return False
+
+
+def private_folder(folder: Path) -> None:
+    """Make `folder`, and those above it that are missing, for this user alone; one that is there must be as safe.
+
+    Raises:
+        AdrenalineError: it cannot be made, or others could put files there: it is a link, another user's, or others
+            may write into it. The message says what to do.
+    """
+    try:
+        make_private(folder)
+        found = os.lstat(folder)
+    except OSError as error:
+        raise AdrenalineError(f"cannot make the folder {folder} for sockets: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode):
+        trouble = "is a link, or no folder"
+    elif found.st_uid != os.geteuid():
+        trouble = f"belongs to the user {found.st_uid}, and this engine runs as {os.geteuid()}"
+    elif found.st_mode & 0o022:
+        trouble = f"can be written by others (its mode is {stat.S_IMODE(found.st_mode):o})"
+    else:
+        return
+    raise AdrenalineError(
+        f"the folder {folder} of a control socket {trouble}: whoever can put a socket there reads what is served. Name "
+        "a socket in a folder of this user alone (chmod 700), with --adrenaline-listen and --adrenaline-peers"
+    )
