@@ -74,9 +74,13 @@ class Elastic:
 
     def decide(self, running: Iterable[Row], queue: Iterable[Row], free: int) -> tuple[list[Row], list[Row]]:
         """Return the rows of the queue that stay and those that are handed over. `free`: blocks for those that stay."""
-        decided = list(self.rules.decide(self._seen(running), self._seen(queue), self._slacks(), free))
-        stay = [each.request.row for each in decided if each.outcome is Outcome.STAYS]
-        return stay, [each.request.row for each in decided if each.outcome is Outcome.HANDED_OVER]
+        rows = {str(id(row)): row for row in queue}
+        moved = self.rules.decide(self._seen(running), self._seen(rows.values()), self._slacks(), free)
+        stay: list[Row] = []
+        leave: list[Row] = []
+        for each in moved:
+            (stay if each.outcome is Outcome.STAYS else leave).append(rows[each.request.request_id])
+        return stay, leave
 
     def come_back(self, row: Row) -> None:
         """A row that was told to stay is here again."""
