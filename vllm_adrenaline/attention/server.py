@@ -18,7 +18,7 @@ from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.spec import READY, ExecutorSpec
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.system.machine import SHARE_PIDS, process_space, where_is
 from vllm_adrenaline.transport.channel import ExecutorChannel
 from vllm_adrenaline.transport.collective import CollectiveExecutorChannel
 from vllm_adrenaline.transport.pair import Disconnected
@@ -211,7 +211,8 @@ class Server:
     def _map(self, message: messages.Attach, memory: messages.MemoryFile, shape: Shape) -> None:
         """Serve a channel in shared memory."""
         if memory.process_space != process_space():
-            raise AdrenalineError("a decode worker on another host shares no memory with this attention executor")
+            where = where_is(memory.process_space)
+            raise AdrenalineError(f"a decode worker {where} shares no memory with this attention executor")
         pidfd = os.pidfd_open(memory.pid)
         try:
             fd = os.open(f"/proc/{memory.pid}/fd/{memory.fd}", os.O_RDWR | os.O_CLOEXEC)
@@ -232,8 +233,8 @@ class Server:
         """Serve a channel to another host; return what its decode worker has to be told."""
         if not self._spec.interface:
             raise AdrenalineError(
-                "the decode engine is on another host: start the prefill engine with --adrenaline-interface, which "
-                "names the network between the two"
+                "the decode engine is on another host or in another PID namespace: start the prefill engine with "
+                f"--adrenaline-interface, the network between the two; or both in one PID namespace ({SHARE_PIDS})"
             )
         layers, timeout = self._spec.kv.layers, self._spec.idle_timeout
         channel = CollectiveExecutorChannel(shape, self._spec.interface, message.epoch, len(layers), timeout)

@@ -17,7 +17,7 @@ from typing import Protocol
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.system.machine import how_to_share_memory, process_space, where_is
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -145,7 +145,8 @@ class ControlServer(threading.Thread):
             return
         self._engines[peer] = hello.engine
         if hello.process_space != process_space():
-            logger.info("decode engine %s is on another host: only its silence shows when it has gone", hello.engine)
+            where = where_is(hello.process_space)
+            logger.info("decode engine %s is %s: only its silence shows when it has gone", hello.engine, where)
         elif hello.pid:
             with contextlib.suppress(OSError):  # it cannot be seen from here: its lease tells when it is gone
                 pidfd = os.pidfd_open(hello.pid)
@@ -198,8 +199,9 @@ class ControlServer(threading.Thread):
             reason = messages.mismatch(self.identity, message.identity, "prefill engine", "decode worker")
             if reason is None and message.process_space != process_space():
                 reason = (
-                    "the decode engine is on another host than the prefill engine, and cannot map its memory: start "
-                    "both with --adrenaline-pool remote, and without --adrenaline-share-weights"
+                    f"the decode engine is {where_is(message.process_space)}, and cannot map the prefill engine's "
+                    "memory: start both with --adrenaline-pool remote, and without --adrenaline-share-weights"
+                    f"{how_to_share_memory(message.process_space)}"
                 )
             return self.handler.map(message) if reason is None else self._refuse(reason)
         is_known = self.handler.note_sign_of_life(peer)

@@ -20,7 +20,7 @@ import zmq
 
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.decode import probe
-from vllm_adrenaline.engine.setup import executors_of, is_far, no_executors, on_another_host
+from vllm_adrenaline.engine.setup import executors_of, is_far, no_executors, out_of_sight
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.placement.breaker import Breaker
 from vllm_adrenaline.system.machine import process_space
@@ -75,7 +75,7 @@ class Link:
         channel: None while we are not attached. A step that finds it so counts the executor's rows as failed.
         pid: the executor's process, when we attached last.
         is_writing: whether it may still write for a channel that we gave up.
-        is_far: whether the executor is on another host.
+        is_far: whether the executor is on another host, or as far away: its process cannot be seen from here.
         num_blocks, executors: what the prefill engine said last of itself, and of its executors (executors_of).
     """
 
@@ -209,7 +209,7 @@ class Link:
             raise no_executors(self.address)
         self.num_blocks, self.executors, self.is_far = answer.num_blocks, executors_of(answer), is_far(answer)
         if self.is_far and not self._interface:
-            raise on_another_host(self.address)
+            raise out_of_sight(self.address, answer)
         if not answer.executors[self._rank]:
             raise NoAnswer(f"the attention executor {self._rank} of the prefill engine at {self.address} is starting")
         sockets.check_executors(answer, self.address)

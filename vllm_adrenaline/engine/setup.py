@@ -21,7 +21,7 @@ from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.space import MAX_EXECUTORS
 from vllm_adrenaline.native import loader
 from vllm_adrenaline.system import cores
-from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.system.machine import how_to_share_memory, process_space, where_is
 from vllm_adrenaline.system.network import address_of
 
 if TYPE_CHECKING:
@@ -194,11 +194,11 @@ def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
             raise no_executors(address)
         if is_far(welcome) and options.maps:
             raise AdrenalineError(
-                f"the prefill engine at {address} is on another host, whose memory cannot be mapped here: start both "
-                "with --adrenaline-pool remote"
+                f"the prefill engine at {address} is {where_is(welcome.process_space)}, and its memory cannot be "
+                f"mapped here: start both with --adrenaline-pool remote{how_to_share_memory(welcome.process_space)}"
             )
         if is_far(welcome) and not options.interface:
-            raise on_another_host(address)
+            raise out_of_sight(address, welcome)
         sockets.check_welcome(welcome, address, listens_beyond_loopback())
 
 
@@ -216,20 +216,21 @@ def no_executors(address: str) -> AdrenalineError:
 
 
 def is_far(welcome: messages.Welcome) -> bool:
-    """Whether a prefill engine is on another host: its processes cannot be seen from here, nor its memory mapped."""
+    """Whether a prefill engine's processes cannot be seen from here, nor its memory mapped, as on another host."""
     return welcome.process_space != process_space()
 
 
 def executors_of(welcome: messages.Welcome) -> str:
-    """Return in words what a prefill engine's executors run on, and whether that is another host."""
-    return f"{welcome.executor_share}, on another host" if is_far(welcome) else welcome.executor_share
+    """Return in words what a prefill engine's executors run on, and whether that is out of sight."""
+    where = where_is(welcome.process_space)
+    return f"{welcome.executor_share}, {where}" if is_far(welcome) else welcome.executor_share
 
 
-def on_another_host(address: str) -> AdrenalineError:
-    """Return the error of a decode engine that names no network to the other host that its prefill engine is on."""
+def out_of_sight(address: str, welcome: messages.Welcome) -> AdrenalineError:
+    """Return the error of a decode engine that names no network to a prefill engine whose processes it cannot see."""
     return AdrenalineError(
-        f"the prefill engine at {address} is on another host: name the network between the two with "
-        "--adrenaline-interface, here and there"
+        f"the prefill engine at {address} is {where_is(welcome.process_space)}: name the network between the two with "
+        f"--adrenaline-interface, here and there{how_to_share_memory(welcome.process_space)}"
     )
 
 

@@ -24,3 +24,19 @@ def process_space() -> str:
     """Return what is equal in two processes that see each other under the same process ids, and in no others."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+SHARE_PIDS = "--pid=container:NAME or --pid=host of Docker, shareProcessNamespace of Kubernetes"
+"""How containers come to see each other's processes."""
+
+
+def where_is(space: str) -> str:
+    """Return in words where processes of another process space than ours are."""
+    if space.partition("/")[0] == process_space().partition("/")[0]:
+        return "in another PID namespace of this host"
+    return "on another host"
+
+
+def how_to_share_memory(space: str) -> str:
+    """Return what lets processes of another process space share memory with ours, to be said after a refusal."""
+    return "" if where_is(space) == "on another host" else f"; or start both in one PID namespace ({SHARE_PIDS})"
