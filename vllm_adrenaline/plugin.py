@@ -68,6 +68,7 @@ def _create_config(args: EngineArgs, usage_context: Any, create: Callable[[], An
         setup.apply(args, options)
         vllm_config = create()
         setup.check_supported(vllm_config)
+        setup.check_resources(options, vllm_config, logger.warning)
         setup.check_peers(options, vllm_config, logger.info)
     except AdrenalineError as error:
         if usage_context is UsageContext.OPENAI_API_SERVER:

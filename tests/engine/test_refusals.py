@@ -33,6 +33,10 @@ def reason(ended: Ended) -> str:
             "--kv-transfer-config names the connector 'LMCacheConnectorV1'",
         ),
         ([*PREFILL, "--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
+        (
+            [*PREFILL, "--kv-cache-memory-bytes", str(1 << 50)],
+            "the KV cache takes 1048576.0 GiB of memory and the weights take 0.0 GiB, and ",
+        ),
         ([*PREFILL, "--scheduling-policy", "priority", "--kv-cache-dtype", "fp8"], "priority scheduling"),
     ],
 )

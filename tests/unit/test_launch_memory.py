@@ -13,7 +13,8 @@ from vllm_adrenaline.engine.setup import PEERS_START_TOO
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.cluster import Cluster
-from vllm_adrenaline.launch.memory import GIB, PROCESSES_BYTES, Memory, is_chosen, read, utilization
+from vllm_adrenaline.launch.memory import PROCESSES_BYTES, is_chosen, utilization
+from vllm_adrenaline.system.memory import GIB, Memory, read
 
 ENGINES = ["prefill", "decode"]
 
@@ -73,7 +74,7 @@ def test_vllms_own_flags_are_in_charge(args: list[str], env: dict[str, str], cho
 
 def commands_of(monkeypatch: pytest.MonkeyPatch, model: Path, **options: list[str]) -> dict[str, list[str]]:
     """Return how a cluster's engines would be started on a machine with 24 GiB, all free."""
-    monkeypatch.setattr("vllm_adrenaline.launch.memory.read", lambda: Memory(24 * GIB, 23 * GIB))
+    monkeypatch.setattr("vllm_adrenaline.launch.cluster.read", lambda: Memory(24 * GIB, 23 * GIB))
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     made: dict[str, list[str]] = {}
     together: dict[str, bool] = {}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_adrenaline.compat import versions
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.engine import resources
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.space import MAX_EXECUTORS
@@ -163,6 +164,15 @@ def check_supported(config: VllmConfig) -> None:
     refused = [name for name, present in _unsupported(config) if present]
     if refused:
         raise AdrenalineError(f"vllm-adrenaline does not support {', '.join(refused)} yet")
+
+
+def check_resources(options: Options, config: VllmConfig, warn: Any) -> None:
+    """Raise AdrenalineError naming everything of which this machine has too little; `warn` of what makes it slower."""
+    wanted, found = resources.wanted(options, config), resources.read()
+    for sentence in resources.warnings(wanted, found):
+        warn(sentence)
+    if refused := resources.refusals(wanted, found):
+        raise AdrenalineError("; ".join(refused))
 
 
 def check_peers(options: Options, config: VllmConfig, say: Any) -> None:

@@ -22,6 +22,7 @@ from vllm_adrenaline.proxy.limits import Limits
 from vllm_adrenaline.proxy.server import bind, url_of
 from vllm_adrenaline.system import cores
 from vllm_adrenaline.system.folders import runtime_folder
+from vllm_adrenaline.system.memory import GIB, read
 from vllm_adrenaline.system.ports import reserve_ports
 from vllm_adrenaline.system.terminal import say
 
@@ -145,14 +146,14 @@ class Cluster(Running):
         free = [role for role in env if not memory.is_chosen(self._args[role], env[role])]
         if not free or not versions.is_cpu_build():
             return {}
-        found = memory.read()
+        found = read()
         shares = dict.fromkeys(env, memory.utilization(found, len(env)))
         if self.one_device:  # what the decode engine does not take of its half is the prefill engine's
             decode = min(shares["decode"], memory.least_share(self.model, self._args["decode"], found))
             shares = {"prefill": shares["prefill"] + shares["decode"] - decode, "decode": decode}
-        taken = " and ".join(f"{shares[role] * found.total / memory.GIB:.1f} GiB by the {role} engine" for role in free)
+        taken = " and ".join(f"{shares[role] * found.total / GIB:.1f} GiB by the {role} engine" for role in free)
         say(
-            f"memory: {found.available / memory.GIB:.1f} of {found.total / memory.GIB:.1f} GiB are available, of which "
+            f"memory: {found.available / GIB:.1f} of {found.total / GIB:.1f} GiB are available, of which "
             f"weights and KV cache may take {taken} (--gpu-memory-utilization)"
         )
         return {role: ["--gpu-memory-utilization", f"{shares[role]:.3f}"] for role in free}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system.memory import GIB, Memory
 
-GIB = 1 << 30
 PROCESSES_BYTES = 2 * GIB
 """What an engine takes beside its worker, which alone counts its memory: API server, engine core, what compiles."""
 SPARE = 0.08
@@ -21,43 +20,6 @@ WEIGHTS_FACTOR = 1.2
 """What a worker takes for its weights, over the size of the checkpoint."""
 CHOSEN_BY_FLAG = ("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--num-gpu-blocks-override")
 CHOSEN_BY_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
-UNLIMITED = 1 << 62
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The memory of a machine in bytes: `total` is all of it, as vLLM sees it; `available` is free or easily freed."""
-
-    total: int
-    available: int
-
-
-def read(root: Path = Path("/")) -> Memory:
-    """Return this machine's memory, or that of the container that this process runs in, if it has less.
-
-    It is read as vLLM reads it (vllm/utils/cpu_resource_utils.py, get_memory_node_info; 0.32): from cgroup v2, then v1.
-    /proc and /sys are looked for below `root`.
-    """
-    lines = (root / "proc/meminfo").read_text().splitlines()
-    found = {line.partition(":")[0]: 1024 * int(line.split()[1]) for line in lines}
-    total, available = found["MemTotal"], found["MemAvailable"]
-    groups = root / "sys/fs/cgroup"
-    for limit, usage in (
-        (groups / "memory.max", groups / "memory.current"),
-        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"),
-    ):
-        if (most := _number(limit)) is not None:
-            if most < min(total, UNLIMITED):
-                total, available = most, max(0, min(available, most - (_number(usage) or 0)))
-            break
-    return Memory(total, available)
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # not there, or "max"
-        return None
 
 
 def is_chosen(args: Sequence[str], env: Mapping[str, str]) -> bool:

@@ -19,6 +19,7 @@ from vllm_adrenaline.launch.engine_command import EngineCommand
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.offline.arguments import flags_of
 from vllm_adrenaline.system import cores
+from vllm_adrenaline.system.memory import read
 
 WATCH_S = 0.5
 MEMORY = "gpu_memory_utilization"
@@ -40,7 +41,7 @@ def with_memory(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return an engine's arguments with its half of this machine's memory, if nobody chose how much it takes."""
     if not versions.is_cpu_build() or memory.is_chosen(flags_of(dict.fromkeys(arguments, 0)), os.environ):
         return dict(arguments)
-    return {**arguments, MEMORY: round(memory.utilization(memory.read(), 2), 3)}
+    return {**arguments, MEMORY: round(memory.utilization(read(), 2), 3)}
 
 
 def listen_address(folder: Path) -> str:
