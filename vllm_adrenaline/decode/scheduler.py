@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,11 @@ from vllm_adrenaline.decode.own_prompts import OwnPrompts
 from vllm_adrenaline.decode.report import Report
 from vllm_adrenaline.decode.request_table import RequestTable
 from vllm_adrenaline.engine.identity import identity_of
-from vllm_adrenaline.engine.setup import executors_of, listens_beyond_loopback
+from vllm_adrenaline.engine.setup import ENDS_WITH_STARTER, executors_of, listens_beyond_loopback
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.placement.batch import Batch
 from vllm_adrenaline.placement.policy import Reason
+from vllm_adrenaline.system.child import end_with_parent
 from vllm_adrenaline.system.priority import come_first
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class DecodeScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         wait_without_spinning()
         come_first()
+        if ENDS_WITH_STARTER in os.environ:
+            end_with_parent()
         super().__init__(*args, **kwargs)
         options = Options.of(self.vllm_config)
         sockets.use_keys(options.load_keys())

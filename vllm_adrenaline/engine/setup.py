@@ -43,6 +43,10 @@ PEERS_START_TOO = "ADRENALINE_PEERS_START_TOO"
 """Environment variable that is set by whoever starts prefill and decode engines together. A decode engine then loads
 and compiles its model while its peers do, and waits for them only when it attaches to their executors."""
 
+ENDS_WITH_STARTER = "ADRENALINE_ENDS_WITH_STARTER"
+"""Environment variable that is set by LLM(...). Its engine core ends with the process that has it, however that ends;
+vLLM's own goes on when that is killed."""
+
 
 def check_model(model: str) -> None:
     """Raise AdrenalineError for a local path at which there is nothing. vLLM looks any other name up itself."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_adrenaline.compat import versions
 from vllm_adrenaline.compat.worker_cores import CORES_ENV
-from vllm_adrenaline.engine.setup import PEERS_START_TOO
+from vllm_adrenaline.engine.setup import ENDS_WITH_STARTER, PEERS_START_TOO
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import engine_command, memory
 from vllm_adrenaline.launch.engine_command import EngineCommand
@@ -58,8 +58,8 @@ def prefill_engine(model: str, folder: Path, arguments: Mapping[str, Any], on_co
 
 @contextmanager
 def environment(on_cores: str | None, peers_start_too: bool) -> Iterator[None]:
-    """Have what starts in the context begin on these cores, and not wait for its peers before it loads its model."""
-    wanted = {CORES_ENV: on_cores, PEERS_START_TOO: "1" if peers_start_too else None}
+    """Have what starts in the context begin on these cores, not wait for its peers, and end with this process."""
+    wanted = {CORES_ENV: on_cores, PEERS_START_TOO: "1" if peers_start_too else None, ENDS_WITH_STARTER: "1"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update({name: value for name, value in wanted.items() if value is not None})
     try:

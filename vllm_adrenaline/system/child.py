@@ -1,6 +1,8 @@
 """Child processes that do not outlive the thread that started them. Standard library only."""
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -18,3 +20,10 @@ os.execvp(sys.argv[2], sys.argv[2:])
 def dying_with_parent(command: Sequence[str]) -> list[str]:
     """Return a command line that runs `command`, and ends it by SIGTERM when the calling thread ends."""
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+
+
+def end_with_parent() -> None:
+    """Have this process ended by SIGTERM when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() == 1:  # it has ended already
+        os.kill(os.getpid(), signal.SIGTERM)
