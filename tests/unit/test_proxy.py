@@ -228,6 +228,37 @@ def test_no_prompt_is_computed_while_nobody_can_decode_it() -> None:
     asyncio.run(run())
 
 
+def test_a_prefill_engine_that_cannot_be_reached_rests_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        p, d = good_prefill(), good_decode()
+        async with d.serve():
+            async with p.serve():
+                port = int(p.url.rpartition(":")[2])
+            listener = bind("127.0.0.1", 0)
+            proxy = ServerThread(listener, [p.url], [d.url])
+            proxy.start()
+
+            async def complete() -> None:
+                async with client.post("/v1/completions", json=BODY) as answer:
+                    assert answer.status == 200
+
+            try:
+                async with aiohttp.ClientSession(url_of(listener)) as client:
+                    monkeypatch.setattr("vllm_adrenaline.proxy.upstream.REST_S", 2.0)
+                    await complete()
+                    async with p.serve(port):
+                        await complete()
+                        assert not p.seen
+                        while not p.seen:
+                            await asyncio.sleep(0.1)
+                            await complete()
+            finally:
+                await asyncio.to_thread(proxy.stop)
+                listener.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
 def test_a_stream_whose_engine_dies_ends_with_an_error_event() -> None:
     async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
         async with client.post("/v1/completions", json=BODY | {"stream": True}) as answer:

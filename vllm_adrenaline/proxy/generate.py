@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -145,13 +146,17 @@ class Generate:
         """
         data = bodies.encode(bodies.for_prefill(body))
         for engine in self._prefill.in_turn():
+            if time.monotonic() < engine.rests_until:
+                continue
             try:
                 async with asyncio.timeout(self._limits.first_byte_seconds):
                     async with engine.post(path, data, headers) as answer:
                         content = await answer.read()
                         status, given = answer.status, answer.headers.items()
+                engine.note(was_reached=True)
             except UNREACHABLE as error:
                 failed = unreachable(engine, error)
+                engine.note(was_reached=not failed.elsewhere)
                 if isinstance(error, TimeoutError) and not failed.elsewhere:
                     raise EngineFailed(engine, "silent", "no answer in time") from error
                 self._note(failed, name)
@@ -193,7 +198,7 @@ class _Sender:
         try:
             async with asyncio.timeout(self._limits.first_byte_seconds) as deadline:
                 async with engine.post(self._path, data, self.headers) as answer:
-                    engine.is_down = False
+                    engine.note(was_reached=True)
                     if answer.status >= 500:
                         return await self._error(engine, answer.status, await answer.content.read(LOGGED))
                     self.taken = answer.status < 400
@@ -215,7 +220,7 @@ class _Sender:
             if sending:
                 raise ClientGone from error
             failed = unreachable(engine, error)
-            engine.is_down = failed.elsewhere
+            engine.note(was_reached=not failed.elsewhere)
             if deadline.expired():
                 failed = EngineFailed(engine, "silent", "silent for too long")
             if not self._started:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -14,6 +15,7 @@ from vllm_adrenaline.system.http_get import UNIX
 
 CONNECT_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 5.0
+REST_S = 5.0
 # vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request on one being closed would fail.
 KEEP_ALIVE_S = 2.0
 FOR_ENGINES = frozenset(("accept", "authorization", "traceparent", "tracestate"))
@@ -57,14 +59,15 @@ class Engine:
     """An engine, and the HTTP session for it.
 
     `kind` is prefill or decode; `address` is http://host:port, or unix: and the path of a socket. `is_down`: it could
-    not be reached when it was last asked to generate.
+    not be reached when it was last asked to generate. Where others can do its work, it is not asked again before
+    `rests_until` (time.monotonic).
     """
 
     session: aiohttp.ClientSession
 
     def __init__(self, kind: str, address: str) -> None:
         self.kind, self.address = kind, address.rstrip("/")
-        self.is_down = False
+        self.is_down, self.rests_until = False, 0.0
         self._url = "http://engine" if address.startswith(UNIX) else self.address
 
     def open(self) -> aiohttp.ClientSession:
@@ -86,6 +89,10 @@ class Engine:
         """Return the context manager of a request with a JSON body."""
         sent = [*headers, ("Content-Type", "application/json")]
         return self.session.post(self._url + path, data=data, headers=sent, allow_redirects=False)
+
+    def note(self, was_reached: bool) -> None:
+        """Note whether it could be reached. A host that is gone would cost each request the whole time to connect."""
+        self.is_down, self.rests_until = not was_reached, 0.0 if was_reached else time.monotonic() + REST_S
 
     async def get(self, path: str, headers: Headers, timeout_s: float) -> tuple[int, Headers, bytes]:
         """Return status, headers and body of a page. Raises EngineFailed for an engine that does not answer."""
