@@ -158,9 +158,12 @@ def _proxy(options: argparse.Namespace) -> int:
 
     from vllm_adrenaline.proxy import limits
     from vllm_adrenaline.proxy.server import bind, make_server, url_of
+    from vllm_adrenaline.system.bounded_log import bound
     from vllm_adrenaline.system.terminal import say
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    for handler in logging.getLogger().handlers:
+        bound(handler)
     engines = _urls("--prefill", options.prefill), _urls("--decode", options.decode)
     server = make_server(*engines, limits.from_options(options), limits.api_key(options.api_key))
     with bind(options.host, options.port) if options.fd is None else socket.socket(fileno=options.fd) as listener:

@@ -14,6 +14,7 @@ from vllm_adrenaline import config
 from vllm_adrenaline.compat import engine_args
 from vllm_adrenaline.config import PLUGIN
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system.bounded_log import bound
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -22,7 +23,8 @@ logger = logging.getLogger("vllm.adrenaline")
 
 
 def register() -> None:
-    """Add the plugin's flags to vLLM; may be called again."""
+    """Add the plugin's flags to vLLM, and bound our log; may be called again."""
+    bound(logger)
     engine_args.wrap(_add_flags, _take_flags, _create_config)
 
 

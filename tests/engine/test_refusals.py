@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from vllm_adrenaline.system.folders import runtime_folder
 
 DECODE = ["--plugin", "adrenaline", "--adrenaline-role", "decode"]
 PREFILL = ["--plugin", "adrenaline", "--adrenaline-role", "prefill"]
-NOBODY = ["--adrenaline-peers", "ipc:///tmp/adrenaline-nobody-is-here", "--adrenaline-connect-timeout", "1"]
+SMALL = ["--dtype", "float32", "--max-model-len", "512", "--kv-cache-memory-bytes", "100000000"]
+"""Fits beside whatever else runs on this machine."""
 
 
 def reason(ended: Ended) -> str:
@@ -27,7 +29,7 @@ def reason(ended: Ended) -> str:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([*DECODE, *NOBODY], "no prefill engine answers at ipc:///tmp/adrenaline-nobody-is-here"),
+        ([*DECODE, "--adrenaline-peers", "ipc:///tmp/anybody"], "the folder /tmp of a control socket can be written"),
         (
             [*DECODE, "--kv-transfer-config", '{"kv_connector":"LMCacheConnectorV1","kv_role":"kv_both"}'],
             "--kv-transfer-config names the connector 'LMCacheConnectorV1'",
@@ -43,8 +45,15 @@ def reason(ended: Ended) -> str:
 def test_what_is_not_supported_is_refused_in_one_sentence(
     server: Server, model: Path, flags: list[str], sentence: str
 ) -> None:
-    ended = server.run("--model", str(model), "--dtype", "float32", "--max-model-len", "512", *flags)
+    ended = server.run("--model", str(model), *SMALL, *flags)
     assert sentence in reason(ended)
+
+
+def test_a_decode_engine_without_a_prefill_engine_is_refused(server: Server, model: Path, tmp_path: Path) -> None:
+    nobody = f"ipc://{tmp_path}/nobody"
+    flags = ["--adrenaline-peers", nobody, "--adrenaline-connect-timeout", "1"]
+    ended = server.run("--model", str(model), *SMALL, *DECODE, *flags)
+    assert f"no prefill engine answers at {nobody}" in reason(ended)
 
 
 def test_a_model_that_is_not_there_is_refused(server: Server) -> None:
@@ -57,7 +66,7 @@ def test_an_address_in_use_is_refused(server: Server, model: Path) -> None:
     folder = runtime_folder()
     socket, address = sockets.bind(f"ipc://{folder}/taken")
     listen = ["--adrenaline-listen", address]
-    ended = server.run("--model", str(model), "--max-model-len", "512", *PREFILL, *listen)
+    ended = server.run("--model", str(model), *SMALL, *PREFILL, *listen)
     sockets.unbind(socket, address)
-    folder.rmdir()
+    shutil.rmtree(folder)
     assert f"adrenaline: {address} is in use" in reason(ended)

@@ -14,6 +14,7 @@ import msgspec
 
 from vllm_adrenaline.attention.spec import ExecutorSpec
 from vllm_adrenaline.system import priority
+from vllm_adrenaline.system.bounded_log import bound
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -21,6 +22,7 @@ logger = logging.getLogger("vllm.adrenaline")
 def main() -> None:
     """Read the spec and serve decode engines until SIGTERM, which also removes the control socket."""
     logging.basicConfig(level=logging.INFO, format="(adrenaline executor %(process)d) %(levelname)s %(message)s")
+    bound(logger)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the engine, which ends us
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=ExecutorSpec)

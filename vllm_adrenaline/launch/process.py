@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +20,8 @@ MADE_BY_ENGINES = ("psm_", "sem.mp-", "ucx_", "torch_")
 """How the names of files begin that Python's multiprocessing, UCX and torch make in /dev/shm. An engine maps files of
 others, too: a user's weights, say."""
 TRACKER_COMMAND = b"multiprocessing.resource_tracker"
+LOG_LIMIT = 32 << 20
+"""Bytes of a log. What is above that is moved to a second file, which the next such one replaces."""
 LOG_TAIL = 200_000
 """Bytes at the end of a log that are read."""
 TRACKER_S = 3.0
@@ -73,7 +76,8 @@ class EngineProcess:
         self.label = PROXY if name == PROXY else f"{name} engine"
         self._shm: set[str] = set()
         self._there_before = set(os.listdir(SHM))
-        with log.open("wb") as output:
+        log.write_bytes(b"")
+        with log.open("ab") as output:  # appended to: after a cut it goes on at the new end
             self._popen = subprocess.Popen(
                 dying_with_parent(command),
                 env=env,
@@ -113,6 +117,13 @@ class EngineProcess:
         """Return what the engine said last."""
         lines = [line for line in (LOG_PREFIX.sub("", each).strip() for each in self._said().splitlines()) if line]
         return lines[-1] if lines else ""
+
+    def bound_log(self) -> None:
+        """Cut the log when it has grown too long. Lines that are written in the very moment may be lost."""
+        with contextlib.suppress(OSError):  # removed, or the disk is full
+            if self.log.stat().st_size > LOG_LIMIT:
+                shutil.copyfile(self.log, f"{self.log}.1")
+                os.truncate(self.log, 0)
 
     @property
     def thread_died(self) -> bool:

@@ -37,6 +37,7 @@ class Recovery:
         for spec in self._supervisor.specs:
             state, process = self._states[spec.name], self._supervisor.processes[spec.name]
             now = time.monotonic()
+            process.bound_log()
             if state.due is not None:
                 if now >= state.due:
                     self._supervisor.launch(spec)
