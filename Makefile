@@ -8,7 +8,7 @@ SOURCES := vllm_adrenaline tests tools benchmarks
 FAST := $(BIN)/pytest -n $(shell expr $$(nproc) + 1) --maxprocesses 5 --dist loadfile tests/unit tests/schedulers tests/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast lint cuda-compile format clean
+.PHONY: help setup demo test test-all test-fast test-faults fuzz tsan lint cuda-compile format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,16 @@ test-all: setup lint  ## The same, with what takes longer
 
 test-fast: setup  ## Only what starts no engine
 	@$(FAST)
+
+test-faults: setup  ## Kill, stop and starve everything, on real engines; takes long
+	@$(BIN)/pytest tests/engine/test_faults.py tests/engine/test_pressure.py tests/engine/test_bystanders.py
+
+DECODER ?= all
+fuzz: setup  ## A million inputs for DECODER (all) of what others send or write
+	@nice -n 19 $(BIN)/python tools/fuzz.py $(DECODER)
+
+tsan: setup  ## The shared-memory channel with three executors as threads, under ThreadSanitizer
+	@$(BIN)/pytest tests/unit/test_native.py -k "channel or threads"
 
 lint: setup  ## Check style, formatting, types and the layers of the package
 	@$(BIN)/ruff check $(SOURCES)

@@ -86,27 +86,32 @@ void serve(char* memory, ExecutorEnd& end) {
   }
 }
 
-void many_steps_over_two_executors() {
-  Memory memory[2];
+void many_steps_over_three_executors(int count) {
+  Memory memory[3];
   constexpr uint64_t kLayers = 3;
-  DecodeEnd first(memory[0].data, kShape, 11), second(memory[1].data, kShape, 12);
+  DecodeEnd first(memory[0].data, kShape, 11), second(memory[1].data, kShape, 12), third(memory[2].data, kShape, 13);
   first.watch({}, true);
   second.watch({}, false);
-  End one(memory[0].data, 11, kLayers, true), two(memory[1].data, 12, kLayers, false);
-  std::thread a([&] { serve(memory[0].data, one); }), b([&] { serve(memory[1].data, two); });
+  third.watch({}, true);
+  End one(memory[0].data, 11, kLayers, true), two(memory[1].data, 12, kLayers, false),
+      three(memory[2].data, 13, kLayers, true);
+  std::thread a([&] { serve(memory[0].data, one); }), b([&] { serve(memory[1].data, two); }),
+      c([&] { serve(memory[2].data, three); });
   std::mt19937 random(3);
   StepEnds steps;
   Activations in;
   std::vector<char> out(16 * 64);
-  for (int step = 0; step < 300; ++step) {
-    std::vector<int64_t> left, right;
+  for (int step = 0; step < count; ++step) {
+    std::vector<int64_t> left, right, far;
     for (int64_t token = 0; token < 16; ++token) {
-      auto& side = random() % 2 != 0U ? left : right;
+      const auto which = random() % 3;
+      auto& side = which == 0U ? left : which == 1U ? right : far;
       if (random() % 3 != 0U && side.size() < 8) side.push_back(token);
     }
     steps.begin(60 * kSecond, 60 * kSecond);
     if (!left.empty()) steps.add(0, &first, plan_of(left), kShape.out_row);
     if (!right.empty()) steps.add(1, &second, plan_of(right), kShape.out_row);
+    if (!far.empty()) steps.add(2, &third, plan_of(far), kShape.out_row);
     for (uint64_t layer = 0; layer < kLayers; ++layer) {
       for (char& byte : in.bytes) byte = static_cast<char>(random());
       std::fill(out.begin(), out.end(), 'x');
@@ -116,6 +121,7 @@ void many_steps_over_two_executors() {
         bool remote = false;
         for (int64_t t : left) remote |= t == token;
         for (int64_t t : right) remote |= t == token;
+        for (int64_t t : far) remote |= t == token;
         for (int64_t i = 0; i < 64; ++i) {
           const char sum = static_cast<char>(in.bytes[token * 128 + i] + in.bytes[token * 128 + 64 + i % 32]);
           EXPECT(out[token * 64 + i] == (remote ? sum : 'x'));
@@ -125,9 +131,55 @@ void many_steps_over_two_executors() {
   }
   one.stop();
   two.stop();
+  three.stop();
   a.join();
   b.join();
+  c.join();
   EXPECT(steps.times().local_ns > 0);
+}
+
+// One of three stops and closes at any moment, as on SIGTERM: its rows are lost, those of the others are not.
+void an_executor_that_ends_costs_the_others_nothing(int count) {
+  for (int round = 0; round < count; ++round) {
+    Memory memory[3];
+    std::vector<std::unique_ptr<DecodeEnd>> ends;
+    std::vector<std::unique_ptr<End>> executors;
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 3; ++i) {
+      const auto epoch = static_cast<uint64_t>(20 + i);
+      ends.push_back(std::make_unique<DecodeEnd>(memory[i].data, kShape, epoch));
+      ends[i]->watch({}, true);
+      executors.push_back(std::make_unique<End>(memory[i].data, epoch, 2, true));
+      threads.emplace_back([data = memory[i].data, end = executors[i].get()] {
+        serve(data, *end);
+        end->close();
+      });
+    }
+    std::thread ending([&] {
+      for (int spin = 0; spin < round * 100; ++spin) cpu_pause();
+      executors[1]->stop();
+    });
+    StepEnds steps;
+    Activations in;
+    std::vector<char> out(16 * 64);
+    uint64_t failed = 0;
+    for (int step = 0; step < 30; ++step) {
+      steps.begin(60 * kSecond, 60 * kSecond);
+      for (unsigned i = 0; i < 3; ++i)
+        steps.add(i, i == 1 && failed != 0 ? nullptr : ends[i].get(), plan_of({i}), kShape.out_row);
+      for (uint64_t layer = 0; layer < 2; ++layer) {
+        for (char& byte : in.bytes) byte = static_cast<char>(1 + layer);
+        steps.send(layer, in.q(), in.k(), in.v());
+        failed |= steps.receive(layer, {out.data(), 64}, kBlock);
+        EXPECT(out[0] == static_cast<char>(2 + 2 * layer) && out[2 * 64] == out[0]);
+        EXPECT(out[64] == (failed != 0 ? 0 : out[0]));
+      }
+    }
+    EXPECT(failed == 0 || failed == 2);
+    ending.join();
+    for (auto& end : executors) end->stop();
+    for (auto& thread : threads) thread.join();
+  }
 }
 
 void a_stale_stamp_is_never_taken() {
@@ -241,8 +293,11 @@ void spinning_follows_what_was_seen() {
 
 }  // namespace
 
-int main() {
-  many_steps_over_two_executors();
+// `count`: how often what is left to chance is tried.
+int main(int arguments, char** argument) {
+  const int count = arguments > 1 ? std::atoi(argument[1]) : 300;
+  many_steps_over_three_executors(count);
+  an_executor_that_ends_costs_the_others_nothing(count / 5);
   a_stale_stamp_is_never_taken();
   layers_are_answered_once_each_and_in_order();
   an_end_that_sleeps_can_be_stopped_at_any_moment();

@@ -342,6 +342,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, A
             max_num_seqs=16,
             block_size=BLOCK,
             enforce_eager=True,
+            kv_cache_memory_bytes=1 << 20,  # so that it does not matter how much is free here
             additional_config={"adrenaline": options},
         )
         config = args.create_engine_config()

@@ -31,6 +31,7 @@ SANITIZERS = {
 PROGRAMS = {
     **{("test_channel", kind): [*options, "-pthread"] for kind, options in SANITIZERS.items()},
     **{("test_attention", kind): options for kind, options in SANITIZERS.items() if kind != "threads"},
+    ("fuzz_channel", "address and undefined behaviour"): SANITIZERS["address and undefined behaviour"],
     ("bench_channel", "plain"): ["-O2"],
 }
 """Options of the compiler for each program of csrc/tests."""
@@ -76,6 +77,21 @@ def test_the_channel_works_from_cpp_and_is_clean(sanitizer: str, programs: dict[
     command = ["setarch", "-R", str(programs["test_channel", sanitizer])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+@pytest.mark.extended
+def test_three_executors_as_threads_are_clean_for_long(programs: dict[tuple[str, str], Path]) -> None:
+    command = ["setarch", "-R", str(programs["test_channel", "threads"]), "10000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+@pytest.mark.parametrize("inputs", [100_000, pytest.param(1_000_000, marks=pytest.mark.extended)])
+def test_any_bytes_in_a_channel_harm_neither_end(inputs: int, programs: dict[tuple[str, str], Path]) -> None:
+    command = [str(programs["fuzz_channel", "address and undefined behaviour"]), str(inputs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("ok\n")
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "address and undefined behaviour"])

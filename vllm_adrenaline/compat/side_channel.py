@@ -78,7 +78,9 @@ class SideChannel(threading.Thread):
     def stop(self) -> None:
         """End the thread; waits up to 2 s for it."""
         self._stopping.set()
-        if self.is_alive():
+        if self.ident is None:
+            self._socket.close()
+        elif self.is_alive():
             self.join(timeout=4 * POLL_MS / 1000)
 
     def run(self) -> None:
