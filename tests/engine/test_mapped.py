@@ -161,6 +161,7 @@ def test_a_mapped_request_grows_over_many_blocks(engines: Fleet, plain: Plain) -
     assert count["fallback_requests"] == 0
 
 
+@pytest.mark.extended  # as test_offload.py has it
 def test_nothing_leaks_when_clients_go_away(engines: Fleet, plain: Plain) -> None:
     prefill = engines["prefill"]
     for decode, ratio in (("mapped", "auto"), ("both", MIXED)):

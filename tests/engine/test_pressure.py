@@ -22,6 +22,7 @@ from tests.engine.conftest import (
     executors_of,
     fleet,
     kill_when,
+    kv_bytes,
     listening_beyond_loopback,
     offloads_again,
     tokens,
@@ -111,7 +112,8 @@ def test_a_decode_engine_that_does_not_fit_is_refused_with_both_values(
 ) -> None:
     flags = ["--plugin", "adrenaline", "--adrenaline-role", "decode", "--adrenaline-peers", engines.address]
     ended = server.run(
-        "--model", str(model), "--dtype", "bfloat16", "--block-size", "64", "--max-model-len", "1024", *flags
+        *("--model", str(model), "--dtype", "bfloat16", "--block-size", "64", "--max-model-len", "1024"),
+        *("--kv-cache-memory-bytes", kv_bytes(20), *flags),
     )
     assert ended.code != 0
     assert "dtype is float32 on the prefill engine and bfloat16 on the decode engine" in ended.output
