@@ -18,10 +18,6 @@ pytestmark = pytest.mark.extended
 
 PREFILL_BLOCKS, DECODE_BLOCKS = 21, 13  # with vLLM's null block
 REQUESTS = 32
-NEEDED = 5
-"""Blocks of a request at its end."""
-AT_ONCE = (PREFILL_BLOCKS + DECODE_BLOCKS - 2) // 2
-"""Requests for whose prompt there is room at once."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +34,9 @@ def engines(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
 
 @pytest.mark.parametrize("ratio", ["auto", 1, 0], ids=["placed by load", "all offloaded", "none offloaded"])
 def test_when_both_sides_are_full_everybody_is_served_in_turn(engines: Fleet, plain: Plain, ratio: float | str) -> None:
-    work = workload(REQUESTS, seed=91, prompts=[250], outputs=[300])  # 160 blocks; there are 32
+    work = workload(
+        REQUESTS, seed=91, prompts=[250], outputs=[300]
+    )  # 5 blocks each at the end, 160 in all; there are 32
     wanted = plain.tokens(work)
     # Of its own the prefill engine has two requests of 8 blocks each at any time, for which it recalls what it lent.
     own = workload(2, seed=92, prompts=[900], outputs=[60])
@@ -67,8 +65,8 @@ def test_when_both_sides_are_full_everybody_is_served_in_turn(engines: Fleet, pl
         f" preempted {count['vllm:num_preemptions_total']:.0f}, recomputed {count['fallback_requests']:.0f}"
     )
     assert all(served), "the prefill engine's own requests are not starved either"
-    # Who came last waits until the others are served, but not longer: it does not begin after all have ended.
+    # Who comes last waits until there is room, but not until all others have ended.
     ended = sorted(each.times[-1] - began for each in streams)
-    assert first[-1] < ended[-1 - AT_ONCE // 4]
+    assert first[-1] < ended[-3]
     assert gap < lasted / 2
     assert engines["prefill"].settle() == engines["decode"].settle() == 0
