@@ -130,7 +130,10 @@ def decode(frame: bytes) -> str:
     client = _client()
     client.welcome, client._life, client.answers = WELCOME, 0, deque()
     client_module.RETRY_S = 0.0  # it waits for a while when it is refused
-    client._hear(SimpleNamespace(recv_multipart=lambda: [frame]))  # type: ignore[arg-type]
+    try:
+        client._hear(SimpleNamespace(recv_multipart=lambda: [frame]))  # type: ignore[arg-type]
+    except AdrenalineError as error:  # the line is made anew (PrefillClient.run)
+        return _words(error)
     said = ""
     for _, message in client.take_answers():
         said += type(message).__name__

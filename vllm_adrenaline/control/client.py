@@ -18,6 +18,7 @@ import msgspec
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.system.process import is_stopped, works
 
@@ -141,6 +142,10 @@ class PrefillClient(threading.Thread):
                 socket = sockets.connect(self.address)
                 with contextlib.ExitStack() as stack:
                     self._talk(socket, stack)
+            except AdrenalineError as error:  # it names what it must not
+                logger.error("the prefill engine at %s is not believed: %s", self.address, error)
+                self._end_life("cannot be believed")
+                time.sleep(RETRY_S)
             except Exception:
                 logger.exception("the line to the prefill engine at %s broke; it is made anew", self.address)
                 self._end_life("cannot be talked to")
