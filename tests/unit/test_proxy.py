@@ -361,6 +361,15 @@ def test_bodies_that_are_no_object_are_refused(raw: bytes) -> None:
     assert refused.value.status == 400
 
 
+def test_a_field_that_is_no_text_is_refused_and_not_an_error_of_the_proxy() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        async with client.post("/v1/completions", data=b'{"prompt": "x", "echo": "\xef\xc4"}') as answer:
+            assert (answer.status, (await answer.json())["error"]["param"]) == (400, "echo")
+        assert not p.seen
+
+    with_proxy(good_prefill, good_decode, test)
+
+
 def test_body_size_is_bounded() -> None:
     async def run() -> None:
         sent: list[dict[str, Any]] = []

@@ -92,15 +92,26 @@ def _carries_params(extra: Raw | None) -> bool:
 
 
 def _value(body: Body, name: str) -> Any:
-    """Return a field's value, None if it is not there, and LONG if it is no short one."""
+    """Return a field's value, None if it is not there, and LONG if it is no short one.
+
+    Raises Refused for text that is not UTF-8: of values that are not looked at nobody has checked that.
+    """
     raw = body.get(name)
     if raw is None:
         return None
-    return LONG if len(memoryview(raw)) > SHORT else json.loads(bytes(raw))
+    if len(memoryview(raw)) > SHORT:
+        return LONG
+    try:
+        return json.loads(bytes(raw))
+    except ValueError:
+        raise Refused(400, f"{name} is not valid JSON", name) from None
 
 
 def can_disaggregate(body: Body) -> bool:
-    """Say whether one KV cache, made on the prefill engine, is enough for the whole request."""
+    """Say whether one KV cache, made on the prefill engine, is enough for the whole request.
+
+    Raises Refused for a field that cannot be read.
+    """
     if any(_value(body, name) not in (None, 1) for name in ("n", "best_of")):
         return False
     if any(_value(body, name) for name in ("echo", "use_beam_search", "prompt_embeds")):
