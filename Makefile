@@ -8,7 +8,7 @@ SOURCES := vllm_adrenaline tests tools benchmarks
 FAST := $(BIN)/pytest -n $(shell expr $$(nproc) + 1) --maxprocesses 5 --dist loadfile tests/unit tests/schedulers tests/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast test-faults fuzz tsan lint cuda-compile format clean
+.PHONY: help setup demo test test-all test-fast test-faults soak fuzz tsan lint cuda-compile format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +32,12 @@ test-fast: setup  ## Only what starts no engine
 	@$(FAST)
 
 test-faults: setup  ## Kill, stop and starve everything, on real engines; takes long
-	@$(BIN)/pytest tests/engine/test_faults.py tests/engine/test_pressure.py tests/engine/test_bystanders.py
+	@$(BIN)/pytest tests/engine/test_faults.py tests/engine/test_fault_moments.py tests/engine/test_pressure.py \
+		tests/engine/test_bystanders.py
+
+MINUTES ?= 60
+soak: setup  ## Mixed traffic, random faults and clients that leave, for MINUTES (60): nothing wrong, nothing grows
+	@$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 DECODER ?= all
 fuzz: setup  ## A million inputs for DECODER (all) of what others send or write

@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.engine.conftest import Fleet, Plain, eventually, executors_of, tokens, workload
+import pytest
+
+from tests.engine.conftest import Fleet, Plain, eventually, executors_of, offloads_again, tokens, workload
+
+
+@pytest.mark.extended
+def test_an_executor_that_is_late_for_two_decode_engines_serves_both_again(standard: Fleet, plain: Plain) -> None:
+    work = workload(4, seed=62, prompts=[100, 300], outputs=[300])
+    wanted = plain.tokens(work)
+    executors = executors_of(standard["prefill"].pid)
+    counts = {name: standard[name].counting() for name in ("decode", "small")}
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(standard.door(name, 1).complete, work) for name in counts]
+        assert eventually(lambda: all(each["remote_attention_rows"] > 0 for each in counts.values()), poll_s=0.01)
+        os.kill(executors[0], signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(executors[0], signal.SIGCONT)
+        assert [tokens(each.result()) for each in answers] == [wanted, wanted]
+    assert all(each["executor_failures"] == 1 for each in counts.values()), "it was late for both"
+    assert all(offloads_again(standard, name) for name in counts)
+    assert executors_of(standard["prefill"].pid) == executors, "nobody has had it killed"
 
 
 def test_a_decode_engine_that_is_killed_costs_the_other_nothing(standard: Fleet, plain: Plain) -> None:
