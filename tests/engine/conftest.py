@@ -37,7 +37,8 @@ from vllm_adrenaline.engine.setup import PEERS_START_TOO
 from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics, Snapshot
 from vllm_adrenaline.launch.process import group_members
-from vllm_adrenaline.launch.supervisor import Supervisor
+from vllm_adrenaline.launch.recovery import Recovery
+from vllm_adrenaline.launch.supervisor import Supervisor, is_ready
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
 from vllm_adrenaline.system.folders import runtime_folder
 from vllm_adrenaline.system.ports import reserve_ports
@@ -190,14 +191,39 @@ class Faults:
 class Fleet:
     """Engines by name, and a proxy for each decode engine."""
 
-    def __init__(self, folder: Path, engines: dict[str, Engine], doors: dict[str, Client]) -> None:
-        self.folder, self.engines, self.doors = folder, engines, doors
+    def __init__(
+        self, folder: Path, engines: dict[str, Engine], doors: dict[str, Client], supervisor: Supervisor
+    ) -> None:
+        self.folder, self.engines, self.doors, self._supervisor = folder, engines, doors, supervisor
         self.address = prefill_address(folder)
         """Where the prefill engine listens for decode engines."""
 
     def __getitem__(self, name: str) -> Engine:
-        assert group_members(self.engines[name].pid), f"a test has ended the {name} engine: run files in their order"
-        return self.engines[name]
+        engine = self.engines[name]
+        engine.pid = self._supervisor.processes[name].pid
+        assert group_members(engine.pid), f"a test has ended the {name} engine: run files in their order"
+        return engine
+
+    def has_begun_anew(self, name: str, after: int) -> bool:
+        """Say whether an engine serves that is not the process `after` any more."""
+        return self._supervisor.processes[name].pid != after and is_ready(self.engines[name].url)
+
+    @contextmanager
+    def recovering(self) -> Iterator[None]:
+        """Start again what ends, as `adrenaline up` does."""
+        recovery, done = Recovery(self._supervisor), threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.2):
+                recovery.step()
+
+        with ThreadPoolExecutor(1) as pool:
+            watcher = pool.submit(watch)
+            try:
+                yield
+            finally:
+                done.set()
+                watcher.result()
 
     def door(self, decode: str, ratio: Ratio) -> Client:
         """Return the proxy: first the prefill engine, then this decode engine, which from now on offloads the
@@ -305,7 +331,7 @@ def fleet(
                 door.start()
                 stack.callback(door.stop)
                 doors[name] = Client(url_of(listener))
-        yield Fleet(folder, members, doors)
+        yield Fleet(folder, members, doors, supervisor)
 
 
 class Plain:
@@ -365,15 +391,15 @@ def eventually(check: Callable[[], bool], seconds: float = 60, poll_s: float = 0
     return holds
 
 
-def offloads_again(engines: Fleet, decode: str) -> bool:
-    """Say whether a decode engine that lost an executor finds it again and offloads to it."""
+def offloads_again(engines: Fleet, decode: str, seconds: float = 90) -> bool:
+    """Say whether a decode engine that lost an executor finds it again and offloads to it, within so many seconds."""
     count = engines[decode].counting()
 
     def offloaded() -> bool:
         engines.door(decode, 1).complete(workload(1, seed=43, prompts=[40], outputs=[5]))
         return count["remote_attention_rows"] > 0
 
-    return eventually(offloaded, seconds=90)
+    return eventually(offloaded, seconds)
 
 
 def executors_of(prefill: int) -> list[int]:

@@ -19,6 +19,7 @@ import pytest
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.kv.stamp import TICKET
 from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.prefill.executor_pool import ExecutorPool
 from vllm_adrenaline.system.machine import process_space
@@ -292,9 +293,9 @@ class PrefillEngine(Engine):
         """Ask as the decode engine."""
         return sockets.ask(self.line, message, 5)
 
-    def finish(self, name: str | None = None) -> dict[str, Any] | None:
+    def finish(self, name: str | None = None, ticket: str = "") -> dict[str, Any] | None:
         """Compute a prompt to be kept; return what its client is told of where it is."""
-        request = self.arrive(PROMPT, KEEP, name=name, max_tokens=1)
+        request = self.arrive(PROMPT, KEEP | {TICKET: ticket}, name=name, max_tokens=1)
         for _ in range(5):
             scheduled = self.schedule()
             for outputs in self.update(scheduled).values():

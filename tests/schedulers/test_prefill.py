@@ -22,7 +22,7 @@ from tests.unit.test_mapped_memory import Cache
 from vllm_adrenaline.compat.side_channel import PORT
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
-from vllm_adrenaline.kv.stamp import Stamp
+from vllm_adrenaline.kv.stamp import GIVES_UP, Stamp
 from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.system.machine import process_space
 
@@ -55,6 +55,29 @@ def test_a_dropped_prompt_is_free_at_once(prefill: Any) -> None:
     assert engine.free_blocks < engine.free
     engine.line.send(messages.encode(messages.Drop([told["remote_request_id"]])))
     eventually(lambda: engine.let_go() or engine.free_blocks == engine.free)
+
+
+@pytest.mark.parametrize("when", ["before it ends", "when it is on offer"])
+def test_a_prompt_is_given_up_by_its_ticket_whenever_its_client_left(prefill: Any, when: str) -> None:
+    engine = prefill()
+    if when == "before it ends":
+        engine.arrive([7], {GIVES_UP: "t"}, max_tokens=1)
+    assert engine.finish(ticket="t") is not None
+    assert engine.free_blocks < engine.free
+    if when != "before it ends":
+        engine.arrive([7], {GIVES_UP: "t"}, max_tokens=1)
+    for _ in range(2):
+        engine.let_go()
+    assert engine.free_blocks == engine.free
+
+
+def test_a_prompt_without_a_ticket_cannot_be_given_up(prefill: Any) -> None:
+    engine = prefill()
+    name = engine.finish()["remote_request_id"]
+    for said in ("", None, 7, "x" * 100, ["t"]):
+        engine.arrive([7], {GIVES_UP: said}, max_tokens=1)
+        engine.let_go()
+    assert isinstance(engine.ask(messages.Claim(name)), messages.Claimed)
 
 
 def test_a_claimed_prompt_is_kept_until_it_is_released_whatever_is_dropped(prefill: Any) -> None:

@@ -244,7 +244,7 @@ def body(raw: bytes) -> str:
     try:
         parsed = bodies.parse(raw)
         is_fit = bodies.can_disaggregate(parsed)
-        made = bodies.encode(bodies.for_prefill(parsed))
+        made = bodies.encode(bodies.for_prefill(parsed, "t"))
         try:
             sent = json.loads(made)
         except UnicodeDecodeError:  # what is not looked at goes on as it came

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from vllm_adrenaline.prefill.leases import LeaseManager, Offer
+from vllm_adrenaline.prefill.leases import GIVEN_UP_KEPT, LeaseManager, Offer
 
 BLOCKS, RESERVE, EXPIRY = 20, 3, 10.0
 
@@ -47,6 +47,7 @@ class FakePool:
 
 holders = st.sampled_from([b"a", b"b", b"c"])
 prompts = st.sampled_from(["p", "q", "r", "s"])
+tickets = st.sampled_from(["", "t", "u"])
 
 
 class LeaseMachine(RuleBasedStateMachine):
@@ -57,11 +58,25 @@ class LeaseMachine(RuleBasedStateMachine):
         self.leases = LeaseManager(self.pool, RESERVE, EXPIRY, lambda: self.now)
         self.kept: dict[str, list[Block]] = {}
 
-    @rule(name=prompts, size=st.integers(1, 4))
-    def a_prompt_finishes(self, name: str, size: int) -> None:
+        self.given_up: set[str] = set()
+
+    @rule(name=prompts, size=st.integers(1, 4), ticket=tickets)
+    def a_prompt_finishes(self, name: str, size: int, ticket: str) -> None:
         if name not in self.kept and self.pool.get_num_free_blocks() >= size:
             self.kept[name] = self.pool.get_new_blocks(size)
-            self.leases.offer(name, Offer(self.kept[name], size, b""))
+            self.leases.offer(name, Offer(self.kept[name], size, b"", ticket))
+            assert (name in self.leases.offers) == (ticket not in self.given_up)
+            assert (name in self.leases.take_let_go()) == (ticket in self.given_up)
+
+    @rule(ticket=tickets.filter(bool))
+    def a_prompt_is_given_up(self, ticket: str) -> None:
+        named = {name for name, offer in self.leases.offers.items() if offer.ticket == ticket}
+        self.leases.take_let_go()
+        self.leases.give_up(ticket)
+        assert self.leases.take_let_go() == named
+        assert not named & self.leases.offers.keys()
+        if not named:
+            self.given_up.add(ticket)
 
     @rule(name=prompts)
     def its_own_hold_ends(self, name: str) -> None:
@@ -122,3 +137,12 @@ class LeaseMachine(RuleBasedStateMachine):
 
 LeaseMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestLeases = LeaseMachine.TestCase
+
+
+def test_only_so_many_prompts_are_remembered_as_given_up() -> None:
+    leases = LeaseManager(FakePool(), RESERVE, EXPIRY, lambda: 0.0)
+    for ticket in range(GIVEN_UP_KEPT + 1):
+        leases.give_up(str(ticket))
+    leases.offer("first", Offer([], 1, b"", "0"))
+    leases.offer("last", Offer([], 1, b"", str(GIVEN_UP_KEPT)))
+    assert list(leases.offers) == ["first"]

@@ -30,6 +30,8 @@ def test_prefill_first_then_decode_with_its_params() -> None:
             assert (answer.status, await answer.json()) == (200, {"choices": [{"text": "x"}]})
         (path, sent, seen), (_, to_decode, decode_seen) = p.seen[0], d.seen[0]
         assert path == "/v1/completions"
+        ticket = sent["kv_transfer_params"].pop(bodies.TICKET)
+        assert len(ticket) == 32
         assert sent == {
             "model": "m",
             "prompt": "hello",
@@ -135,7 +137,7 @@ def test_a_request_that_was_to_stay_goes_on_without_its_prefill_engine() -> None
 def test_the_limit_of_an_answer_is_the_one_that_vllm_takes() -> None:
     def limit(**body: object) -> object:
         parsed = bodies.parse(json.dumps({"model": "m", **body}).encode())
-        return bodies.for_prefill(parsed)["kv_transfer_params"][bodies.STAY]
+        return bodies.for_prefill(parsed, "t")["kv_transfer_params"][bodies.STAY]
 
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
@@ -474,6 +476,24 @@ def test_a_prompt_that_decode_took_is_not_given_up(stream: bool) -> None:
         assert await released(d, 0) == []
 
     with_proxy(good_prefill, good_decode, test)
+
+
+def test_a_prompt_whose_client_leaves_before_it_is_computed_is_given_up_by_its_ticket() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        headers = {"Authorization": "Bearer k", "X-Request-Id": "r1"}
+        request = asyncio.create_task(client.post("/v1/completions", json=BODY, headers=headers))
+        await p.started.wait()
+        p.wait = False
+        request.cancel()
+        await p.cancelled.wait()
+        ticket = p.seen[0][1]["kv_transfer_params"][bodies.TICKET]
+        assert len(ticket) == 32
+        assert await released(p) == [RELEASE | {"kv_transfer_params": {bodies.GIVES_UP: ticket}}]
+        assert p.seen[-1][2]["authorization"] == "Bearer k"
+        assert p.seen[-1][2].get("x-request-id") != "r1"
+        assert not d.seen
+
+    with_proxy(lambda: FakeEngine({}, wait=True), good_decode, test)
 
 
 def test_a_prompt_whose_client_leaves_before_decode_answers_is_given_up() -> None:

@@ -22,6 +22,12 @@ KEY = "adrenaline"
 STAY = "adrenaline_stay"
 """The key under which the `kv_transfer_params` of a prompt say that the prefill engine may decode the request as well:
 then its `max_tokens` is the value. Where the answer has this key, the request is to be sent there again, whole."""
+TICKET = "adrenaline_ticket"
+"""The key under which who asks for a prompt names it, by a text that nobody can guess."""
+GIVES_UP = "adrenaline_gives_up"
+"""The key under which he says, in another request, that he will not take it: the value is the ticket. He may have left
+when the prefill engine answered, and then knows no other name of the prompt."""
+MAX_TICKET = 64
 VERSION = 2
 """The version of stamps that are made and understood here."""
 

@@ -14,7 +14,7 @@ from vllm_adrenaline.compat.nixl_hold import end_hold
 from vllm_adrenaline.control.messages import MAX_NAME
 from vllm_adrenaline.engine.connector import AdrenalineConnector, SchedulerSide, WorkerSide
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
-from vllm_adrenaline.kv.stamp import STAY, stamped
+from vllm_adrenaline.kv.stamp import MAX_TICKET, STAY, TICKET, stamped
 from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.prefill.elastic import ElasticPrefill
 from vllm_adrenaline.prefill.leases import LeaseManager, Offer
@@ -61,6 +61,8 @@ class PrefillSchedulerSide(SchedulerSide):
             request.kv_transfer_params = {"do_remote_decode": True} if keep else None
             if keep and type(limit := params.get(STAY)) is int and 0 < limit <= MAX_TOKENS:
                 request.kv_transfer_params[STAY] = limit
+            if keep and isinstance(ticket := params.get(TICKET), str) and len(ticket) <= MAX_TICKET:
+                request.kv_transfer_params[TICKET] = ticket
         super().on_new_request(request)
 
     def request_finished(
@@ -80,7 +82,9 @@ class PrefillSchedulerSide(SchedulerSide):
             tokens = len(ids) * self.block_size
             params["do_remote_prefill"] = False  # nobody is to take it for the whole prompt (decode/params.py)
         proof = prompt_hash(request.all_token_ids[:tokens])
-        self.leases.offer(request.request_id, Offer([self.leases.pool.blocks[index] for index in ids], tokens, proof))
+        blocks = [self.leases.pool.blocks[index] for index in ids]
+        ticket = (request.kv_transfer_params or {}).get(TICKET, "")
+        self.leases.offer(request.request_id, Offer(blocks, tokens, proof, ticket))
         params = stamped(params, proof, tokens, self.key)
         if is_unfinished:
             self.unfinished[request.request_id] = params

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+GIVEN_UP_KEPT = 1024
+"""Tickets kept of prompts that were given up before they ended. Most of them never end: their requests were aborted."""
+
 Block = Any
 """A KVCacheBlock of vLLM; only `block_id` is read here."""
 
@@ -33,11 +36,13 @@ class Offer:
         blocks: that hold its KV, in order.
         num_tokens: of the prompt.
         prompt_hash: of its tokens (kv/prompt_hash.py).
+        ticket: what who asked for the prompt calls it (kv/stamp.py); empty if he has no name for it.
     """
 
     blocks: list[Block]
     num_tokens: int
     prompt_hash: bytes
+    ticket: str = ""
 
 
 @dataclass(eq=False)
@@ -81,12 +86,27 @@ class LeaseManager:
         self.clock = clock
         self.offers: dict[str, Offer] = {}
         self._let_go: set[str] = set()
+        self._given_up: dict[str, None] = {}  # tickets of prompts that may still end, oldest first
         self.holders: dict[bytes, LeaseHolder] = {}
         self._leaving: list[LeaseHolder] = []
 
     def offer(self, request_id: str, offer: Offer) -> None:
-        """Make a finished prompt claimable. Until `withdraw` something else must keep its blocks."""
+        """Make a finished prompt claimable. Until `withdraw` something else must keep its blocks.
+
+        One that was given up already is dropped.
+        """
         self.offers[request_id] = offer
+        if offer.ticket in self._given_up:
+            self.drop([request_id])
+
+    def give_up(self, ticket: str) -> None:
+        """Drop the prompt with this ticket as soon as it is on offer."""
+        named = [name for name, offer in self.offers.items() if offer.ticket == ticket]
+        self.drop(named)
+        if not named:
+            self._given_up[ticket] = None
+            if len(self._given_up) > GIVEN_UP_KEPT:
+                del self._given_up[next(iter(self._given_up))]
 
     def withdraw(self, request_ids: Iterable[str]) -> None:
         """Grant no new claims of these prompts: their blocks are about to be let go. Claims that were granted stay."""

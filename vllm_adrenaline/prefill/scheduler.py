@@ -29,7 +29,7 @@ from vllm_adrenaline.control import messages
 from vllm_adrenaline.control.server import ControlServer
 from vllm_adrenaline.engine import profile, profiling
 from vllm_adrenaline.engine.identity import identity_of
-from vllm_adrenaline.kv.stamp import STAY
+from vllm_adrenaline.kv.stamp import GIVES_UP, MAX_TICKET, STAY
 from vllm_adrenaline.placement.elastic import Outcome
 from vllm_adrenaline.placement.prefill_admission import Blocks, should_defer_prefill
 from vllm_adrenaline.prefill import executor_pool
@@ -214,8 +214,15 @@ class PrefillScheduler(Scheduler):
         self._early.append((request.client_index, compat.early_output(request, params)))
 
     def add_request(self, request: Request) -> None:
-        """Add a request. One that comes back because it was told to stay waits no second time."""
+        """Add a request. One that comes back because it was told to stay waits no second time.
+
+        It may say, beside, that another one's prompt will not be taken.
+        """
+        ticket = (request.kv_transfer_params or {}).get(GIVES_UP)
         super().add_request(request)
+        if isinstance(ticket, str) and 0 < len(ticket) <= MAX_TICKET:
+            with self.kv_lock:
+                self.leases.give_up(ticket)
         if self._elastic is not None and not request.kv_transfer_params and self._elastic.note_arrival(request):
             compat.move_to_front(self, request)
 

@@ -33,6 +33,8 @@ KEEP_KV_FOR_DECODE: dict[str, Any] = {
 }
 # Asks whether the prefill engine is to decode the request as well; in its answer, says so (kv/stamp.py, STAY).
 STAY = "adrenaline_stay"
+# Names a prompt for its prefill engine, and says that nobody will take it (kv/stamp.py).
+TICKET, GIVES_UP = "adrenaline_ticket", "adrenaline_gives_up"
 ANY_LENGTH = 1 << 20
 """Stands for the output limit of a request that names none."""
 # Of no use for one token that is thrown away; several of them are refused together with max_tokens=1 or stream=false.
@@ -133,8 +135,8 @@ def _is_one_prompt(prompt: Raw) -> bool:
         return False
 
 
-def for_prefill(body: Body) -> dict[str, Any]:
-    """Return the body that makes the prefill engine compute the prompt and keep its KV cache."""
+def for_prefill(body: Body, ticket: str) -> dict[str, Any]:
+    """Return the body that makes the prefill engine compute the prompt, keep its KV cache and know it as `ticket`."""
     prefill: dict[str, Any] = {name: value for name, value in body.items() if name not in NOT_FOR_PREFILL}
     # As vLLM takes them: completions have a default of 16 and know max_tokens only.
     limits = (
@@ -143,7 +145,7 @@ def for_prefill(body: Body) -> dict[str, Any]:
         else (_value(body, "max_completion_tokens"), _value(body, "max_tokens"))
     )
     limit = next((each for each in limits if isinstance(each, int) and each > 0), ANY_LENGTH)
-    params = KEEP_KV_FOR_DECODE | {STAY: min(limit, ANY_LENGTH)}
+    params = KEEP_KV_FOR_DECODE | {STAY: min(limit, ANY_LENGTH), TICKET: ticket}
     prefill |= {"stream": False, "max_tokens": 1, "kv_transfer_params": params}
     if "max_completion_tokens" in body:
         prefill["max_completion_tokens"] = 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -135,7 +136,7 @@ class Generate:
             await self._decoded(answer, bodies.encode(bodies.for_decode(body, params)))
         finally:  # also when the client is gone
             if not answer.taken:
-                self._releases.start(release.body_of(body.get("model"), params), answer.headers)
+                self._releases.start(body.get("model"), params, answer.headers)
 
     async def _prefilled(
         self, path: str, body: bodies.Body, headers: Headers, name: str
@@ -144,7 +145,8 @@ class Generate:
 
         None says that none of them answers: the decode engine will compute the prompt itself.
         """
-        data = bodies.encode(bodies.for_prefill(body))
+        ticket = secrets.token_hex(16)
+        data = bodies.encode(bodies.for_prefill(body, ticket))
         for engine in self._prefill.in_turn():
             if time.monotonic() < engine.rests_until:
                 continue
@@ -154,6 +156,9 @@ class Generate:
                         content = await answer.read()
                         status, given = answer.status, answer.headers.items()
                 engine.note(was_reached=True)
+            except asyncio.CancelledError:  # the client is gone; the answer may be on its way
+                self._releases.give_up(engine, body.get("model"), ticket, headers)
+                raise
             except UNREACHABLE as error:
                 failed = unreachable(engine, error)
                 engine.note(was_reached=not failed.elsewhere)
