@@ -92,7 +92,7 @@ def test_a_decode_engine_that_slept_over_its_lease_recomputes_what_others_have_o
     with ThreadPoolExecutor() as pool:
         with load(engines, plain) as under:
             answers = pool.submit(engines.door("other", 1).complete, work)
-            assert eventually(lambda: count["remote_attention_rows"] > 0, poll_s=0.01)
+            assert eventually(lambda: count["offloaded_requests"] == len(work), poll_s=0.01)
             under.strike()
             os.kill(core, signal.SIGSTOP)
         try:
