@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests.engine.conftest import Fleet, Plain, Wanted, eventually, fleet, offloads_again, tokens, workload
 from tests.engine.test_faults import SOON_S, engine_core_of, load
+from tests.engine.test_routers import vllm_router_before
 
 pytestmark = pytest.mark.extended
 
@@ -108,3 +110,26 @@ def test_a_decode_engine_that_slept_over_its_lease_recomputes_what_others_have_o
     assert count["fallback_requests"] == len(work)
     assert offloads_again(engines, "other")
     assert eventually(lambda: engines["prefill"].settle() == 0 == engines["other"].settle())
+
+
+def test_under_vllm_router_the_end_of_the_prefill_engine_is_a_clean_error_until_it_is_back(
+    engines: Fleet, plain: Plain, tmp_path: Path
+) -> None:
+    (work,) = workload(1, seed=67, prompts=[200], outputs=[30])
+    wanted = plain.tokens([work])
+    pid = engines["prefill"].pid
+    assert offloads_again(engines, "decode", START_S)
+    with vllm_router_before(engines, tmp_path / "log") as router:
+        assert tokens(router.complete([work])) == wanted
+        os.killpg(pid, signal.SIGKILL)
+        answer = requests.post(f"{router.url}/v1/completions", json=router.body(work), timeout=60)
+        assert answer.status_code >= 500
+        assert eventually(lambda: engines.has_begun_anew("prefill", pid), START_S)
+
+        def again() -> bool:
+            answer = requests.post(f"{router.url}/v1/completions", json=router.body(work), timeout=60)
+            return answer.status_code == 200 and answer.json()["choices"][0]["token_ids"] == wanted[0]
+
+        assert eventually(again, 60, poll_s=1)
+        count = engines["decode"].counting()
+        assert eventually(lambda: again() and count["offloaded_requests"] > 0, 60, poll_s=1)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ pytestmark = pytest.mark.extended
 
 Body = dict[str, Any]
 SHORT, LONG, OTHER = (item.prompt for item in workload(3, seed=131, prompts=[20, 500, 130], outputs=[1]))
+QUESTION = {"role": "user", "content": "How warm is it in Oslo? " * 20}
+PLACE = {"type": "object", "properties": {"place": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": PLACE}}
 COMMON = {"model": "m", "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 
@@ -49,12 +53,14 @@ CASES = {
     "two answers": Case(body(OTHER, n=2, temperature=0.8, seed=3), 1),
     "two prompts": Case(body([OTHER, LONG]), 1),
     "one token": Case(body(SHORT, max_tokens=1), 0),
+    "chat with tools": Case({**COMMON, "messages": [QUESTION], "tools": [TOOL], "max_tokens": 30}, 1),
 }
 
 
 def post(url: str, what: Body, headers: dict[str, str] | None = None) -> Body:
-    """Post to a completions API; return its answer."""
-    answer = requests.post(f"{url}/v1/completions", json=what, headers=headers, timeout=120)
+    """Post to a completions API, or to the one of chats if it is one; return the answer."""
+    path = "/v1/chat/completions" if "messages" in what else "/v1/completions"
+    answer = requests.post(url + path, json=what, headers=headers, timeout=120)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -143,16 +149,15 @@ def test_what_other_routers_send_is_answered_as_plain_vllm_would(
     assert nothing_is_kept(standard)
 
 
-@pytest.fixture(scope="module")
-def vllm_router(standard: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """vllm-router in front of a prefill and a decode engine."""
+@contextmanager
+def vllm_router_before(fleet: Fleet, log: Path) -> Iterator[Client]:
+    """Run vllm-router in front of the engines `prefill` and `decode`."""
     command = shutil.which("vllm-router", path=str(Path(sys.executable).parent)) or shutil.which("vllm-router")
     if command is None:
         pytest.skip("vllm-router is not installed: pip install vllm-router==0.1.17")
     port, metrics = reserve_ports(2)
-    engines = ["--prefill", standard["prefill"].url, "--decode", standard["decode"].url]
+    engines = ["--prefill", fleet["prefill"].url, "--decode", fleet["decode"].url]
     listen = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics)]
-    log = tmp_path_factory.mktemp("router") / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
             [command, "--vllm-pd-disaggregation", *engines, *listen], stdout=output, stderr=subprocess.STDOUT
@@ -164,6 +169,13 @@ def vllm_router(standard: Fleet, tmp_path_factory: pytest.TempPathFactory) -> It
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def vllm_router(standard: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """vllm-router in front of a prefill and a decode engine."""
+    with vllm_router_before(standard, tmp_path_factory.mktemp("router") / "log") as client:
+        yield client
 
 
 def is_up(url: str) -> bool:

@@ -30,7 +30,8 @@ from tests.soak.traffic import Traffic
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.recovery import Recovery
-from vllm_adrenaline.launch.supervisor import Supervisor
+from vllm_adrenaline.launch.signals import Stopped, ending_signals_raise
+from vllm_adrenaline.launch.supervisor import Supervisor, is_ready
 from vllm_adrenaline.proxy.limits import Limits
 from vllm_adrenaline.proxy.server import bind
 from vllm_adrenaline.system.folders import runtime_folder
@@ -101,7 +102,7 @@ class Soak:
         while (now := time.monotonic()) < until - 5:
             time.sleep(min(rng.uniform(0.5, 1.5) * FAULT_S, max(1.0, until - 5 - now)))
             now = time.monotonic()
-            if next_deadly <= now < deadly_until:
+            if next_deadly <= now < deadly_until and all(is_ready(spec.url) for spec in self.supervisor.specs):
                 fault, next_deadly = rng.choice(faults.DEADLY), now + DEADLY_S
             elif now < until - 5:
                 fault = rng.choice(faults.SHORT)
@@ -203,7 +204,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("adrenaline-soak"))
     given = parser.parse_args()
-    return 0 if soak(given.minutes, given.seed, given.out) else 1
+    try:
+        with ending_signals_raise():
+            return 0 if soak(given.minutes, given.seed, given.out) else 1
+    except Stopped as stopped:
+        return stopped.exit_status
 
 
 if __name__ == "__main__":

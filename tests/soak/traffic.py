@@ -20,6 +20,8 @@ RETRYABLE = {429, 502, 503, 504}
 AT_ONCE = 10
 PATIENCE_S = 180.0
 """An answer that takes longer is a hang."""
+PAUSE_S = 1.0
+"""Between two requests of a client, on average: engines that start need some of the cores."""
 LEAVE = 0.1
 """The share of clients that leave before their answer is complete."""
 
@@ -81,7 +83,7 @@ class Traffic:
             else:
                 self.outcomes["equal"] += 1
                 self._note((time.monotonic() - began) / len(tokens))
-            await asyncio.sleep(rng.expovariate(10.0))
+            await asyncio.sleep(rng.expovariate(1 / PAUSE_S))
 
     async def _whole(self, session: aiohttp.ClientSession, work: Work) -> list[int] | str:
         async with session.post(f"{self._client.url}/v1/completions", json=self._client.body(work)) as response:
