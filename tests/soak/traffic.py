@@ -20,7 +20,7 @@ RETRYABLE = {429, 502, 503, 504}
 AT_ONCE = 10
 PATIENCE_S = 180.0
 """An answer that takes longer is a hang."""
-PAUSE_S = 1.0
+PAUSE_S = 5.0
 """Between two requests of a client, on average: engines that start need some of the cores."""
 LEAVE = 0.1
 """The share of clients that leave before their answer is complete."""
