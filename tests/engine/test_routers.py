@@ -32,6 +32,9 @@ TOOL = {"type": "function", "function": {"name": "weather", "description": "The 
 COMMON = {"model": "m", "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 
+CHAT = {**COMMON, "messages": [QUESTION], "tools": [TOOL], "tool_choice": "none", "max_tokens": 30}
+
+
 def body(prompt: Any, **more: Any) -> Body:
     """Return the body of a client's request."""
     return {**COMMON, "prompt": prompt, "max_tokens": 30, **more}
@@ -53,7 +56,7 @@ CASES = {
     "two answers": Case(body(OTHER, n=2, temperature=0.8, seed=3), 1),
     "two prompts": Case(body([OTHER, LONG]), 1),
     "one token": Case(body(SHORT, max_tokens=1), 0),
-    "chat with tools": Case({**COMMON, "messages": [QUESTION], "tools": [TOOL], "max_tokens": 30}, 1),
+    "chat with tools": Case(CHAT, 1),
 }
 
 
