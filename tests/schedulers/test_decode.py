@@ -218,6 +218,23 @@ def test_what_an_earlier_life_of_the_prefill_engine_signed_is_not_believed(decod
     assert engine.count("unsigned_params") == 1
 
 
+def test_an_idle_engine_takes_the_first_prompt_of_a_prefill_engine_that_came_back(
+    decode: Any, prefill: Prefill
+) -> None:
+    engine = decode(ratio="1")
+    for _ in range(2):
+        prefill.forget()
+    assert not engine.scheduler.has_requests(), "no step is made in which it would be heard of"
+    first, second = (engine.arrive(PROMPT, params(PROMPT, name)) for name in ("first", "second"))
+    assert engine.step().num_scheduled_tokens == {}
+    for request in (first, second):
+        claim = prefill.expect(messages.Claim).request
+        prefill.say(granted(PROMPT, claim, BLOCKS if request is first else [21, 22, 23, 24]))
+    finish(engine, first)
+    finish(engine, second)
+    assert (engine.count("offloaded_requests"), engine.count("refused_params")) == (2, 0)
+
+
 def test_a_prompt_is_taken_once(decode: Any, prefill: Prefill) -> None:
     """As a router passes on the parameters of the first of several prompts, or of `n` answers to one."""
     engine = decode(ratio="0")

@@ -103,6 +103,10 @@ class PrefillClient(threading.Thread):
         welcome = self.welcome  # first: the next one comes after the end of this life
         return welcome if life == self._life else None
 
+    def is_over(self, life: int) -> bool:
+        """Whether this life of the prefill engine is over. Then its last answer can be taken."""
+        return life < self._life
+
     def holds(self, life: int, now: float) -> bool:
         """Whether the prefill engine cannot have taken anything back in this life before `now` (seconds, monotonic).
 

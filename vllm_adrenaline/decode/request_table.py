@@ -218,6 +218,11 @@ class RequestTable:
 
     # Once a step
 
+    @property
+    def has_lost(self) -> bool:
+        """Whether a prefill engine is gone, or took all back, and `poll` has not said so yet."""
+        return any(pool.client.is_over(pool.life) for pool in self.pools)
+
     def poll(self) -> Lost:
         """Take the prefill engines' answers; return the requests that have lost what they had there."""
         lost = Lost()

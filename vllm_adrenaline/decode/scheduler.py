@@ -90,14 +90,24 @@ class DecodeScheduler(Scheduler):
                 raise AdrenalineError(f"no prefill engine answers at {', '.join(missing)}")
             time.sleep(0.01)
 
-    def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        table = self.table
-        self._began = time.monotonic()
-        lost = table.poll()
+    def add_request(self, request: Request) -> None:
+        # An idle engine has no steps in which it would hear that a prefill engine came back.
+        if self.table.has_lost:
+            self._take_answers()
+        super().add_request(request)
+
+    def _take_answers(self) -> None:
+        """Take the prefill engines' answers. Who has lost what he had there goes on here."""
+        lost = self.table.poll()
         for request in lost.offloaded:
             self._move_to_local(request)
         for request in lost.pulled:
             compat.recompute_pulled(self, request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        table = self.table
+        self._began = time.monotonic()
+        self._take_answers()
         self._place()
         if table.any_offloaded:
             waiting, leaving = leases.reserve(table.requests, self.running, self.block_size)
