@@ -19,7 +19,7 @@ import zmq
 
 from tests.unit.test_control import IDENTITY, NESTED, eventually
 from vllm_adrenaline.attention.kernels import CpuAttention
-from vllm_adrenaline.attention.server import Server
+from vllm_adrenaline.attention.server import ChannelThread, Server
 from vllm_adrenaline.attention.spec import ExecutorSpec
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
@@ -219,6 +219,19 @@ def test_an_attachment_that_fails_in_an_unforeseen_way_is_refused_and_others_are
     assert other.step()
 
 
+def test_a_worker_for_which_no_thread_can_be_started_is_refused_and_others_are_served(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChannelThread, "start", no_thread)
+        with pytest.raises(AssertionError, match="can't start new thread"):
+            Decode(address, "a")
+    assert Decode(address, "b").step()
+
+
 def test_an_executor_survives_whatever_it_is_sent(address: str) -> None:
     socket = sockets.connect(address)
     for frames in ([NESTED], [b""], [b"a", b"b"], [messages.encode(messages.Leave())]):
@@ -319,7 +332,12 @@ class Clock:
         self.now += seconds
 
 
-def test_only_health_makes_the_restart_of_an_executor_prompt_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "failure", [AdrenalineError("it hangs as it starts, and was killed"), RuntimeError("can't start new thread")]
+)
+def test_only_health_makes_the_restart_of_an_executor_prompt_again(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock, done = Clock(), threading.Event()
     lives = iter([(1, 5), (1, 5), (1, 100), (1, 5), (119, 0), (1, 5), (1, 5)])  # seconds to be ready, and from then on
 
@@ -336,7 +354,10 @@ def test_only_health_makes_the_restart_of_an_executor_prompt_again(monkeypatch: 
         def wait_ready(self) -> None:
             clock.now += self.starting
             if not self.lives:
-                raise AdrenalineError("it hangs as it starts, and was killed")
+                raise failure
+
+        def kill(self) -> None:
+            pass
 
         def wait(self) -> int:
             clock.now += self.lives

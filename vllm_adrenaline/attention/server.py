@@ -243,8 +243,14 @@ class Server:
         return channel.contact
 
     def _begin(self, key: int, thread: ChannelThread) -> None:
+        try:
+            thread.start()
+        except RuntimeError:  # there are too many threads
+            thread.channel.close()
+            if key >= 0:
+                os.close(key)
+            raise
         self._threads[key] = thread
-        thread.start()
 
     def _drop(self, key: int) -> None:
         if key >= 0:

@@ -157,8 +157,9 @@ class ExecutorPool:
                     return
                 process.wait_ready()
                 ready_at = time.monotonic()
-            except (AdrenalineError, OSError):
+            except Exception:  # also one without a name, such as too many threads: nobody else starts it
                 logger.exception("attention executor %d did not come back", rank)
+                self.processes[rank].kill()
 
     @property
     def addresses(self) -> list[str]:
