@@ -45,6 +45,20 @@ def test_whatever_happens_an_executor_that_was_lost_is_looked_for_again(
     eventually(lambda: lost.channel is not None)
 
 
+def test_an_executor_that_is_lost_as_soon_as_it_is_used_again_is_looked_for_by_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "RETRY_S", 0.01)
+    monkeypatch.setattr(breaker, "MIN_PAUSE_S", 0.01)
+    lost, tried = to(f"ipc://{tmp_path}/p"), []
+    # A step finds it gone before the thread that has attached looks: what looks for it next is begun by the step.
+    monkeypatch.setattr(lost, "attach", lambda: tried.append(1))
+    lost.fail()
+    eventually(lambda: tried)
+    time.sleep(0.1)
+    assert len(tried) == 1
+
+
 def test_a_worker_waits_for_an_executor_that_starts_and_not_for_one_that_refuses(tmp_path: Path) -> None:
     early = to(f"ipc://{tmp_path}/p")
     socket, address = sockets.bind(f"ipc://{tmp_path}/p")

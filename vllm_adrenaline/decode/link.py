@@ -236,10 +236,11 @@ class Link:
     def _recover(self, left: ShmDecodeChannel | CollectiveDecodeChannel | None) -> None:
         if left is not None:
             self._let_go_of(left)
-        while self.channel is None:
+        while True:
             time.sleep(max(RETRY_S, self._breaker.retry_at - time.monotonic()))
             try:
                 self.attach()
+                break  # whether the channel is still used or not: if it failed again, another thread sees to that
             except Unfit as error:
                 logger.warning("%s: it is tried again in %.0f s", error, self._breaker.fail(time.monotonic()))
             except (AdrenalineError, OSError, zmq.ZMQError):
