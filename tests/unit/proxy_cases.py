@@ -31,6 +31,10 @@ class FakeEngine:
             return web.Response(status=self.status)
         if request.path == "/v1/models":
             return web.json_response({"data": [{"id": "m"}]})
+        if request.path == "/version":
+            return web.json_response({"version": "0.32.0"})
+        if request.path == "/metrics":
+            return web.Response(text="vllm:num_requests_running 1.0\n")
         body = await request.json()
         self.seen.append((request.path, body, {name.lower(): value for name, value in request.headers.items()}))
         self.started.set()

@@ -27,6 +27,7 @@ LIMITS = Limits(
     idle_seconds=LONG_S,
     reading_seconds=LONG_S,
     first_byte_seconds=LONG_S,
+    drain_seconds=LONG_S,
     token_seconds=LONG_S,
 )
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -319,11 +320,11 @@ def test_without_the_right_key_nothing_but_health_is_answered(given: str | None)
         if given != "Bearer right ":  # HTTP ends a value before its last blanks
             async with client.post("/v1/completions", json=BODY, headers=headers) as answer:
                 assert (answer.status, (await answer.json())["error"]["code"]) == (401, 401)
-            for path in ("/v1/models", "/metrics", "/decode/metrics", "/nothing"):
+            for path in ("/v1/models", "/metrics", "/version", "/engines", "/engines/decode-0/metrics", "/nothing"):
                 async with client.get(path, headers=headers) as answer:
                     assert answer.status == 401
         assert not p.seen
-        for path in ("/health", "/live"):
+        for path in ("/health", "/live", "/ready"):
             async with client.get(path, headers=headers) as answer:
                 assert answer.status == 200
         async with client.post("/v1/completions", json=BODY, headers={"Authorization": "Bearer right"}) as answer:

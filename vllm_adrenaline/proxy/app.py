@@ -15,12 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
+from vllm_adrenaline.proxy.apis import APIS, FORWARDED
 from vllm_adrenaline.proxy.counts import Counts
 from vllm_adrenaline.proxy.errors import error_response
 from vllm_adrenaline.proxy.generate import Generate
-from vllm_adrenaline.proxy.guard import Guard, request_id
+from vllm_adrenaline.proxy.guard import DRAINING, Guard, request_id
 from vllm_adrenaline.proxy.limits import Limits
 from vllm_adrenaline.proxy.upstream import Engine, EngineFailed, Engines, client_headers, engine_headers
 
@@ -34,59 +34,83 @@ class Pages:
     """The endpoints that do not generate."""
 
     def __init__(self, prefill: Engines, decode: Engines, counts: Counts) -> None:
-        self._engines = {"prefill": prefill, "decode": decode}
+        self._prefill, self._decode = prefill, decode
         self._counts = counts
-        self._asking: asyncio.Task[list[bool]] | None = None
+        self._asking: asyncio.Task[list[tuple[Engine, bool]]] | None = None
+        self.guard: Guard
+
+    @property
+    def _engines(self) -> list[Engine]:
+        return [*self._prefill.all, *self._decode.all]
 
     async def live(self, _: Request) -> Response:
         """Answer 200: the proxy itself runs."""
         return JSONResponse({"status": "ok"})
 
     async def health(self, request: Request) -> Response:
-        """Answer 200 when every engine is healthy, else 503 with the names of those that are not.
-
-        The engines are asked once for all who ask at the same time.
-        """
-        engines = [engine for kind in self._engines.values() for engine in kind.all]
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._healthy(engines))
-        healthy = await asyncio.shield(self._asking)
-        ill = [engine.kind for engine, good in zip(engines, healthy, strict=True) if not good]
+        """Answer 200 when every engine is healthy, else 503 with the numbers of those that are not."""
+        ill = [engine.kind for engine, good in await self._healthy() if not good]
         if not ill:
             return JSONResponse({"status": "ok"})
         names = ", ".join(f"{ill.count(kind)} {kind} engine(s)" for kind in dict.fromkeys(ill))
         return error_response(503, f"not healthy: {names}", request_id(request.scope))
 
-    async def _healthy(self, engines: Sequence[Engine]) -> list[bool]:
-        return await asyncio.gather(*(engine.is_healthy() for engine in engines))
+    async def ready(self, request: Request) -> Response:
+        """Answer 200 when requests can be answered: a decode engine is healthy, and the proxy is not about to end."""
+        if self.guard.drains:
+            return error_response(503, DRAINING, request_id(request.scope))
+        if any(good for engine, good in await self._healthy() if engine.kind == self._decode.kind):
+            return JSONResponse({"status": "ok"})
+        return error_response(503, "no decode engine is healthy", request_id(request.scope))
+
+    async def _healthy(self) -> list[tuple[Engine, bool]]:
+        """Return all engines, and whether they are healthy. They are asked once for all who ask at the same time."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask(self._engines))
+        return await asyncio.shield(self._asking)
+
+    async def _ask(self, engines: Sequence[Engine]) -> list[tuple[Engine, bool]]:
+        return list(zip(engines, await asyncio.gather(*(engine.is_healthy() for engine in engines)), strict=True))
 
     async def models(self, request: Request) -> Response:
         """Answer with a decode engine's list of models."""
-        return await self._page(self._engines["decode"].in_turn(), "/v1/models", request)
+        return await self._page(self._decode.in_turn(), "/v1/models", request)
+
+    async def version(self, request: Request) -> Response:
+        """Answer with a decode engine's version of vLLM."""
+        return await self._page(self._decode.in_turn(), "/version", request)
 
     async def metrics(self, _: Request) -> Response:
         """Answer with the proxy's own metrics."""
         return Response(self._counts.text(), media_type=METRICS_TYPE)
 
+    async def engines(self, _: Request) -> Response:
+        """Answer with the engines: their names, kinds, and whether they could be reached when they were last asked."""
+        return JSONResponse(
+            [{"name": each.name, "kind": each.kind, "available": not each.is_down} for each in self._engines]
+        )
+
     async def engine_metrics(self, request: Request) -> Response:
-        """Answer with the metrics of one engine: by its kind, and its number if there are several."""
-        kind, number = request.path_params["kind"], request.path_params.get("number", 0)
-        engines = self._engines[kind].all if kind in self._engines else []
-        if number >= len(engines):
+        """Answer with the metrics of one engine, by its name."""
+        engine = next((each for each in self._engines if each.name == request.path_params["name"]), None)
+        if engine is None:
             raise HTTPException(404, "there is no such engine")
-        return await self._page([engines[number]], "/metrics", request)
+        return await self._page([engine], "/metrics", request)
 
     async def _page(self, engines: Sequence[Engine], path: str, request: Request) -> Response:
         """Answer with a page of the first of these engines that answers."""
         name = request_id(request.scope)
         for engine in engines:
             try:
-                headers = engine_headers(request.headers.items(), name)
+                headers = engine_headers(request.headers, name)
                 status, given, content = await engine.get(path, headers, PAGE_TIMEOUT_S)
             except EngineFailed as failed:
                 self._counts.failures.labels(failed.kind, failed.what).inc()
                 logger.warning("%s (request %s)", failed, name)
                 continue
+            if status >= 500:
+                logger.warning("the %s engine at %s: status %d (request %s)", engine.kind, engine.address, status, name)
+                return error_response(status, f"the {engine.kind} engine failed", name)
             response = Response(content, status_code=status)
             response.raw_headers = client_headers(given)
             return response
@@ -106,7 +130,7 @@ def create_app(
     limits: Limits | None = None,
     api_key: str | None = None,
     counts: Counts | None = None,
-) -> ASGIApp:
+) -> Guard:
     """Return the application in front of engines at these addresses (upstream.Engine).
 
     Without a prefill engine, requests go to the decode engines in turn, as they are. With an `api_key`, clients must
@@ -131,14 +155,16 @@ def create_app(
         routes=[
             Route("/live", pages.live),
             Route("/health", pages.health),
+            Route("/ready", pages.ready),
+            Route("/version", pages.version),
             Route("/metrics", pages.metrics),
-            Route("/{kind}/metrics", pages.engine_metrics),
-            Route("/{kind}/{number:int}/metrics", pages.engine_metrics),
+            Route("/engines", pages.engines),
+            Route("/engines/{name}/metrics", pages.engine_metrics),
             Route("/v1/models", pages.models),
-            Route("/v1/completions", generate, methods=["POST"]),
-            Route("/v1/chat/completions", generate, methods=["POST"]),
+            *(Route(path, generate, methods=["POST"]) for path in (*APIS, *FORWARDED)),
         ],
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
-    return Guard(app, limits, api_key, counts)
+    pages.guard = Guard(app, limits, api_key, counts)
+    return pages.guard

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from vllm_adrenaline.proxy import bodies, errors, release
+from vllm_adrenaline.proxy.apis import APIS, Api
 from vllm_adrenaline.proxy.counts import Counts
 from vllm_adrenaline.proxy.errors import Refused, error_response
 from vllm_adrenaline.proxy.guard import Bodies, request_id
@@ -47,7 +48,7 @@ class ClientGone(Exception):
 
 
 class Generate:
-    """An endpoint that generates, e.g. /v1/completions."""
+    """The endpoints that engines do work for: those that generate, e.g. /v1/completions, and others with a body."""
 
     def __init__(self, prefill: Engines, decode: Engines, limits: Limits, counts: Counts) -> None:
         self._prefill, self._decode, self._limits, self._counts = prefill, decode, limits, counts
@@ -109,12 +110,16 @@ class Generate:
     async def _answer(self, scope: Scope, raw: bytes, send: Send, name: str) -> None:
         body = bodies.parse(raw)
         path: str = scope["path"]
-        answer = _Sender(self._limits, path, engine_headers(Request(scope).headers.items(), name), send, name)
-        if not (self._prefill.all and bodies.can_disaggregate(body)):
+        api = APIS.get(path)
+        answer = _Sender(self._limits, path, engine_headers(Request(scope).headers, name), send, name)
+        if api is None or not self._prefill.all:
+            return await self._decoded(answer, raw)
+        if not bodies.can_disaggregate(api, body):
+            self._counts.whole.inc()
             return await self._decoded(answer, raw)
         if await self._decode.are_down():  # else prompts would be computed that nobody can decode
             raise EngineFailed(self._decode.all[0], "unreachable", "it is not healthy again")
-        found = await self._prefilled(path, body, answer.headers, name)
+        found = await self._prefilled(path, api, body, answer.headers, name)
         if found is None:
             self._counts.without_prefill.inc()
             return await self._decoded(answer, raw)
@@ -139,14 +144,14 @@ class Generate:
                 self._releases.start(body.get("model"), params, answer.headers)
 
     async def _prefilled(
-        self, path: str, body: bodies.Body, headers: Headers, name: str
+        self, path: str, api: Api, body: bodies.Body, headers: Headers, name: str
     ) -> tuple[Engine, bytes | Response] | None:
         """Return a prefill engine and its answer, or the response for the client if it refused the request.
 
         None says that none of them answers: the decode engine will compute the prompt itself.
         """
         ticket = secrets.token_hex(16)
-        data = bodies.encode(bodies.for_prefill(body, ticket))
+        data = bodies.encode(bodies.for_prefill(api, body, ticket))
         for engine in self._prefill.in_turn():
             if time.monotonic() < engine.rests_until:
                 continue
@@ -248,8 +253,9 @@ class _Sender:
         logger.warning("%s, in the middle of an answer (request %s)", failed, self.name)
         if between_events:
             message = f"the {failed.kind} engine ended in the middle of its answer (request {self.name})"
-            event = f"data: {json.dumps(errors.content(503, message))}\n\n".encode()
-            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+            named = (api := APIS.get(self._path)) is not None and api.named_events
+            event = f"{'event: error' * named}\ndata: {json.dumps(errors.content(503, message))}\n\n".lstrip()
+            await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
         # Else: returning without an end makes the server cut the connection.
 
 

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
+from starlette.datastructures import Headers as ClientHeaders
 
 from vllm_adrenaline.system.http_get import UNIX
 
@@ -18,8 +19,9 @@ HEALTH_TIMEOUT_S = 5.0
 REST_S = 5.0
 # vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request on one being closed would fail.
 KEEP_ALIVE_S = 2.0
-FOR_ENGINES = frozenset(("accept", "authorization", "traceparent", "tracestate"))
-"""Headers of clients that go to engines, beside the request's name. Others could steer an engine, or are of no use."""
+FOR_ENGINES = ("accept", "traceparent", "tracestate")
+"""Headers of clients that go to engines, beside the request's name and the client's key. Others could steer an engine,
+or are of no use."""
 # RFC 9110 7.6.1, and what each side states for itself.
 NOT_FOR_CLIENTS = frozenset(
     (
@@ -58,15 +60,15 @@ class EngineFailed(Exception):
 class Engine:
     """An engine, and the HTTP session for it.
 
-    `kind` is prefill or decode; `address` is http://host:port, or unix: and the path of a socket. `is_down`: it could
-    not be reached when it was last asked to generate. Where others can do its work, it is not asked again before
-    `rests_until` (time.monotonic).
+    `kind` is prefill or decode; `address` is http://host:port, or unix: and the path of a socket. Clients know it by
+    its `name` only. `is_down`: it could not be reached when it was last asked to generate. Where others can do its
+    work, it is not asked again before `rests_until` (time.monotonic).
     """
 
     session: aiohttp.ClientSession
 
-    def __init__(self, kind: str, address: str) -> None:
-        self.kind, self.address = kind, address.rstrip("/")
+    def __init__(self, kind: str, address: str, name: str = "") -> None:
+        self.kind, self.name, self.address = kind, name, address.rstrip("/")
         self.is_down, self.rests_until = False, 0.0
         self._url = "http://engine" if address.startswith(UNIX) else self.address
 
@@ -122,7 +124,7 @@ class Engines:
 
     def __init__(self, kind: str, addresses: Sequence[str]) -> None:
         self.kind = kind
-        self.all = [Engine(kind, address) for address in addresses]
+        self.all = [Engine(kind, address, f"{kind}-{number}") for number, address in enumerate(addresses)]
         self._next = 0
 
     def in_turn(self) -> list[Engine]:
@@ -145,9 +147,17 @@ class Engines:
             await stack.enter_async_context(engine.open())
 
 
-def engine_headers(headers: Iterable[tuple[str, str]], request_id: str) -> Headers:
+def authorization(headers: ClientHeaders) -> str:
+    """Return a client's Authorization; empty without one. A client of Anthropic's API has its key elsewhere."""
+    given, key = headers.get("authorization"), headers.get("x-api-key")
+    return f"Bearer {key}" if given is None and key else given or ""
+
+
+def engine_headers(headers: ClientHeaders, request_id: str) -> Headers:
     """Return those of the client's headers that engines get, and the name of the request."""
-    kept = [(name, value) for name, value in headers if name.lower() in FOR_ENGINES]
+    kept = [(name, value) for name, value in headers.items() if name in FOR_ENGINES]
+    if key := authorization(headers):
+        kept.append(("authorization", key))
     return [*kept, ("X-Request-Id", request_id)]
 
 
