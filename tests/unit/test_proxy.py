@@ -17,6 +17,7 @@ from vllm_adrenaline.kv import stamp
 from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.proxy.apis import ANY_LENGTH, APIS
 from vllm_adrenaline.proxy.app import create_app
+from vllm_adrenaline.proxy.engine_file import of_addresses
 from vllm_adrenaline.proxy.errors import Refused
 from vllm_adrenaline.proxy.limits import Limits
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
@@ -422,7 +423,7 @@ def test_body_size_is_bounded() -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        app = create_app(["http://p"], ["http://d"], Limits(max_body_bytes=100))
+        app = create_app(of_addresses(["http://p"], ["http://d"]), Limits(max_body_bytes=100))
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
         await app(scope, receive, send)
         assert sent[0]["status"] == 413

@@ -6,18 +6,14 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
-from tests.unit.proxy_cases import BODY, PARAMS, FakeEngine, good_decode, good_prefill, with_proxy
+from tests.unit.proxy_cases import BODY, PARAMS, FakeEngine, command, good_decode, good_prefill, with_proxy
 from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.proxy.apis import APIS
 from vllm_adrenaline.proxy.limits import Limits
@@ -209,33 +205,6 @@ def test_what_an_engine_says_of_its_failure_is_on_no_page(caplog: pytest.LogCapt
 # The end
 
 
-@asynccontextmanager
-async def process(p: FakeEngine, d: FakeEngine, *options: str) -> AsyncIterator[tuple[aiohttp.ClientSession, Any]]:
-    """Run `adrenaline proxy`, the command, in front of two engines; give a client of it and the process."""
-    command = [sys.executable, "-m", "vllm_adrenaline.cli", "proxy", "--port", "0", *options]
-    async with p.serve(), d.serve():
-        engines = ["--prefill", p.url, "--decode", d.url]
-        proxy = await asyncio.create_subprocess_exec(
-            *command, *engines, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        try:
-            assert proxy.stdout is not None
-            url = (await asyncio.wait_for(proxy.stdout.readline(), 20)).split()[-1].decode()
-            async with aiohttp.ClientSession(url) as client:
-                while True:
-                    try:
-                        async with client.get("/ready") as answer:
-                            assert answer.status == 200
-                        break
-                    except aiohttp.ClientConnectionError:
-                        await asyncio.sleep(0.05)
-                yield client, proxy
-        finally:
-            if proxy.returncode is None:
-                os.kill(proxy.pid, signal.SIGKILL)
-            await proxy.wait()
-
-
 @pytest.mark.parametrize("seconds", [20, 1])
 def test_on_sigterm_what_runs_may_end_within_a_limit_and_nothing_else_begins(seconds: int) -> None:
     class Slow(FakeEngine):
@@ -248,8 +217,8 @@ def test_on_sigterm_what_runs_may_end_within_a_limit_and_nothing_else_begins(sec
             return response
 
     async def run() -> None:
-        p, d = good_prefill(), Slow({})
-        async with process(p, d, f"--drain-seconds={seconds}") as (client, proxy):
+        p, d, more = good_prefill(), Slow({}), [f"--drain-seconds={seconds}"]
+        async with p.serve(), d.serve(), command("--prefill", p.url, "--decode", d.url, *more) as (client, proxy):
             async with client.post("/v1/completions", json=BODY | {"stream": True}) as answer:
                 assert await answer.content.readline() == b"data: 1\n"
                 began = time.monotonic()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,8 +17,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from vllm_adrenaline.proxy import engine_file
 from vllm_adrenaline.proxy.apis import APIS, FORWARDED
 from vllm_adrenaline.proxy.counts import Counts
+from vllm_adrenaline.proxy.engine_file import EngineLists
 from vllm_adrenaline.proxy.errors import error_response
 from vllm_adrenaline.proxy.generate import Generate
 from vllm_adrenaline.proxy.guard import DRAINING, Guard, request_id
@@ -74,20 +77,31 @@ class Pages:
 
     async def models(self, request: Request) -> Response:
         """Answer with a decode engine's list of models."""
-        return await self._page(self._decode.in_turn(), "/v1/models", request)
+        return await self._page(self._decode.choose(), "/v1/models", request)
 
     async def version(self, request: Request) -> Response:
         """Answer with a decode engine's version of vLLM."""
-        return await self._page(self._decode.in_turn(), "/version", request)
+        return await self._page(self._decode.choose(), "/version", request)
 
     async def metrics(self, _: Request) -> Response:
         """Answer with the proxy's own metrics."""
+        self._counts.outstanding.clear()
+        for engine in self._engines:
+            self._counts.outstanding.labels(engine.name).set(engine.outstanding)
         return Response(self._counts.text(), media_type=METRICS_TYPE)
 
     async def engines(self, _: Request) -> Response:
-        """Answer with the engines: their names, kinds, and whether they could be reached when they were last asked."""
+        """Answer with the engines by name: kind, what they have to do, and whether they could be reached last."""
         return JSONResponse(
-            [{"name": each.name, "kind": each.kind, "available": not each.is_down} for each in self._engines]
+            [
+                {
+                    "name": each.name,
+                    "kind": each.kind,
+                    "available": not each.is_down,
+                    "outstanding_tokens": each.outstanding,
+                }
+                for each in self._engines
+            ]
         )
 
     async def engine_metrics(self, request: Request) -> Response:
@@ -125,31 +139,34 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def create_app(
-    prefill: Sequence[str],
-    decode: Sequence[str],
+    engines: EngineLists,
     limits: Limits | None = None,
     api_key: str | None = None,
     counts: Counts | None = None,
+    watched: Path | None = None,
 ) -> Guard:
-    """Return the application in front of engines at these addresses (upstream.Engine).
+    """Return the application in front of these engines; they follow the file `watched`.
 
-    Without a prefill engine, requests go to the decode engines in turn, as they are. With an `api_key`, clients must
-    send it. Raises ValueError if there is no decode engine.
+    Without a prefill engine, requests go to the decode engines as they are. With an `api_key`, clients must send it.
     """
-    if not decode:
-        raise ValueError("at least one decode engine is needed")
     limits, counts = limits or Limits(), counts or Counts()
-    kinds = Engines("prefill", prefill), Engines("decode", decode)
-    for engines in kinds:
-        counts.engines.labels(engines.kind).set(len(engines.all))
-    pages, generate = Pages(*kinds, counts), Generate(*kinds, limits, counts)
+    kinds = prefill, decode = Engines("prefill"), Engines("decode")
+    pages, generate = Pages(prefill, decode, counts), Generate(prefill, decode, limits, counts)
+
+    def have(lists: EngineLists) -> None:
+        for each in kinds:
+            each.replace(lists.of(each.kind))
+            counts.engines.labels(each.kind).set(len(each.all))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            for engines in kinds:
-                await engines.open(stack)
-            yield
+        have(engines)
+        watcher = asyncio.create_task(engine_file.watch(watched, engines, have)) if watched else None
+        yield
+        if watcher:
+            watcher.cancel()
+        for each in kinds:
+            await each.close()
 
     app = Starlette(
         routes=[

@@ -13,6 +13,15 @@ class Counts:
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
         self.engines = Gauge(f"{PREFIX}_engines", "Engines behind the proxy.", ["kind"], registry=registry)
+        self.requests = Counter(
+            f"{PREFIX}_engine_requests", "Requests that engines were asked.", ["engine"], registry=registry
+        )
+        self.outstanding = Gauge(
+            f"{PREFIX}_engine_outstanding_tokens",
+            "Tokens of the requests that engines have, as the proxy guesses them from bytes and limits.",
+            ["engine"],
+            registry=registry,
+        )
         self.under_way = Gauge(f"{PREFIX}_requests_under_way", "Requests that are being answered.", registry=registry)
         self.connections = Gauge(f"{PREFIX}_connections", "Open connections of clients.", registry=registry)
         self.refused = Counter(

@@ -8,14 +8,17 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.proxy import engine_file
 from vllm_adrenaline.proxy.app import create_app
 from vllm_adrenaline.proxy.connections import Connections
 from vllm_adrenaline.proxy.counts import Counts
+from vllm_adrenaline.proxy.engine_file import EngineLists
 from vllm_adrenaline.proxy.guard import Guard
 from vllm_adrenaline.proxy.limits import Limits
 
@@ -81,7 +84,7 @@ class Server(uvicorn.Server):
 
 
 def make_server(
-    prefill: Sequence[str], decode: Sequence[str], limits: Limits | None = None, api_key: str | None = None
+    engines: EngineLists, limits: Limits | None = None, api_key: str | None = None, watched: Path | None = None
 ) -> Server:
     """Return the proxy's server; the arguments are those of `create_app`.
 
@@ -89,7 +92,7 @@ def make_server(
     """
     limits, counts = limits or Limits(), Counts()
     _allow_files(FILES + limits.max_connections + limits.max_requests)
-    guard = create_app(prefill, decode, limits, api_key, counts)
+    guard = create_app(engines, limits, api_key, counts, watched)
     config = uvicorn.Config(
         guard,
         http=Connections(limits, counts).protocol,  # type: ignore[arg-type]
@@ -128,7 +131,7 @@ class ServerThread:
         limits: Limits | None = None,
         api_key: str | None = None,
     ) -> None:
-        self._server = make_server(prefill, decode, limits, api_key)
+        self._server = make_server(engine_file.of_addresses(prefill, decode), limits, api_key)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [listener]}, name="proxy", daemon=True
         )
