@@ -310,6 +310,29 @@ def test_a_stream_that_stands_still_ends_with_an_error_event() -> None:
     with_proxy(good_prefill, lambda: FakeEngine(wait=True), test, replace(LIMITS, token_seconds=SHORT_S))
 
 
+def test_a_stream_of_responses_begins_before_its_first_token_and_may_wait_for_that() -> None:
+    class Queueing(FakeEngine):
+        async def stream(self, request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            for event in ("response.created", "response.in_progress"):
+                await response.write(f"event: {event}\ndata: {{}}\n\n".encode())
+            await asyncio.sleep(5 * SHORT_S)
+            await response.write(b"event: response.output_item.added\ndata: {}\n\n")
+            if self.wait:
+                await asyncio.sleep(LONG_S)
+            return response
+
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        for d.wait in (False, True):
+            async with client.post("/v1/responses", json={"input": "x", "stream": True}) as answer:
+                events = (await answer.text()).removesuffix("\n\n").split("\n\n")
+            assert events[2] == "event: response.output_item.added\ndata: {}"
+            assert [event.split("\n")[0] for event in events[3:]] == ["event: error"] * d.wait
+
+    with_proxy(good_prefill, lambda: Queueing({}), test, replace(LIMITS, token_seconds=SHORT_S))
+
+
 # The API key
 
 

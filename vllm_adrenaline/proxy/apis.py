@@ -22,7 +22,8 @@ class Api:
     any. `unwanted` are fields of no use for one token that is thrown away; several are refused together with a limit of
     1 or without a stream. `prefill` is set in the body for the prefill engine. `alone`: values of fields with which one
     KV cache, made on the prefill engine, is enough; with any other the decode engine does all. `prompt` are the fields
-    that make the prompt, in their order there. `named_events`: events of its streams have names.
+    that make the prompt, in their order there. `named_events`: events of its streams have names. `first_token`: what a
+    stream holds not before its first token, where it begins before that.
     """
 
     limits: tuple[str, ...]
@@ -32,6 +33,7 @@ class Api:
     unwanted: tuple[str, ...] = SAMPLING
     prefill: dict[str, Any] = field(default_factory=dict)
     named_events: bool = False
+    first_token: bytes = b""
 
 
 NO = (None, False)
@@ -63,6 +65,7 @@ APIS = {
         unwanted=(*SAMPLING, "include", "enable_response_messages"),
         prefill={"max_output_tokens": 1, "store": False, **GO_ON},
         named_events=True,
+        first_token=b"response.output_",
     ),
     "/v1/messages": Api(
         limits=("max_tokens",),

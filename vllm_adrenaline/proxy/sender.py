@@ -34,10 +34,11 @@ class Sender:
 
     async def pass_on(self, engine: Engine, data: bytes) -> None:
         """Ask the engine and send on what it says. Raises EngineFailed as long as the client has nothing."""
-        last, sending, events = b"", False, False
-        now = asyncio.get_running_loop().time
+        last, sending, events, tokens = b"", False, False, False
+        awaited = b"" if (api := APIS.get(self.path)) is None else api.first_token
+        limits, now = self._limits, asyncio.get_running_loop().time
         try:
-            async with asyncio.timeout(self._limits.first_byte_seconds) as deadline:
+            async with asyncio.timeout(limits.first_byte_seconds) as deadline:
                 async with engine.post(self.path, data, self.headers) as answer:
                     engine.note(was_reached=True)
                     if answer.status >= 500:
@@ -50,12 +51,12 @@ class Sender:
                     # may still become an error.
                     async for chunk in answer.content.iter_any():
                         sending = True
-                        deadline.reschedule(now() + self._limits.reading_seconds)
+                        deadline.reschedule(now() + limits.reading_seconds)
                         if not self._started:
                             await self._begin(**start)
                         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-                        sending, last = False, chunk
-                        deadline.reschedule(now() + self._limits.token_seconds)
+                        sending, last, tokens = False, chunk, tokens or awaited in chunk
+                        deadline.reschedule(now() + (limits.token_seconds if tokens else limits.first_byte_seconds))
                     if not self._started:
                         await self._begin(**start)
         except UNREACHABLE as error:
