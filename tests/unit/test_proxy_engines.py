@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from tests.unit.proxy_cases import BODY, FakeEngine, command, good_decode, good_prefill, with_many
+from vllm_adrenaline.proxy import upstream
 from vllm_adrenaline.system.ports import reserve_ports
 
 LONG = "x" * 1000
@@ -214,6 +215,30 @@ def test_engines_come_and_go_with_the_file_and_what_runs_on_one_that_goes_ends_t
                     assert b"data: 2" in await stream.read()
 
     asyncio.run(asyncio.wait_for(run(), 40))
+
+
+def test_the_connections_of_an_engine_that_is_gone_are_closed_when_its_last_request_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        monkeypatch.setattr(upstream, "LEAVE_S", 0.01)
+        engines = upstream.Engines("decode")
+        engines.replace([("a", "http://a"), ("b", "http://b")])
+        a, b = engines.all
+        with a.carrying(1):
+            engines.replace([("c", "http://b")])
+            assert engines.all == [b]
+            assert b.name == "c"
+            await asyncio.sleep(0.1)
+            assert not a.session.closed
+        await asyncio.sleep(0.1)
+        assert a.session.closed
+        assert not b.session.closed
+        engines.replace([("a", "http://a")])
+        await engines.close()
+        assert b.session.closed
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(

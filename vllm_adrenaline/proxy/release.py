@@ -60,5 +60,5 @@ class Releases:
                 async with asyncio.timeout(TIMEOUT_S), engine.post(PATH, data, headers) as answer:
                     await answer.read()
                     return
-            except (*UNREACHABLE, RuntimeError) as error:  # RuntimeError: it is no longer in the list, and closed
+            except UNREACHABLE as error:
                 logger.warning("the %s engine at %s cannot give up a prompt: %s", engine.kind, engine.address, error)

@@ -18,6 +18,7 @@ from vllm_adrenaline.system.http_get import UNIX
 CONNECT_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 5.0
 REST_S = 5.0
+LEAVE_S = 10.0
 # vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request on one being closed would fail.
 KEEP_ALIVE_S = 2.0
 FOR_ENGINES = ("accept", "traceparent", "tracestate")
@@ -61,7 +62,7 @@ class Engine:
 
     `kind` is prefill or decode; `address` is http://host:port, or unix: and the path of a socket. Clients know it by
     its `name` only. `is_down`: it could not be reached when it was last asked to generate. Where others can do its
-    work, it is not asked again before `rests_until` (time.monotonic). `outstanding`: tokens of the requests it has.
+    work, it is not asked again before `rests_until` (time.monotonic). `requests` under way have `outstanding` tokens.
     """
 
     session: aiohttp.ClientSession
@@ -69,9 +70,7 @@ class Engine:
     def __init__(self, kind: str, address: str, name: str = "") -> None:
         self.kind, self.name, self.address = kind, name, address.rstrip("/")
         self.is_down, self.rests_until = False, 0.0
-        self.outstanding = self._requests = 0
-        self._leaves: asyncio.Task[None] | None = None
-        self._is_leaving = False
+        self.outstanding = self.requests = 0
         self._url = "http://engine" if address.startswith(UNIX) else self.address
 
     def open(self) -> aiohttp.ClientSession:
@@ -93,22 +92,12 @@ class Engine:
     def carrying(self, tokens: int) -> Iterator[None]:
         """Count a request of so many tokens as this engine's while the context lasts."""
         self.outstanding += tokens
-        self._requests += 1
+        self.requests += 1
         try:
             yield
         finally:
             self.outstanding -= tokens
-            self._requests -= 1
-            self._close_if_left()
-
-    def leave(self) -> None:
-        """Close the session as soon as no request uses it."""
-        self._is_leaving = True
-        self._close_if_left()
-
-    def _close_if_left(self) -> None:
-        if self._is_leaving and not self._requests and self._leaves is None:
-            self._leaves = asyncio.create_task(self.session.close())
+            self.requests -= 1
 
     def post(self, path: str, data: bytes, headers: Headers) -> Any:
         """Return the context manager of a request with a JSON body."""
@@ -149,6 +138,7 @@ class Engines:
         self.kind = kind
         self.all: list[Engine] = []
         self._memory = choice.Memory()
+        self._leaving: dict[Engine, asyncio.Task[None]] = {}
 
     def choose(self, prompt: choice.Beginnings = (), session: str | None = None) -> list[Engine]:
         """Return all engines in the order in which they should be asked (choice.order)."""
@@ -173,7 +163,16 @@ class Engines:
             engine.name = name
             self.all.append(engine)
         for engine in known.values():
-            engine.leave()
+            self._leaving[engine] = asyncio.create_task(self._close_later(engine))
+
+    async def _close_later(self, engine: Engine) -> None:
+        """Close the session when no request has the engine. One may have chosen it that has not begun yet."""
+        while True:
+            await asyncio.sleep(LEAVE_S)
+            if not engine.requests:
+                break
+        await engine.session.close()
+        del self._leaving[engine]
 
     async def are_down(self) -> bool:
         """Say whether none of them can be reached. Only those that could not be reached last are asked again."""
@@ -183,6 +182,9 @@ class Engines:
 
     async def close(self) -> None:
         """Close the sessions."""
+        for engine, task in self._leaving.items():
+            task.cancel()
+            await engine.session.close()
         for engine in self.all:
             await engine.session.close()
 
