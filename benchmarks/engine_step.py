@@ -28,6 +28,7 @@ from vllm_adrenaline.launch import engine_command
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.supervisor import Supervisor
 from vllm_adrenaline.proxy import bodies
+from vllm_adrenaline.proxy.apis import APIS
 from vllm_adrenaline.system.folders import runtime_folder
 from vllm_adrenaline.system.ports import reserve_ports
 from vllm_adrenaline.workload import client
@@ -40,7 +41,8 @@ KINDS = ("local_attention", "remote_attention", "exposed_wait")
 async def prefill(session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int) -> bodies.Body:
     """Compute one prompt; return the body that makes a decode engine go on with it."""
     body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    async with session.post(f"{url}/v1/completions", json=bodies.for_prefill(body)) as response:
+    path = "/v1/completions"
+    async with session.post(url + path, json=bodies.for_prefill(APIS[path], body, "")) as response:
         params = bodies.params_of(await response.read())
     return bodies.for_decode(body, params) | {"stream": True, "return_token_ids": True}
 

@@ -6,9 +6,14 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_adrenaline import __version__
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm_adrenaline.proxy.engine_file import EngineLists
 
 DESCRIPTION = """\
 Disaggregated serving with vLLM in which the decode attention of some requests runs where their KV cache was made,
@@ -36,7 +41,8 @@ On a CPU the cores are halved between the engines, unless --one-device or VLLM_C
 the engines are kept in ~/.cache/vllm-adrenaline/logs (or below $XDG_CACHE_HOME) for the last ten runs.
 """
 PROXY = """\
-Run the proxy alone, in front of engines that run already. Several engines of a kind are used in turn.
+Run the proxy alone, in front of engines that run already. Of several engines of a kind, the one that has less to do
+gets a request, or the prefill engine that knows the prompt's beginning, or all requests with the same X-Session-Id.
 """
 STATUS = """\
 Show the batch of each engine, what attention costs here and in the executors, and all placement decisions so far by
@@ -111,9 +117,13 @@ def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     proxy = commands.add_parser("proxy", help="run the proxy alone", description=PROXY, formatter_class=raw)
     for role in ("prefill", "decode"):
-        proxy.add_argument(
-            f"--{role}", required=True, metavar="URL[,URL]", help=f"{role} engines, e.g. http://127.0.0.1:8100"
-        )
+        proxy.add_argument(f"--{role}", metavar="URL[,URL]", help=f"{role} engines, e.g. http://127.0.0.1:8100")
+    proxy.add_argument(
+        "--engines",
+        metavar="FILE",
+        help="TOML or JSON file with all engines, instead of --prefill and --decode; it is watched. One says "
+        '[[prefill]] url = "http://10.0.0.1:8100", the other kind [[decode]]; name = "..." is optional',
+    )
     proxy.add_argument("--fd", type=int, help=argparse.SUPPRESS)  # a bound socket, from `adrenaline up`
     _proxy_options(proxy)
 
@@ -152,6 +162,23 @@ def _urls(flag: str, text: str) -> list[str]:
     return urls
 
 
+def _engines(options: argparse.Namespace) -> tuple[EngineLists, Path | None]:
+    """Return the engines that the proxy is to begin with, and the file that names them, if one does."""
+    from pathlib import Path
+
+    from vllm_adrenaline.errors import AdrenalineError
+    from vllm_adrenaline.proxy import engine_file
+
+    urls = [getattr(options, kind) for kind in ("prefill", "decode")]
+    if options.engines is not None:
+        if any(urls):
+            raise AdrenalineError("--engines has all engines: --prefill and --decode do not go with it")
+        return engine_file.load(Path(options.engines)), Path(options.engines)
+    if not all(urls):
+        raise AdrenalineError("name the engines with --prefill and --decode, or with --engines FILE")
+    return engine_file.of_addresses(_urls("--prefill", urls[0]), _urls("--decode", urls[1])), None
+
+
 def _proxy(options: argparse.Namespace) -> int:
     import logging
     import socket
@@ -164,8 +191,8 @@ def _proxy(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     for handler in logging.getLogger().handlers:
         bound(handler)
-    engines = _urls("--prefill", options.prefill), _urls("--decode", options.decode)
-    server = make_server(*engines, limits.from_options(options), limits.api_key(options.api_key))
+    engines, watched = _engines(options)
+    server = make_server(engines, limits.from_options(options), limits.api_key(options.api_key), watched)
     with bind(options.host, options.port) if options.fd is None else socket.socket(fileno=options.fd) as listener:
         say(f"proxy: {url_of(listener)}")
         server.run(sockets=[listener])

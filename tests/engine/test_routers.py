@@ -20,6 +20,7 @@ import requests
 
 from tests.engine.conftest import Client, Fleet, Plain, eventually, run, workload
 from tests.engine.test_faults import Stream, stream_all
+from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
 from vllm_adrenaline.system.ports import reserve_ports
 
 pytestmark = pytest.mark.extended
@@ -150,6 +151,23 @@ def test_what_other_routers_send_is_answered_as_plain_vllm_would(
         assert count["offloaded_requests"] >= (0 if router is nobody_kept_it else case.offloaded), name
         assert count["unsigned_params"] == 0, name
     assert nothing_is_kept(standard)
+
+
+def test_our_proxy_shares_requests_between_two_decode_engines(standard: Fleet, plain: Plain) -> None:
+    work = workload(16, seed=133, prompts=[20, 200], outputs=[20])
+    decode = [standard["decode"], standard["small"]]
+    with bind("127.0.0.1", 0) as listener:
+        proxy = ServerThread(listener, [standard["prefill"].url], [engine.url for engine in decode])
+        proxy.start()
+        try:
+            counts = [engine.counting() for engine in decode]
+            answers = Client(url_of(listener)).complete(work)
+            assert [answer.tokens for answer in answers] == plain.tokens(work)
+            done = [count["vllm:request_success_total"] for count in counts]
+            assert sum(done) == len(work)
+            assert min(done) >= 4, "each has its share"
+        finally:
+            proxy.stop()
 
 
 @contextmanager

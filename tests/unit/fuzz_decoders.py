@@ -35,6 +35,7 @@ from vllm_adrenaline.kv.stamp import stamped
 from vllm_adrenaline.prefill.leases import LeaseManager, Offer
 from vllm_adrenaline.prefill.lending import Lending
 from vllm_adrenaline.proxy import bodies
+from vllm_adrenaline.proxy.apis import APIS
 from vllm_adrenaline.proxy.errors import Refused
 from vllm_adrenaline.system import memory_file
 from vllm_adrenaline.transport.shape import Shape
@@ -240,18 +241,21 @@ def _plan_bytes() -> bytes:
 
 
 def body(raw: bytes) -> str:
-    """A body becomes one for each engine, or is refused with a reason; what a prefill engine answers likewise."""
+    """A body becomes one for each engine, or is refused with a reason, whatever its API."""
     try:
         parsed = bodies.parse(raw)
-        is_fit = bodies.can_disaggregate(parsed)
-        made = bodies.encode(bodies.for_prefill(parsed, "t"))
-        try:
-            sent = json.loads(made)
-        except UnicodeDecodeError:  # what is not looked at goes on as it came
-            return "no UTF-8"
-        assert (sent["max_tokens"], sent["stream"]) == (1, False)
-        assert sent["kv_transfer_params"]["do_remote_decode"] is True
-        return f"fit {is_fit}"
+        fit = 0
+        for api in APIS.values():
+            fit += bodies.can_disaggregate(api, parsed)
+            made = bodies.encode(bodies.for_prefill(api, parsed, "t"))
+            try:
+                sent = json.loads(made)
+            except UnicodeDecodeError:  # what is not looked at goes on as it came
+                return "no UTF-8"
+            assert not sent["stream"]
+            assert {sent[name] for name in api.limits if name in sent} == {1}
+            assert sent["kv_transfer_params"]["do_remote_decode"] is True
+        return f"fit for {fit}"
     except Refused as error:
         return _words(error)
 

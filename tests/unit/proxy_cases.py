@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -31,6 +35,10 @@ class FakeEngine:
             return web.Response(status=self.status)
         if request.path == "/v1/models":
             return web.json_response({"data": [{"id": "m"}]})
+        if request.path == "/version":
+            return web.json_response({"version": "0.32.0"})
+        if request.path == "/metrics":
+            return web.Response(text="vllm:num_requests_running 1.0\n")
         body = await request.json()
         self.seen.append((request.path, body, {name.lower(): value for name, value in request.headers.items()}))
         self.started.set()
@@ -72,6 +80,7 @@ class FakeEngine:
 
 
 Test = Callable[[aiohttp.ClientSession, FakeEngine, FakeEngine], Awaitable[None]]
+TestOfMany = Callable[[aiohttp.ClientSession, list[FakeEngine], list[FakeEngine]], Awaitable[None]]
 
 
 def with_proxy(
@@ -83,15 +92,32 @@ def with_proxy(
 ) -> None:
     """Run the test with a client of a proxy before the two engines."""
 
+    async def one_each(client: aiohttp.ClientSession, ps: list[FakeEngine], ds: list[FakeEngine]) -> None:
+        await test(client, ps[0], ds[0])
+
+    with_many([prefill], [decode], one_each, limits, api_key)
+
+
+def with_many(
+    prefill: Sequence[Callable[[], FakeEngine]],
+    decode: Sequence[Callable[[], FakeEngine]],
+    test: TestOfMany,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+) -> None:
+    """Run the test with a client of a proxy before these engines."""
+
     async def run() -> None:
-        p, d = prefill(), decode()
-        async with p.serve(), d.serve():
+        ps, ds = [make() for make in prefill], [make() for make in decode]
+        async with AsyncExitStack() as stack:
+            for engine in (*ps, *ds):
+                await stack.enter_async_context(engine.serve())
             listener = bind("127.0.0.1", 0)
-            proxy = ServerThread(listener, [p.url], [d.url], limits, api_key)
+            proxy = ServerThread(listener, [p.url for p in ps], [d.url for d in ds], limits, api_key)
             proxy.start()
             try:
                 async with aiohttp.ClientSession(url_of(listener)) as client:
-                    await asyncio.wait_for(test(client, p, d), 20)
+                    await asyncio.wait_for(test(client, ps, ds), 20)
             finally:
                 await asyncio.to_thread(proxy.stop)
                 listener.close()
@@ -105,3 +131,26 @@ def good_prefill() -> FakeEngine:
 
 def good_decode() -> FakeEngine:
     return FakeEngine({"choices": [{"text": "x"}]})
+
+
+@asynccontextmanager
+async def command(*options: str) -> AsyncIterator[tuple[aiohttp.ClientSession, asyncio.subprocess.Process]]:
+    """Run `adrenaline proxy`, the command, with these options; give a client of it and the process."""
+    argv = [sys.executable, "-m", "vllm_adrenaline.cli", "proxy", "--port", "0", *options]
+    proxy = await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        assert proxy.stdout is not None
+        url = (await asyncio.wait_for(proxy.stdout.readline(), 20)).split()[-1].decode()
+        async with aiohttp.ClientSession(url) as client:
+            while True:
+                try:
+                    async with client.get("/ready") as answer:
+                        assert answer.status == 200
+                    break
+                except aiohttp.ClientConnectionError:
+                    await asyncio.sleep(0.05)
+            yield client, proxy
+    finally:
+        if proxy.returncode is None:
+            os.kill(proxy.pid, signal.SIGKILL)
+        await proxy.wait()

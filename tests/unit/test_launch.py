@@ -317,7 +317,7 @@ def test_every_part_of_a_cluster_is_stopped_whatever_another_one_does(tmp_path: 
 
         close = stop
 
-        def end(self, name: str) -> None:
+        def end(self, name: str, more_s: float) -> None:
             self.stop()
 
     cluster._supervisor, cluster._listener = parts = (Part(), Part())  # type: ignore[assignment]

@@ -15,7 +15,9 @@ from tests.unit.proxy_cases import BODY, PARAMS, FakeEngine, good_decode, good_p
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv import stamp
 from vllm_adrenaline.proxy import bodies
+from vllm_adrenaline.proxy.apis import ANY_LENGTH, APIS
 from vllm_adrenaline.proxy.app import create_app
+from vllm_adrenaline.proxy.engine_file import of_addresses
 from vllm_adrenaline.proxy.errors import Refused
 from vllm_adrenaline.proxy.limits import Limits
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
@@ -137,14 +139,52 @@ def test_a_request_that_was_to_stay_goes_on_without_its_prefill_engine() -> None
 def test_the_limit_of_an_answer_is_the_one_that_vllm_takes() -> None:
     def limit(**body: object) -> object:
         parsed = bodies.parse(json.dumps({"model": "m", **body}).encode())
-        return bodies.for_prefill(parsed, "t")["kv_transfer_params"][bodies.STAY]
+        return bodies.for_prefill(APIS[path], parsed, "t")["kv_transfer_params"][bodies.STAY]
 
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
+    path = "/v1/completions"
     assert limit(prompt="x") == CompletionRequest(model="m", prompt="x").max_tokens
     assert limit(prompt="x", max_tokens=5, max_completion_tokens=3) == 5
+    path = "/v1/chat/completions"
     assert limit(messages=[], max_tokens=5, max_completion_tokens=3) == 3
-    assert limit(messages=[]) == limit(messages=[], max_tokens="many") == bodies.ANY_LENGTH
+    assert limit(messages=[]) == limit(messages=[], max_tokens="many") == ANY_LENGTH
+    path = "/v1/responses"
+    assert limit(input="x", max_output_tokens=4, max_tokens=3) == 4
+    assert limit(input="x") == ANY_LENGTH
+    path = "/v1/messages"
+    assert limit(messages=[], max_tokens=4) == 4
+
+
+@pytest.mark.parametrize("path", APIS)
+def test_what_vllm_makes_of_the_body_for_prefill_keeps_the_prompts_kv_cache(path: str) -> None:
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    requests = {
+        "/v1/completions": (CompletionRequest, {"prompt": "x", "max_tokens": 40, "logprobs": 2}),
+        "/v1/chat/completions": (
+            ChatCompletionRequest,
+            {"messages": [], "max_completion_tokens": 40, "logprobs": True, "top_logprobs": 2},
+        ),
+        "/v1/responses": (
+            ResponsesRequest,
+            {"input": "x", "max_output_tokens": 40, "include": ["message.output_text.logprobs"], "top_logprobs": 2},
+        ),
+        "/v1/messages": (
+            AnthropicMessagesRequest,
+            {"messages": [], "max_tokens": 4000, "thinking": {"type": "enabled", "budget_tokens": 2000}},
+        ),
+    }
+    kind, body = requests[path]
+    limit = body[APIS[path].limits[0]]
+    parsed = bodies.parse(json.dumps({"model": "m", "stream": True, **body}).encode())
+    made = kind.model_validate_json(bodies.encode(bodies.for_prefill(APIS[path], parsed, "t")))
+    assert made.kv_transfer_params == bodies.KEEP_KV_FOR_DECODE | {bodies.STAY: limit, bodies.TICKET: "t"}
+    assert not made.stream
+    assert [getattr(made, name) for name in APIS[path].limits if name in body] == [1]
 
 
 def test_both_sides_ask_for_a_stay_by_the_same_name() -> None:
@@ -196,7 +236,7 @@ def test_without_a_decode_engine_it_is_503_and_without_a_prefill_engine_decode_c
                         assert answer.status == 503
                         message = (await answer.json())["error"]["message"]
                         assert message.startswith(f"not healthy: 1 {missing} engine(s)")
-                    async with client.get(f"/{missing}/metrics") as answer:
+                    async with client.get(f"/engines/{missing}-0/metrics") as answer:
                         assert answer.status == 503
             finally:
                 await asyncio.to_thread(proxy.stop)
@@ -383,7 +423,7 @@ def test_body_size_is_bounded() -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        app = create_app(["http://p"], ["http://d"], Limits(max_body_bytes=100))
+        app = create_app(of_addresses(["http://p"], ["http://d"]), Limits(max_body_bytes=100))
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
         await app(scope, receive, send)
         assert sent[0]["status"] == 413
@@ -416,7 +456,7 @@ def test_requests_of_several_sequences_go_to_decode_alone(extra: dict[str, Any])
 
 @pytest.mark.parametrize("extra", [{"n": 1}, {"n": None}, {"prompt": [1, 2, 3]}, {"prompt": ["a"]}, {"echo": False}])
 def test_one_sequence_is_disaggregated(extra: dict[str, Any]) -> None:
-    assert bodies.can_disaggregate(bodies.parse(json.dumps(BODY | extra).encode()))
+    assert bodies.can_disaggregate(APIS["/v1/completions"], bodies.parse(json.dumps(BODY | extra).encode()))
 
 
 def test_prefill_that_kept_nothing_leaves_all_to_decode() -> None:

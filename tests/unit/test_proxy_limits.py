@@ -27,6 +27,7 @@ LIMITS = Limits(
     idle_seconds=LONG_S,
     reading_seconds=LONG_S,
     first_byte_seconds=LONG_S,
+    drain_seconds=LONG_S,
     token_seconds=LONG_S,
 )
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -309,6 +310,29 @@ def test_a_stream_that_stands_still_ends_with_an_error_event() -> None:
     with_proxy(good_prefill, lambda: FakeEngine(wait=True), test, replace(LIMITS, token_seconds=SHORT_S))
 
 
+def test_a_stream_of_responses_begins_before_its_first_token_and_may_wait_for_that() -> None:
+    class Queueing(FakeEngine):
+        async def stream(self, request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            for event in ("response.created", "response.in_progress"):
+                await response.write(f"event: {event}\ndata: {{}}\n\n".encode())
+            await asyncio.sleep(5 * SHORT_S)
+            await response.write(b"event: response.output_item.added\ndata: {}\n\n")
+            if self.wait:
+                await asyncio.sleep(LONG_S)
+            return response
+
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        for d.wait in (False, True):
+            async with client.post("/v1/responses", json={"input": "x", "stream": True}) as answer:
+                events = (await answer.text()).removesuffix("\n\n").split("\n\n")
+            assert events[2] == "event: response.output_item.added\ndata: {}"
+            assert [event.split("\n")[0] for event in events[3:]] == ["event: error"] * d.wait
+
+    with_proxy(good_prefill, lambda: Queueing({}), test, replace(LIMITS, token_seconds=SHORT_S))
+
+
 # The API key
 
 
@@ -319,11 +343,11 @@ def test_without_the_right_key_nothing_but_health_is_answered(given: str | None)
         if given != "Bearer right ":  # HTTP ends a value before its last blanks
             async with client.post("/v1/completions", json=BODY, headers=headers) as answer:
                 assert (answer.status, (await answer.json())["error"]["code"]) == (401, 401)
-            for path in ("/v1/models", "/metrics", "/decode/metrics", "/nothing"):
+            for path in ("/v1/models", "/metrics", "/version", "/engines", "/engines/decode-0/metrics", "/nothing"):
                 async with client.get(path, headers=headers) as answer:
                     assert answer.status == 401
         assert not p.seen
-        for path in ("/health", "/live"):
+        for path in ("/health", "/live", "/ready"):
             async with client.get(path, headers=headers) as answer:
                 assert answer.status == 200
         async with client.post("/v1/completions", json=BODY, headers={"Authorization": "Bearer right"}) as answer:

@@ -92,7 +92,8 @@ class Cluster(Running):
                 stack.callback(self._listener.close)
             if self._supervisor:
                 stack.callback(self._supervisor.stop)
-                stack.callback(self._supervisor.end, engine_command.PROXY)  # requests under way may end first
+                # Requests under way may end first.
+                stack.callback(self._supervisor.end, engine_command.PROXY, self._limits.drain_seconds)
             self._listener = self._supervisor = self._recovery = self._runtime = None
 
     def start(self) -> None:
@@ -113,7 +114,7 @@ class Cluster(Running):
         self._supervisor.add(engine_command.proxy(self._listener, engines, self._limits, self._api_key))
         self._recovery = Recovery(self._supervisor)
         self.url = url_of(self._listener)
-        self.prefill_url, self.decode_url = f"{self.url}/prefill", f"{self.url}/decode"
+        self.prefill_url, self.decode_url = f"{self.url}/engines/prefill-0", f"{self.url}/engines/decode-0"
 
     def _specs(self, runtime: Path) -> list[engine_command.EngineCommand]:
         env: dict[str, dict[str, str]] = {"prefill": {}, "decode": {}}

@@ -55,6 +55,19 @@ class Snapshot:
         return {(each["placement"], each["reason"]): count for each, count in self.labelled(PLACEMENTS)}
 
 
+def get_page(url: str, path: str) -> bytes:
+    """Return a page of an engine, or of a proxy that may want the API key.
+
+    Raises OSError or ValueError when there is none.
+    """
+    key = api_key(None)
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    status, page = http_get.get(url, path, TIMEOUT_S, headers)
+    if status != 200:
+        raise ValueError(f"status {status}")
+    return page
+
+
 class EngineMetrics:
     """The metrics of one engine, read anew at every call."""
 
@@ -63,12 +76,7 @@ class EngineMetrics:
 
     def text(self) -> str:
         """Return the page itself. Raises OSError or ValueError when there is none."""
-        key = api_key(None)  # the engine may be behind a proxy that wants it
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        status, page = http_get.get(self.url, "/metrics", TIMEOUT_S, headers)
-        if status != 200:
-            raise ValueError(f"status {status}")
-        return page.decode()
+        return get_page(self.url, "/metrics").decode()
 
     def read(self) -> Snapshot:
         """Return all metrics. Raises AdrenalineError when no engine answers within ten seconds."""

@@ -6,8 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_adrenaline.launch.engine_metrics import KV_USED, EngineMetrics, Snapshot
-from vllm_adrenaline.proxy.counts import ENGINES
+from vllm_adrenaline.launch.engine_metrics import KV_USED, EngineMetrics, Snapshot, get_page
 
 OURS = "vllm:adrenaline_"
 ENGINE = {
@@ -67,12 +66,11 @@ def table(status: dict[str, Any]) -> str:
 
 def engines_at(url: str) -> list[str]:
     """Return where the metrics of engines are: of those behind a proxy, or of the one at this address itself."""
-    try:
-        kinds = Snapshot(EngineMetrics(url).text()).labelled(ENGINES)
-    except (OSError, ValueError):  # the engine's own metrics will say it in words
-        return [url]
     url = url.rstrip("/")
-    return [f"{url}/{each['kind']}/{number}" for each, count in kinds for number in range(int(count))] or [url]
+    try:
+        return [f"{url}/engines/{each['name']}" for each in json.loads(get_page(url, "/engines"))]
+    except (OSError, ValueError):  # no proxy; if there is no engine either, its own metrics will say it in words
+        return [url]
 
 
 def run(urls: Sequence[str], as_json: bool) -> int:

@@ -113,11 +113,11 @@ class Supervisor(Running):
                 stack.callback(process.finish, deadline)
             self.processes = {}
 
-    def end(self, name: str) -> None:
-        """Stop one process for good."""
+    def end(self, name: str, more_s: float) -> None:
+        """Stop one process for good. It has `more_s` seconds more than others."""
         if (process := self.processes.pop(name, None)) is not None:
             process.terminate()
-            process.finish(time.monotonic() + STOP_S)
+            process.finish(time.monotonic() + STOP_S + more_s)
 
     def stuck(self, process: EngineProcess, seconds: float) -> str | None:
         """Say in words why a process that has been starting for so many seconds will not be ready; None if it may."""

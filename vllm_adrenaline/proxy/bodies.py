@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
+from vllm_adrenaline.proxy.apis import ANY_LENGTH, Api
 from vllm_adrenaline.proxy.errors import Refused
 
 Body = dict[str, Raw]
@@ -35,18 +36,6 @@ KEEP_KV_FOR_DECODE: dict[str, Any] = {
 STAY = "adrenaline_stay"
 # Names a prompt for its prefill engine, and says that nobody will take it (kv/stamp.py).
 TICKET, GIVES_UP = "adrenaline_ticket", "adrenaline_gives_up"
-ANY_LENGTH = 1 << 20
-"""Stands for the output limit of a request that names none."""
-# Of no use for one token that is thrown away; several of them are refused together with max_tokens=1 or stream=false.
-NOT_FOR_PREFILL = (
-    "stream_options",
-    "min_tokens",
-    "logprobs",
-    "top_logprobs",
-    "logprob_token_ids",
-    "stop",
-    "stop_token_ids",
-)
 TOKEN_IDS = re.compile(rb"\s*\[\s*(-?[0-9]|\])")
 
 
@@ -57,7 +46,7 @@ class _Carrier(msgspec.Struct):
 
 
 class _PrefillAnswer(msgspec.Struct):
-    kv_transfer_params: dict[str, Any] | None
+    kv_transfer_params: dict[str, Any] | None = None  # /v1/messages leaves out what is None
 
 
 _BODY = msgspec.json.Decoder(Body)
@@ -109,19 +98,14 @@ def _value(body: Body, name: str) -> Any:
         raise Refused(400, f"{name} is not valid JSON", name) from None
 
 
-def can_disaggregate(body: Body) -> bool:
+def can_disaggregate(api: Api, body: Body) -> bool:
     """Say whether one KV cache, made on the prefill engine, is enough for the whole request.
 
     Raises Refused for a field that cannot be read.
     """
-    if any(_value(body, name) not in (None, 1) for name in ("n", "best_of")):
+    if any(_value(body, name) not in enough for name, enough in api.alone.items()):
         return False
-    if any(_value(body, name) for name in ("echo", "use_beam_search", "prompt_embeds")):
-        return False
-    # 0 asks for prompt logprobs too; they come from prefill, which only the engine that answers must do.
-    if _value(body, "prompt_logprobs") is not None:
-        return False
-    return "prompt" not in body or _is_one_prompt(body["prompt"])
+    return "prompt" not in api.prompt or "prompt" not in body or _is_one_prompt(body["prompt"])
 
 
 def _is_one_prompt(prompt: Raw) -> bool:
@@ -135,23 +119,18 @@ def _is_one_prompt(prompt: Raw) -> bool:
         return False
 
 
-def for_prefill(body: Body, ticket: str) -> dict[str, Any]:
+def limit_of(api: Api, body: Body) -> int:
+    """Return how many tokens the answer may have at most, as far as the body says it."""
+    limits = (_value(body, name) for name in api.limits)
+    return min(next((each for each in limits if isinstance(each, int) and each > 0), api.default), ANY_LENGTH)
+
+
+def for_prefill(api: Api, body: Body, ticket: str) -> dict[str, Any]:
     """Return the body that makes the prefill engine compute the prompt, keep its KV cache and know it as `ticket`."""
-    prefill: dict[str, Any] = {name: value for name, value in body.items() if name not in NOT_FOR_PREFILL}
-    # As vLLM takes them: completions have a default of 16 and know max_tokens only.
-    limits = (
-        (_value(body, "max_tokens"), 16)
-        if "prompt" in body
-        else (_value(body, "max_completion_tokens"), _value(body, "max_tokens"))
-    )
-    limit = next((each for each in limits if isinstance(each, int) and each > 0), ANY_LENGTH)
-    params = KEEP_KV_FOR_DECODE | {STAY: min(limit, ANY_LENGTH), TICKET: ticket}
-    prefill |= {"stream": False, "max_tokens": 1, "kv_transfer_params": params}
-    if "max_completion_tokens" in body:
-        prefill["max_completion_tokens"] = 1
-    # A first token that ended the request would make vLLM drop the KV cache instead of handing it over.
-    prefill["ignore_eos"] = True
-    return prefill
+    params = KEEP_KV_FOR_DECODE | {STAY: limit_of(api, body), TICKET: ticket}
+    prefill: dict[str, Any] = {name: value for name, value in body.items() if name not in api.unwanted}
+    prefill |= {name: 1 for name in api.limits if name in body}
+    return prefill | api.prefill | {"stream": False, "kv_transfer_params": params}
 
 
 def stays(params: dict[str, Any] | None) -> bool:
@@ -162,13 +141,13 @@ def stays(params: dict[str, Any] | None) -> bool:
 def params_of(prefill_answer: bytes) -> dict[str, Any] | None:
     """Return the kv_transfer_params of a prefill engine's answer: where it keeps the KV cache.
 
-    None says that it kept nothing, and the decode engine computes the prompt itself. Raises Refused for an answer that
-    carries none.
+    None says that it kept nothing, and the decode engine computes the prompt itself. Raises Refused for what is no
+    answer of a prefill engine.
     """
     try:
         return _PREFILL_ANSWER.decode(prefill_answer).kv_transfer_params
     except (ValueError, RecursionError):
-        raise Refused(502, "the prefill engine's answer carries no kv_transfer_params") from None
+        raise Refused(502, "the prefill engine's answer is none") from None
 
 
 def for_decode(body: Body, params: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 PREFIX = "adrenaline_proxy"
-ENGINES = f"{PREFIX}_engines"
 
 
 class Counts:
@@ -13,7 +12,16 @@ class Counts:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
-        self.engines = Gauge(ENGINES, "Engines behind the proxy.", ["kind"], registry=registry)
+        self.engines = Gauge(f"{PREFIX}_engines", "Engines behind the proxy.", ["kind"], registry=registry)
+        self.requests = Counter(
+            f"{PREFIX}_engine_requests", "Requests that engines were asked.", ["engine"], registry=registry
+        )
+        self.outstanding = Gauge(
+            f"{PREFIX}_engine_outstanding_tokens",
+            "Tokens of the requests that engines have, as the proxy guesses them from bytes and limits.",
+            ["engine"],
+            registry=registry,
+        )
         self.under_way = Gauge(f"{PREFIX}_requests_under_way", "Requests that are being answered.", registry=registry)
         self.connections = Gauge(f"{PREFIX}_connections", "Open connections of clients.", registry=registry)
         self.refused = Counter(
@@ -21,6 +29,11 @@ class Counts:
         )
         self.without_prefill = Counter(
             f"{PREFIX}_without_prefill", "Requests whose prompts no prefill engine could compute.", registry=registry
+        )
+        self.whole = Counter(
+            f"{PREFIX}_not_disaggregated",
+            "Requests for which one prompt's KV cache is not enough; a decode engine did all of them.",
+            registry=registry,
         )
         self.failures = Counter(
             f"{PREFIX}_engine_failures",

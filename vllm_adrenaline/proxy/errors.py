@@ -1,4 +1,4 @@
-"""Errors in the shape of OpenAI's API, as vLLM sends them. Runs in the proxy's process."""
+"""Errors in the shape of OpenAI's API, as vLLM sends them, and of Anthropic's. Runs in the proxy's process."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Refused(Exception):
 
 
 def content(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    """Return the JSON of an error as vLLM would answer it."""
+    """Return the JSON of an error as vLLM would answer it. The outer `type` is what clients of Anthropic's API want."""
     name = HTTPStatus(status).phrase.title().replace(" ", "")
     kind = "InternalServerError" if status == HTTPStatus.INTERNAL_SERVER_ERROR else f"{name}Error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+    return {"type": "error", "error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 def error_response(status: int, message: str, request_id: str, param: str | None = None) -> JSONResponse:

@@ -7,29 +7,30 @@ answer that has begun nothing is taken back: a stream ends with an error event, 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from vllm_adrenaline.proxy import bodies, errors, release
+from vllm_adrenaline.proxy import bodies, choice, release
+from vllm_adrenaline.proxy.apis import APIS, Api
 from vllm_adrenaline.proxy.counts import Counts
 from vllm_adrenaline.proxy.errors import Refused, error_response
 from vllm_adrenaline.proxy.guard import Bodies, request_id
 from vllm_adrenaline.proxy.limits import Limits
+from vllm_adrenaline.proxy.sender import ClientGone, Sender, said
 from vllm_adrenaline.proxy.upstream import (
     UNREACHABLE,
     Engine,
     EngineFailed,
     Engines,
-    Headers,
     client_headers,
     engine_headers,
     unreachable,
@@ -37,17 +38,24 @@ from vllm_adrenaline.proxy.upstream import (
 
 logger = logging.getLogger(__name__)
 
-EVENTS = "text/event-stream"
-LOGGED = 500
-"""Bytes of an engine's error that go to the log."""
+SESSION = "x-session-id"
+"""The header that keeps requests together; vLLM has the same one."""
+LONG_ANSWER = 1024
+"""Tokens that count of an answer whose limit is higher. Most end earlier."""
 
 
-class ClientGone(Exception):
-    """The client closed its connection before the request was complete, or takes nothing of its answer."""
+@dataclass(frozen=True)
+class _Prompt:
+    """What the choice of an engine goes by: tokens of prompt and answer, beginnings of the prompt, the session."""
+
+    tokens: int
+    answer_tokens: int
+    beginnings: choice.Beginnings
+    session: str | None
 
 
 class Generate:
-    """An endpoint that generates, e.g. /v1/completions."""
+    """The endpoints that engines do work for: those that generate, e.g. /v1/completions, and others with a body."""
 
     def __init__(self, prefill: Engines, decode: Engines, limits: Limits, counts: Counts) -> None:
         self._prefill, self._decode, self._limits, self._counts = prefill, decode, limits, counts
@@ -78,8 +86,8 @@ class Generate:
             await error_response(refused.status, refused.message, name, refused.param)(scope, receive, send)
         except EngineFailed as failed:
             self._note(failed, name)
-            status, text = (504, "is silent") if failed.what == "silent" else (503, "does not answer")
-            await error_response(status, f"the {failed.kind} engine {text}", name)(scope, receive, send)
+            text = {"silent": "is silent", "error": "failed"}.get(failed.what, "does not answer")
+            await error_response(failed.status, f"the {failed.kind} engine {text}", name)(scope, receive, send)
 
     def _note(self, failed: EngineFailed, name: str) -> None:
         self._counts.failures.labels(failed.kind, failed.what).inc()
@@ -108,66 +116,88 @@ class Generate:
 
     async def _answer(self, scope: Scope, raw: bytes, send: Send, name: str) -> None:
         body = bodies.parse(raw)
+        headers = Request(scope).headers
         path: str = scope["path"]
-        answer = _Sender(self._limits, path, engine_headers(Request(scope).headers.items(), name), send, name)
-        if not (self._prefill.all and bodies.can_disaggregate(body)):
-            return await self._decoded(answer, raw)
+        api = APIS.get(path)
+        answer = Sender(self._limits, path, engine_headers(headers, name), send, name)
+        prompt = self._prompt(api, body, headers.get(SESSION))
+        if api is None or not self._prefill.all:
+            return await self._decoded(answer, raw, prompt)
+        if not bodies.can_disaggregate(api, body):
+            self._counts.whole.inc()
+            return await self._decoded(answer, raw, prompt)
         if await self._decode.are_down():  # else prompts would be computed that nobody can decode
             raise EngineFailed(self._decode.all[0], "unreachable", "it is not healthy again")
-        found = await self._prefilled(path, body, answer.headers, name)
+        ticket = secrets.token_hex(16)
+        data = bodies.encode(bodies.for_prefill(api, body, ticket))
+
+        def give_up(engine: Engine) -> None:
+            self._releases.give_up(engine, body.get("model"), ticket, answer.headers)
+
+        found = await self._prefilled(answer, data, prompt, give_up)
         if found is None:
             self._counts.without_prefill.inc()
-            return await self._decoded(answer, raw)
+            return await self._decoded(answer, raw, prompt)
         engine, content = found
         if isinstance(content, Response):
             return await content(scope, _nothing, send)
         params = bodies.params_of(content)
         if bodies.stays(params):
             try:
-                return await answer.pass_on(engine, raw)
+                return await self._ask(engine, answer, raw, prompt)
             except EngineFailed as failed:
                 if failed.what == "silent":
                     raise
                 self._note(failed, name)  # the client has nothing yet: any decode engine will do
-                return await self._decoded(answer, raw)
+                return await self._decoded(answer, raw, prompt)
         if params is None:
-            return await self._decoded(answer, raw)
+            return await self._decoded(answer, raw, prompt)
         try:
-            await self._decoded(answer, bodies.encode(bodies.for_decode(body, params)))
+            await self._decoded(answer, bodies.encode(bodies.for_decode(body, params)), prompt)
         finally:  # also when the client is gone
             if not answer.taken:
                 self._releases.start(body.get("model"), params, answer.headers)
 
+    def _prompt(self, api: Api | None, body: bodies.Body, session: str | None) -> _Prompt:
+        if api is None:
+            return _Prompt(0, 0, (), session)
+        parts = [memoryview(body[field]) for field in api.prompt if field in body]
+        tokens = sum(len(part) for part in parts) // choice.BYTES_PER_TOKEN
+        compared = choice.beginnings(parts) if len(self._prefill.all) > 1 else ()
+        return _Prompt(tokens, min(bodies.limit_of(api, body), LONG_ANSWER), compared, session)
+
     async def _prefilled(
-        self, path: str, body: bodies.Body, headers: Headers, name: str
+        self, answer: Sender, data: bytes, prompt: _Prompt, give_up: Callable[[Engine], None]
     ) -> tuple[Engine, bytes | Response] | None:
         """Return a prefill engine and its answer, or the response for the client if it refused the request.
 
-        None says that none of them answers: the decode engine will compute the prompt itself.
+        None says that none of them answers: the decode engine will compute the prompt itself. `give_up` is called with
+        an engine that may have a prompt whose client is gone.
         """
-        ticket = secrets.token_hex(16)
-        data = bodies.encode(bodies.for_prefill(body, ticket))
-        for engine in self._prefill.in_turn():
+        for engine in self._prefill.choose(prompt.beginnings, prompt.session):
             if time.monotonic() < engine.rests_until:
                 continue
+            self._prefill.remember(prompt.beginnings, engine)
+            self._counts.requests.labels(engine.name).inc()
             try:
-                async with asyncio.timeout(self._limits.first_byte_seconds):
-                    async with engine.post(path, data, headers) as answer:
-                        content = await answer.read()
-                        status, given = answer.status, answer.headers.items()
+                with engine.carrying(prompt.tokens):
+                    async with asyncio.timeout(self._limits.first_byte_seconds):
+                        async with engine.post(answer.path, data, answer.headers) as got:
+                            content = await got.read()
+                            status, given = got.status, got.headers.items()
                 engine.note(was_reached=True)
             except asyncio.CancelledError:  # the client is gone; the answer may be on its way
-                self._releases.give_up(engine, body.get("model"), ticket, headers)
+                give_up(engine)
                 raise
             except UNREACHABLE as error:
                 failed = unreachable(engine, error)
                 engine.note(was_reached=not failed.elsewhere)
                 if isinstance(error, TimeoutError) and not failed.elsewhere:
-                    raise EngineFailed(engine, "silent", "no answer in time") from error
-                self._note(failed, name)
+                    raise EngineFailed(engine, "silent", "no answer in time", status=504) from error
+                self._note(failed, answer.name)
                 continue
             if status >= 500:
-                self._note(EngineFailed(engine, "error", _shown(status, content)), name)
+                self._note(EngineFailed(engine, "error", said(status, content)), answer.name)
                 continue
             if status == 200:
                 return engine, content
@@ -176,85 +206,28 @@ class Generate:
             return engine, response
         return None
 
-    async def _decoded(self, answer: _Sender, data: bytes) -> None:
-        """Send the answer of a decode engine on: of the next one that can be reached."""
-        *others, last = self._decode.in_turn()
+    async def _decoded(self, answer: Sender, data: bytes, prompt: _Prompt) -> None:
+        """Send the answer of a decode engine on.
+
+        All that cannot be reached are passed over. Of those that fail after they had the request, one is: if it is the
+        request that kills engines, it does not kill all of them.
+        """
+        *others, last = self._decode.choose(session=prompt.session)
+        may_fail = True
         for engine in others:
             try:
-                return await answer.pass_on(engine, data)
+                return await self._ask(engine, answer, data, prompt)
             except EngineFailed as failed:
-                if not failed.elsewhere:
+                if failed.what == "silent" or not (failed.elsewhere or may_fail):
                     raise
+                may_fail = may_fail and failed.elsewhere
                 self._note(failed, answer.name)
-        await answer.pass_on(last, data)
+        await self._ask(last, answer, data, prompt)
 
-
-class _Sender:
-    """Sends the answer of an engine to the client. `taken` says that an engine has accepted the request."""
-
-    def __init__(self, limits: Limits, path: str, headers: Headers, send: Send, name: str) -> None:
-        self._limits, self._path, self.headers, self._send, self.name = limits, path, headers, send, name
-        self.taken = self._started = False
-
-    async def pass_on(self, engine: Engine, data: bytes) -> None:
-        """Ask the engine and send on what it says. Raises EngineFailed as long as the client has nothing."""
-        last, sending, events = b"", False, False
-        now = asyncio.get_running_loop().time
-        try:
-            async with asyncio.timeout(self._limits.first_byte_seconds) as deadline:
-                async with engine.post(self._path, data, self.headers) as answer:
-                    engine.note(was_reached=True)
-                    if answer.status >= 500:
-                        return await self._error(engine, answer.status, await answer.content.read(LOGGED))
-                    self.taken = answer.status < 400
-                    events = answer.headers.get("Content-Type", "").startswith(EVENTS)
-                    start = {"status": answer.status, "headers": client_headers(answer.headers.items())}
-                    # Nothing of an answer that is whole at once is sent before its first byte is there: until then it
-                    # may still become an error.
-                    async for chunk in answer.content.iter_any():
-                        sending = True
-                        deadline.reschedule(now() + self._limits.reading_seconds)
-                        if not self._started:
-                            await self._begin(**start)
-                        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-                        sending, last = False, chunk
-                        deadline.reschedule(now() + self._limits.token_seconds)
-                    if not self._started:
-                        await self._begin(**start)
-        except UNREACHABLE as error:
-            if sending:
-                raise ClientGone from error
-            failed = unreachable(engine, error)
-            engine.note(was_reached=not failed.elsewhere)
-            if deadline.expired():
-                failed = EngineFailed(engine, "silent", "silent for too long")
-            if not self._started:
-                raise failed from error
-            return await self._broken(failed, events and last.endswith(b"\n\n"))
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        self._started = True
-
-    async def _error(self, engine: Engine, status: int, content: bytes) -> None:
-        """Answer with an engine's status. What it says is for the log: it may name files, addresses, other requests."""
-        logger.warning("%s (request %s)", EngineFailed(engine, "error", _shown(status, content)), self.name)
-        response = error_response(status, f"the {engine.kind} engine failed", self.name)
-        await response({"type": "http"}, _nothing, self._send)
-
-    async def _broken(self, failed: EngineFailed, between_events: bool) -> None:
-        """End an answer that has begun, so that the client cannot mistake what it has for the whole."""
-        logger.warning("%s, in the middle of an answer (request %s)", failed, self.name)
-        if between_events:
-            message = f"the {failed.kind} engine ended in the middle of its answer (request {self.name})"
-            event = f"data: {json.dumps(errors.content(503, message))}\n\n".encode()
-            await self._send({"type": "http.response.body", "body": event, "more_body": False})
-        # Else: returning without an end makes the server cut the connection.
-
-
-def _shown(status: int, content: bytes) -> str:
-    return f"status {status}: {content[:LOGGED].decode(errors='replace')}"
+    async def _ask(self, engine: Engine, answer: Sender, data: bytes, prompt: _Prompt) -> None:
+        self._counts.requests.labels(engine.name).inc()
+        with engine.carrying(prompt.tokens + prompt.answer_tokens):
+            await answer.pass_on(engine, data)
 
 
 async def _wait_until_gone(receive: Receive) -> None:

@@ -13,9 +13,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm_adrenaline.proxy.counts import Counts
 from vllm_adrenaline.proxy.errors import REQUEST_ID, Refused, error_response
 from vllm_adrenaline.proxy.limits import BODIES, Limits
+from vllm_adrenaline.proxy.upstream import authorization
 
-OPEN = ("/health", "/live")
+OPEN = ("/health", "/live", "/ready")
 """Paths that need no key and are never too many: whoever watches over the proxy asks there."""
+DRAINING = "this server is about to end"
 LONGEST_ID = 256
 """Characters of a client's X-Request-Id at most. Engines make it longer and send it in control messages."""
 
@@ -33,12 +35,15 @@ def _name(headers: Headers) -> str:
 
 
 class Guard:
-    """An ASGI application around another one: it lets through who may pass."""
+    """An ASGI application around another one: it lets through who may pass.
+
+    `under_way`: the requests that are being answered. `drains`: these are the last ones.
+    """
 
     def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, counts: Counts) -> None:
         self._app, self._limits, self._counts = app, limits, counts
         self._wanted = None if api_key is None else f"Bearer {api_key}".encode()
-        self._under_way = 0
+        self.under_way, self.drains = 0, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, or refuse it."""
@@ -52,26 +57,30 @@ class Guard:
         if refusal is not None:
             reason, status, message = refusal
             self._counts.refused.labels(reason).inc()
-            return await error_response(status, message, name)(scope, receive, send)
-        self._under_way += 1
-        self._counts.under_way.set(self._under_way)
+            response = error_response(status, message, name)
+            if self.drains:
+                response.headers["Connection"] = "close"  # the next request goes elsewhere
+            return await response(scope, receive, send)
+        self.under_way += 1
+        self._counts.under_way.set(self.under_way)
         try:
             await self._app(scope, receive, send)
         finally:
-            self._under_way -= 1
-            self._counts.under_way.set(self._under_way)
+            self.under_way -= 1
+            self._counts.under_way.set(self.under_way)
 
     def _refusal(self, scope: Scope, headers: Headers) -> tuple[str, int, str] | None:
         # The HTTP parser has a limit too, but a head that comes in one piece passes it.
         size = sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope.get("raw_path", b""))
         if size + len(scope["query_string"]) > self._limits.max_header_bytes:
             return "headers", 431, f"the request's headers have more than {self._limits.max_header_bytes} bytes"
-        if self._wanted is not None:
-            given = headers.get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, self._wanted):
-                return "key", 401, "this server wants an API key: Authorization: Bearer KEY"
-        if self._under_way >= self._limits.max_requests:
-            return "requests", 429, f"{self._under_way} requests are under way already"
+        given = authorization(headers).encode("latin-1")
+        if self._wanted is not None and not hmac.compare_digest(given, self._wanted):
+            return "key", 401, "this server wants an API key: Authorization: Bearer KEY"
+        if self.drains:
+            return "draining", 503, DRAINING
+        if self.under_way >= self._limits.max_requests:
+            return "requests", 429, f"{self.under_way} requests are under way already"
         return None
 
 

@@ -37,6 +37,7 @@ class Limits:
         600, "time after which an engine that sent nothing of its answer is given up: the whole time of a request "
         "that is not streamed"
     )  # fmt: skip
+    drain_seconds: float = _limit(15, "time that requests under way have to end when the proxy is to stop")
     token_seconds: float = _limit(120, "time after which an engine is given up that has begun its answer and is silent")
 
     def __post_init__(self) -> None:

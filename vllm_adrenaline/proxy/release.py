@@ -35,7 +35,7 @@ class Releases:
 
     def start(self, model: msgspec.Raw | None, params: dict[str, Any], headers: Headers) -> None:
         """Start to release the prompt of `params`. `model` and `headers` are those of its request."""
-        self._start(self._decode.in_turn(), model, params, headers)  # any of them will do
+        self._start(self._decode.choose(), model, params, headers)  # any of them will do
 
     def give_up(self, engine: Engine, model: msgspec.Raw | None, ticket: str, headers: Headers) -> None:
         """Start to release a prompt that a prefill engine was asked for, and may have computed."""

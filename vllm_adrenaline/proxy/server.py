@@ -8,16 +8,22 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.proxy import engine_file
 from vllm_adrenaline.proxy.app import create_app
 from vllm_adrenaline.proxy.connections import Connections
 from vllm_adrenaline.proxy.counts import Counts
+from vllm_adrenaline.proxy.engine_file import EngineLists
+from vllm_adrenaline.proxy.guard import Guard
 from vllm_adrenaline.proxy.limits import Limits
 
-DRAIN_S = 5
+CUT_S = 1
+"""Time that connections have to be closed in, once nobody waits for requests any more."""
 START_S = 10.0
 FILES = 64
 """Files that the proxy has open beside the connections of its clients and those to engines."""
@@ -50,18 +56,45 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class Server(uvicorn.Server):
+    """A server that drains: once it is to stop, requests under way may end, and others are refused with 503."""
+
+    def __init__(self, config: uvicorn.Config, guard: Guard, drain_s: float) -> None:
+        super().__init__(config)
+        self._guard, self._drain_s = guard, drain_s
+        self._drained_at = 0.0
+
+    def drain(self) -> None:
+        """Stop when no request is under way any more, or when they have had their time; at once if called again."""
+        if self._guard.drains:
+            self.should_exit = True
+        self._drained_at = time.monotonic() + self._drain_s
+        self._guard.drains = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain on a signal that ends the process."""
+        self._captured_signals.append(sig)
+        self.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Say whether the server is to stop now; called ten times a second."""
+        if self._guard.drains and (not self._guard.under_way or time.monotonic() > self._drained_at):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
 def make_server(
-    prefill: Sequence[str], decode: Sequence[str], limits: Limits | None = None, api_key: str | None = None
-) -> uvicorn.Server:
+    engines: EngineLists, limits: Limits | None = None, api_key: str | None = None, watched: Path | None = None
+) -> Server:
     """Return the proxy's server; the arguments are those of `create_app`.
 
-    When it is stopped, running requests have a few seconds to finish. Raises AdrenalineError when this process may not
-    have as many connections as the limits allow.
+    Raises AdrenalineError when this process may not have as many connections as the limits allow.
     """
     limits, counts = limits or Limits(), Counts()
     _allow_files(FILES + limits.max_connections + limits.max_requests)
+    guard = create_app(engines, limits, api_key, counts, watched)
     config = uvicorn.Config(
-        create_app(prefill, decode, limits, api_key, counts),
+        guard,
         http=Connections(limits, counts).protocol,  # type: ignore[arg-type]
         ws="none",
         h11_max_incomplete_event_size=limits.max_header_bytes,
@@ -70,9 +103,9 @@ def make_server(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=DRAIN_S,
+        timeout_graceful_shutdown=CUT_S,
     )
-    return uvicorn.Server(config)
+    return Server(config, guard, limits.drain_seconds)
 
 
 def _allow_files(count: int) -> None:
@@ -98,7 +131,7 @@ class ServerThread:
         limits: Limits | None = None,
         api_key: str | None = None,
     ) -> None:
-        self._server = make_server(prefill, decode, limits, api_key)
+        self._server = make_server(engine_file.of_addresses(prefill, decode), limits, api_key)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [listener]}, name="proxy", daemon=True
         )
@@ -118,7 +151,7 @@ class ServerThread:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Stop serving; running requests have a few seconds to finish."""
+        """Stop serving at once; requests under way are cut."""
         self._server.should_exit = True
         if self._thread.ident is not None:
-            self._thread.join(DRAIN_S + START_S)
+            self._thread.join(CUT_S + START_S)
