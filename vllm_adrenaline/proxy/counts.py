@@ -13,18 +13,31 @@ class Counts:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
-        self.engines = Gauge(ENGINES, "Engines behind the proxy.", ["kind"], registry=registry)
-        self.under_way = Gauge(f"{PREFIX}_requests_under_way", "Requests that are being answered.", registry=registry)
-        self.connections = Gauge(f"{PREFIX}_connections", "Open connections of clients.", registry=registry)
+        self.engines = Gauge(ENGINES, "Engines behind the proxy. If high: nothing to do.", ["kind"], registry=registry)
+        self.under_way = Gauge(
+            f"{PREFIX}_requests_under_way",
+            "Requests that are being answered. If high: near --max-requests, further ones get 429.",
+            registry=registry,
+        )
+        self.connections = Gauge(
+            f"{PREFIX}_connections",
+            "Open connections of clients. If high: near --max-connections, silent ones are closed.",
+            registry=registry,
+        )
         self.refused = Counter(
-            f"{PREFIX}_refused", "Requests and connections that a limit ended, by limit.", ["reason"], registry=registry
+            f"{PREFIX}_refused",
+            "Requests and connections that a limit ended, by limit. If high: raise the limit, or look who sends them.",
+            ["reason"],
+            registry=registry,
         )
         self.without_prefill = Counter(
-            f"{PREFIX}_without_prefill", "Requests whose prompts no prefill engine could compute.", registry=registry
+            f"{PREFIX}_without_prefill",
+            "Requests whose prompts no prefill engine could compute. If high: look whether prefill engines run.",
+            registry=registry,
         )
         self.failures = Counter(
             f"{PREFIX}_engine_failures",
-            "Requests to engines that were not answered as they should be.",
+            "Requests to engines that were not answered as they should be. If high: the proxy's log says which engine.",
             ["kind", "what"],
             registry=registry,
         )
