@@ -8,7 +8,7 @@ SOURCES := vllm_adrenaline tests tools benchmarks
 FAST := $(BIN)/pytest -n $(shell expr $$(nproc) + 1) --maxprocesses 5 --dist loadfile tests/unit tests/schedulers tests/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast test-faults soak fuzz tsan lint cuda-compile format clean
+.PHONY: help setup demo test test-all test-fast test-faults soak fuzz tsan lint cuda-compile wheel docs format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,14 @@ lint: setup  ## Check style, formatting, types and the layers of the package
 
 cuda-compile:  ## Compile the CUDA kernels for every architecture, if nvcc is there
 	@$(PYTHON) tools/build_cuda.py check
+
+docs: setup  ## Write the tables of docs/ anew, and build the site into build/site
+	@$(BIN)/python tools/docs.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "built: build/site/index.html"
+
+wheel: setup  ## Build the sdist, and from it the wheel, into dist/
+	@$(BIN)/python -m build --outdir dist .
 
 format: setup  ## Format the sources and fix what ruff can fix
 	@$(BIN)/ruff check --fix $(SOURCES)

