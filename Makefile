@@ -32,8 +32,8 @@ test-fast: setup  ## Only what starts no engine
 	@$(FAST)
 
 test-faults: setup  ## Kill, stop and starve everything, on real engines; takes long
-	@$(BIN)/pytest tests/engine/test_faults.py tests/engine/test_fault_moments.py tests/engine/test_pressure.py \
-		tests/engine/test_bystanders.py
+	@$(BIN)/pytest $(addprefix tests/engine/test_,faults.py fault_moments.py endings.py both_full.py pressure.py up.py \
+		hosts.py bystanders.py)
 
 MINUTES ?= 60
 soak: setup  ## Mixed traffic, random faults and clients that leave, for MINUTES (60): nothing wrong, nothing grows

@@ -23,8 +23,8 @@ class Counts:
         )
         self.outstanding = Gauge(
             f"{PREFIX}_engine_outstanding_tokens",
-            "Tokens of the requests that engines have, as the proxy guesses them from bytes and limits. If high: on one "
-            "engine only, look whether it is slower than the others; on all, add engines.",
+            "Tokens of the requests that engines have, as the proxy guesses them from bytes and limits. If high: on "
+            "one engine only, look whether it is slower than the others; on all, add engines.",
             ["engine"],
             registry=registry,
         )
@@ -51,8 +51,8 @@ class Counts:
         )
         self.whole = Counter(
             f"{PREFIX}_not_disaggregated",
-            "Requests for which one prompt's KV cache is not enough; a decode engine did all of them. If high: clients ask "
-            "for several answers or prompts at once, or for prompt_logprobs.",
+            "Requests for which one prompt's KV cache is not enough; a decode engine did all of them. If high: clients "
+            "ask for several answers or prompts at once, or for prompt_logprobs.",
             registry=registry,
         )
         self.failures = Counter(
