@@ -16,7 +16,7 @@ from vllm_adrenaline.bench.sampler import Sampler
 from vllm_adrenaline.bench.systems import engines_of
 from vllm_adrenaline.bench.workloads import LOADS, MODELS
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch.engine_metrics import Snapshot
+from vllm_adrenaline.proxy.snapshot import Snapshot
 from vllm_adrenaline.workload.client import Answer
 
 ANSWERS = [
