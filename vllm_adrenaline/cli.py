@@ -59,12 +59,15 @@ Make a small random model and run the same requests on plain vLLM, on a cluster 
 offloads half of the requests. Compare tokens, latencies and KV cache use. Nothing is downloaded; takes a few minutes.
 """
 
-ROOMS = {
-    "bench": ("bench", "compare with vLLM here"),
-    "simulate": ("simulate", "plan clusters"),
-    "check-seams": ("seams", "check a vLLM for what the plugin leans on"),
+MODULES = {
+    "top": ("launch.top", "watch what engines do, live"),
+    "doctor": ("diagnosis.doctor", "find what is wrong here, and say what to do"),
+    "collect-env": ("diagnosis.collect_env", "print what a report of a defect needs"),
+    "bench": ("bench.command", "compare with vLLM here"),
+    "simulate": ("simulate.command", "plan clusters"),
+    "check-seams": ("seams.command", "check a vLLM for what the plugin leans on"),
 }
-"""Commands whose arguments and work are in a room's command.py, and what they are for."""
+"""Commands whose arguments and work are in a module of their own, and what they are for."""
 STARTS_ENGINES = ("up", "bench", "demo")
 
 
@@ -77,12 +80,12 @@ def _proxy_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _command_of(name: str) -> Any:
-    """Return the module of a command of ROOMS."""
-    return importlib.import_module(f"vllm_adrenaline.{ROOMS[name][0]}.command")
+    """Return the module of a command of MODULES."""
+    return importlib.import_module(f"vllm_adrenaline.{MODULES[name][0]}")
 
 
 def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Return the parser of the whole command, for these words: a room is imported only if they name its command."""
+    """Return the parser of the whole command, for these words: a module is imported only if they name its command."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("adrenaline", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"vllm-adrenaline {__version__}")
@@ -132,12 +135,12 @@ def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     status.add_argument("engines", nargs="+", metavar="URL", help="engines, or a proxy in front of them")
     status.add_argument("--json", action="store_true", help="print one JSON list instead")
 
-    for name, (_, summary) in ROOMS.items():
-        of_room = commands.add_parser(name, help=summary, formatter_class=raw)
+    for name, (_, summary) in MODULES.items():
+        of_module = commands.add_parser(name, help=summary, formatter_class=raw)
         if name in words:
             command = _command_of(name)
-            of_room.description = command.DESCRIPTION
-            command.add_arguments(of_room)
+            of_module.description = command.DESCRIPTION
+            command.add_arguments(of_module)
 
     keygen = commands.add_parser("keygen", help="make a key for an engine", description=KEYGEN, formatter_class=raw)
     keygen.add_argument("file", metavar="FILE", help="file for the secret key, which must not be there yet")
@@ -225,7 +228,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from vllm_adrenaline.launch import status
 
         return status.run(_urls("URL", ",".join(options.engines)), options.json)
-    if options.command in ROOMS:
+    if options.command in MODULES:
         return int(_command_of(options.command).run(options))
     if options.command == "up":
         from vllm_adrenaline.launch import up

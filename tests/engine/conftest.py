@@ -35,11 +35,12 @@ import pytest
 from vllm_adrenaline.compat.worker_cores import CORES_ENV
 from vllm_adrenaline.engine.setup import PEERS_START_TOO
 from vllm_adrenaline.launch import engine_command
-from vllm_adrenaline.launch.engine_metrics import EngineMetrics, Snapshot
+from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.process import group_members
 from vllm_adrenaline.launch.recovery import Recovery
 from vllm_adrenaline.launch.supervisor import Supervisor, is_ready
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
+from vllm_adrenaline.proxy.snapshot import Snapshot
 from vllm_adrenaline.system.folders import runtime_folder
 from vllm_adrenaline.system.ports import reserve_ports
 from vllm_adrenaline.workload.tiny_model import make_model

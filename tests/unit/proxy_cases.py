@@ -89,13 +89,14 @@ def with_proxy(
     test: Test,
     limits: Limits | None = None,
     api_key: str | None = None,
+    seconds: float = 20,
 ) -> None:
     """Run the test with a client of a proxy before the two engines."""
 
     async def one_each(client: aiohttp.ClientSession, ps: list[FakeEngine], ds: list[FakeEngine]) -> None:
         await test(client, ps[0], ds[0])
 
-    with_many([prefill], [decode], one_each, limits, api_key)
+    with_many([prefill], [decode], one_each, limits, api_key, seconds)
 
 
 def with_many(
@@ -104,8 +105,9 @@ def with_many(
     test: TestOfMany,
     limits: Limits | None = None,
     api_key: str | None = None,
+    seconds: float = 20,
 ) -> None:
-    """Run the test with a client of a proxy before these engines."""
+    """Run the test with a client of a proxy before these engines. It has so many seconds."""
 
     async def run() -> None:
         ps, ds = [make() for make in prefill], [make() for make in decode]
@@ -117,7 +119,7 @@ def with_many(
             proxy.start()
             try:
                 async with aiohttp.ClientSession(url_of(listener)) as client:
-                    await asyncio.wait_for(test(client, ps, ds), 20)
+                    await asyncio.wait_for(test(client, ps, ds), seconds)
             finally:
                 await asyncio.to_thread(proxy.stop)
                 listener.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import time
 from pathlib import Path
 
@@ -10,13 +12,13 @@ import msgspec
 import pytest
 
 from vllm_adrenaline import cli
-from vllm_adrenaline.bench import figures, report, systems
+from vllm_adrenaline.bench import figures, page, report, systems
 from vllm_adrenaline.bench.run import Plan, Run, groups_of
 from vllm_adrenaline.bench.sampler import Sampler
 from vllm_adrenaline.bench.systems import engines_of
 from vllm_adrenaline.bench.workloads import LOADS, MODELS
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch.engine_metrics import Snapshot
+from vllm_adrenaline.proxy.snapshot import Snapshot
 from vllm_adrenaline.workload.client import Answer
 
 ANSWERS = [
@@ -110,10 +112,37 @@ def test_tokens_count_as_equal_up_to_the_first_that_differs() -> None:
 
 
 def test_the_page_is_one_file_that_needs_nothing_else() -> None:
-    page = report.page(report.summary([made(systems.BASELINE, 0, 100), made("adrenaline_0.5", 0, 150)], {}))
-    assert "<svg" in page
-    assert "src=" not in page
-    assert "href=" not in page
+    shown = page.page(report.summary([made(systems.BASELINE, 0, 100), made("adrenaline_0.5", 0, 150)], {"cpu": "<x>"}))
+    assert not [each for each in ("src=", "@import", "url(", 'href="h', 'href="/') if each in shown]
+    assert "&lt;x&gt;" in shown
+    assert "<!-- " not in shown
+
+
+def test_the_page_has_the_comparison_first_and_every_figure_in_tables_behind_it() -> None:
+    runs = [made(systems.BASELINE, 0, 100, load="reasoning"), made("adrenaline_auto", 0, 171, load="reasoning")]
+    shown = page.page(report.summary(runs, {}, {"mha": CEILING}))
+    tables = [
+        [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", html.unescape(row)) for row in re.findall("<tr>(.*?)</tr>", table)]
+        for table in re.findall("<table>(.*?)</table>", shown)
+    ]
+    comparison, figures_of_load = tables[:2]
+    assert comparison[0][:3] == ["workload, model", "system", "output tok/s"]
+    assert comparison[1][:2] == ["reasoning, mha", "adrenaline_auto"]
+    assert '<span class="better">x 1.71 (one run)</span>' in comparison[1][2]
+    assert figures_of_load[0] == ["", systems.BASELINE, "adrenaline_auto"]
+    assert ["output tok/s", "100", "171"] in figures_of_load
+    assert [row[0] for row in figures_of_load[1:]] == list(report.SHOWN.values())
+    assert ["adrenaline_auto", "offloaded: local_full", "3"] in tables[2]
+    assert ["output throughput", "1.68 x", "x 1.71 (one run)"] in tables[3]
+    assert "50 % of it attention" in shown
+    assert shown.count("data-usage=") == 2
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "said"), [(1.5, 0.1, "better"), (0.8, 0.1, "worse"), (1.05, 0.1, ""), (0.99, 0.0, "")]
+)
+def test_the_page_calls_better_only_what_is_beyond_the_spread(ratio: float, spread: float, said: str) -> None:
+    assert f'<span class="{said}">' in page._ratio({"ratio": ratio, "spread": spread}, more_is_better=True)
 
 
 def test_systems_take_turns_and_the_order_is_reversed_every_second_time() -> None:

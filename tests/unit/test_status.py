@@ -6,12 +6,13 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from vllm_adrenaline import cli
-from vllm_adrenaline.launch.engine_metrics import Snapshot
 from vllm_adrenaline.launch.status import of_engine
+from vllm_adrenaline.proxy.snapshot import Snapshot
 
 TEXT = """\
 # HELP vllm:num_requests_running Running.
@@ -28,22 +29,30 @@ vllm:adrenaline_placements_total{engine="0",model_name="m",placement="offloaded"
 """
 
 
-@pytest.fixture
-def engine() -> Iterator[str]:
-    class Metrics(http.server.BaseHTTPRequestHandler):
+@contextmanager
+def serving(pages: dict[str, str]) -> Iterator[str]:
+    """Serve these pages, and status 404 for all others; give the address."""
+
+    class Pages(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/metrics" else 404)
+            self.send_response(200 if self.path in pages else 404)
             self.end_headers()
-            self.wfile.write(TEXT.encode())
+            self.wfile.write(pages.get(self.path, "").encode())
 
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metrics)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def engine() -> Iterator[str]:
+    with serving({"/metrics": TEXT}) as url:
+        yield url
 
 
 def test_every_decision_is_shown_by_kind_and_reason(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,8 +95,8 @@ def test_labels_are_read_as_prometheus_writes_them() -> None:
 
 
 def test_a_server_that_is_no_engine_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, engine: str, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(f"{__name__}.TEXT", "<html>\n<body>hello</body>\n</html>\n")
-    assert cli.main(["status", engine]) == 1
+    with serving({"/metrics": "<html>\n<body>hello</body>\n</html>\n"}) as engine:
+        assert cli.main(["status", engine]) == 1
     assert capsys.readouterr().err.startswith(f"adrenaline: no engine answers at {engine}/metrics")

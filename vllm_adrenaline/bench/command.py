@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run what is missing of the grid, write the report and return 0. Raises AdrenalineError."""
-    from vllm_adrenaline.bench import report, systems, workloads
+    from vllm_adrenaline.bench import page, report, systems, workloads
     from vllm_adrenaline.bench.run import Plan, budget, ceiling_file
     from vllm_adrenaline.bench.run import run as run_plan
     from vllm_adrenaline.system import machine
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     for name, text in {
         "report.json": json.dumps(found, indent=1) + "\n",
         "report.md": markdown,
-        "report.html": report.page(found),
+        "report.html": page.page(found),
     }.items():
         (options.out / name).write_text(text)
     print(markdown)

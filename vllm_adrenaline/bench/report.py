@@ -1,8 +1,7 @@
-"""The report of `adrenaline bench`: medians, ratios to vLLM's own disaggregation with their spread, tables, plots."""
+"""The report of `adrenaline bench`: medians, and ratios to vLLM's own disaggregation with their spread."""
 
 from __future__ import annotations
 
-import html
 import json
 import statistics
 from collections.abc import Sequence
@@ -129,7 +128,8 @@ def _ratio(runs: dict[int, Run], baseline: dict[int, Run], key: str) -> dict[str
     return {"ratio": round(ratio, 4) if told else None, "spread": round(spread, 4) if len(pairs) > 1 else None}
 
 
-def _shown(value: float | None, key: str) -> str:
+def shown(value: float | None, key: str) -> str:
+    """Return a figure as text for people; `key` is one of SHOWN."""
     if value is None:
         return "-"
     if key.endswith("_share") or key == "same_tokens":
@@ -137,7 +137,8 @@ def _shown(value: float | None, key: str) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _told(found: dict[str, float | None]) -> str:
+def told(found: dict[str, float | None]) -> str:
+    """Return a ratio and its spread as text for people."""
     ratio, spread = found["ratio"], found["spread"]
     if ratio is None:
         return "not told" if spread is None else f"not told (spread {spread})"
@@ -148,7 +149,7 @@ def markdown(report: dict[str, Any]) -> str:
     """Return the report as Markdown."""
     lines = ["# adrenaline bench", "", f"Machine: {json.dumps(report['machine'])}", ""]
     for model, about in report["models"].items():
-        lines += [f"## Model {model}", "", f"{about['about']}.", *_about_ceiling(about), ""]
+        lines += [f"## Model {model}", "", f"{about['about']}.", *about_ceiling(about), ""]
         if goodput := report["goodput_req_s"].get(model):
             rates = ", ".join(f"{name} {rate:g}" for name, rate in goodput.items())
             lines += [f"{ABOUT_RAMP}: {rates}.", ""]
@@ -161,11 +162,11 @@ def markdown(report: dict[str, Any]) -> str:
         ]
         lines += ["| system | " + " | ".join(SHOWN.values()) + " |", "|---" * (len(SHOWN) + 1) + "|"]
         for name, figures in cell["systems"].items():
-            lines.append(f"| {name} | " + " | ".join(_shown(figures.get(key), key) for key in SHOWN) + " |")
+            lines.append(f"| {name} | " + " | ".join(shown(figures.get(key), key) for key in SHOWN) + " |")
         lines.append("")
         for name, ratios in cell["ratios"].items():
-            told = ", ".join(f"{SHOWN[key]} {_told(ratio)}" for key, ratio in ratios.items())
-            lines.append(f"* {name}: {told}")
+            said = ", ".join(f"{SHOWN[key]} {told(ratio)}" for key, ratio in ratios.items())
+            lines.append(f"* {name}: {said}")
         for name, placements in cell["placements"].items():
             if placements:
                 decided = ", ".join(f"{what} {count:.0f}" for what, count in sorted(placements.items()))
@@ -176,7 +177,8 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _about_ceiling(about: dict[str, Any]) -> list[str]:
+def about_ceiling(about: dict[str, Any]) -> list[str]:
+    """Return what bare operators can do, as paragraphs and empty lines between them."""
     if "ceiling" not in about:
         return []
     found = about["ceiling"]
@@ -202,66 +204,3 @@ def _beside_the_paper(cell: dict[str, Any]) -> list[str]:
         ratio = ours[key]["ratio"]
         lines.append(f"| {what} | {theirs:.2f} x | {'not told' if ratio is None else f'{ratio:.2f} x'} |")
     return [*lines, "", NOT_ALIKE, ""]
-
-
-BAR, ROW, LABEL, WIDTH = 14, 20, 150, 640
-COLOURS = ("#9aa0a6", "#5f6368", "#bdc1c6", "#1a73e8", "#34a853", "#fbbc04", "#ea4335", "#a142f4")
-
-
-def _bars(title: str, values: dict[str, float]) -> str:
-    most = max(values.values()) or 1.0
-    height = 30 + ROW * len(values)
-    parts = [f'<svg width="{WIDTH}" height="{height}" role="img"><text x="0" y="15">{html.escape(title)}</text>']
-    for i, (name, value) in enumerate(values.items()):
-        y, length = 24 + ROW * i, (WIDTH - LABEL - 70) * value / most
-        parts.append(
-            f'<text x="0" y="{y + 11}" class="s">{html.escape(name)}</text>'
-            f'<rect x="{LABEL}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{COLOURS[i % len(COLOURS)]}"/>'
-            f'<text x="{LABEL + length + 5:.1f}" y="{y + 11}" class="s">{value:.4g}</text>'
-        )
-    return "".join(parts) + "</svg>"
-
-
-def _lines(title: str, usage: dict[str, dict[str, list[float]]], side: str) -> str:
-    """Return a plot of one side's KV blocks in use over the seconds of a run, a line for each system."""
-    series = {name: values[side] for name, values in usage.items() if values.get(side)}
-    if not series:
-        return ""
-    height, longest = 120, max(map(len, series.values()))
-    parts = [
-        f'<svg width="{WIDTH}" height="{height + 50 + 16 * len(series)}" role="img">'
-        f'<text x="0" y="15">{html.escape(title)}</text>'
-        f'<rect x="30" y="24" width="{WIDTH - 40}" height="{height}" fill="none" stroke="#dadce0"/>'
-        f'<text x="0" y="34" class="s">100 %</text><text x="8" y="{height + 24}" class="s">0</text>'
-        f'<text x="{WIDTH - 60}" y="{height + 38}" class="s">{longest} s</text>'
-    ]
-    for i, (name, values) in enumerate(series.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        points = " ".join(
-            f"{30 + (WIDTH - 40) * at / max(longest - 1, 1):.0f},{24 + height * (1 - min(value, 1)):.0f}"
-            for at, value in enumerate(values)
-        )
-        y = height + 50 + 16 * i
-        parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-            f'<rect x="30" y="{y}" width="10" height="10" fill="{colour}"/>'
-            f'<text x="46" y="{y + 10}" class="s">{html.escape(name)}</text>'
-        )
-    return "".join(parts) + "</svg>"
-
-
-def page(report: dict[str, Any]) -> str:
-    """Return the report as one self-contained HTML page with plots."""
-    body = []
-    for cell in report["cells"]:
-        title = f"{cell['workload']}, {cell['model']}"
-        body.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(cell['about'])}</p>")
-        for key in ("output_tok_s", "ttft_ms_p50", "tpot_ms_p50", "kv_prefill_used_share", "kv_decode_used_share"):
-            body.append(_bars(SHOWN[key], {name: figures[key] for name, figures in cell["systems"].items()}))
-        body += [_lines(f"KV blocks in use, {side} side", cell["usage"], side) for side in ("prefill", "decode")]
-    style = "body{font:14px sans-serif;margin:2em;max-width:60em}svg{display:block;margin:1em 0}.s{font-size:12px}"
-    table = f"<pre>{html.escape(markdown(report))}</pre>"
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>adrenaline bench</title><style>{style}</style>'
-        f"<h1>adrenaline bench</h1>{''.join(body)}<h2>All figures</h2>{table}</html>\n"
-    )

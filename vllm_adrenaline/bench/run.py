@@ -32,7 +32,7 @@ from vllm_adrenaline.bench.workloads import (
     folder_of,
 )
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch.engine_metrics import Snapshot
+from vllm_adrenaline.proxy.snapshot import Snapshot
 from vllm_adrenaline.system.cores import physical_cores, split_cores
 from vllm_adrenaline.workload import client
 from vllm_adrenaline.workload.load import Load

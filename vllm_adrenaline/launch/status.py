@@ -6,40 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_adrenaline.launch.engine_metrics import KV_USED, EngineMetrics, Snapshot, get_page
-
-OURS = "vllm:adrenaline_"
-ENGINE = {
-    "running": "vllm:num_requests_running",
-    "waiting": "vllm:num_requests_waiting",
-    "kv_used": KV_USED,
-}
-DECODE = {
-    "local_rows": f"{OURS}local_rows",
-    "offloaded_rows": f"{OURS}offloaded_rows",
-    "bound": f"{OURS}offload_bound_ratio",
-    "local_us_per_token": f"{OURS}local_attention_seconds_per_token",
-    "remote_us_per_token": f"{OURS}remote_attention_seconds_per_token",
-    "moved": f"{OURS}moved_requests_total",
-    "recomputed": f"{OURS}fallback_requests_total",
-    "exposed_wait_s": f"{OURS}exposed_wait_seconds_total",
-    "executor_failures": f"{OURS}executor_failures_total",
-    "unavailable_executors": f"{OURS}unavailable_executors",
-}
+from vllm_adrenaline.launch.engine_metrics import EngineMetrics, get_page
+from vllm_adrenaline.proxy.snapshot import Snapshot
 
 
 def of_engine(url: str, metrics: Snapshot) -> dict[str, Any]:
     """Return the status of one engine as plain data."""
-    status: dict[str, Any] = {"url": url} | {name: metrics.value(metric) for name, metric in ENGINE.items()}
-    if f"{OURS}local_rows" in metrics.values:
-        status |= {name: metrics.value(metric) for name, metric in DECODE.items()}
-        for name in ("local_us_per_token", "remote_us_per_token"):
-            status[name] *= 1e6
-    status["placements"] = [
-        {"placement": placement, "reason": reason, "count": int(count)}
-        for (placement, reason), count in sorted(metrics.placements().items(), key=lambda sample: -sample[1])
-    ]
-    return status
+    return {"url": url} | metrics.state()
 
 
 def table(status: dict[str, Any]) -> str:

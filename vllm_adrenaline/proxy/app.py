@@ -25,6 +25,7 @@ from vllm_adrenaline.proxy.errors import error_response
 from vllm_adrenaline.proxy.generate import Generate
 from vllm_adrenaline.proxy.guard import DRAINING, Guard, request_id
 from vllm_adrenaline.proxy.limits import Limits
+from vllm_adrenaline.proxy.state import StatePages
 from vllm_adrenaline.proxy.upstream import Engine, EngineFailed, Engines, client_headers, engine_headers
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ def create_app(
     """
     limits, counts = limits or Limits(), counts or Counts()
     kinds = prefill, decode = Engines("prefill"), Engines("decode")
+    state = StatePages(lambda: [*prefill.all, *decode.all], counts)
     pages, generate = Pages(prefill, decode, counts), Generate(prefill, decode, limits, counts)
 
     def have(lists: EngineLists) -> None:
@@ -170,6 +172,8 @@ def create_app(
 
     app = Starlette(
         routes=[
+            Route("/", state.page),
+            Route("/adrenaline/state", state.state),
             Route("/live", pages.live),
             Route("/health", pages.health),
             Route("/ready", pages.ready),

@@ -62,6 +62,16 @@ class Counts:
             registry=registry,
         )
 
+    def totals(self) -> dict[str, float]:
+        """Return each of them, without the prefix, added up over its labels."""
+        families = self._registry.collect()
+        return {
+            family.name.removeprefix(f"{PREFIX}_"): sum(
+                each.value for each in family.samples if not each.name.endswith("_created")
+            )
+            for family in families
+        }
+
     def text(self) -> bytes:
         """Return all of them in the text format of Prometheus."""
         return generate_latest(self._registry)

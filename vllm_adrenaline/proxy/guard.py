@@ -15,8 +15,9 @@ from vllm_adrenaline.proxy.errors import REQUEST_ID, Refused, error_response
 from vllm_adrenaline.proxy.limits import BODIES, Limits
 from vllm_adrenaline.proxy.upstream import authorization
 
-OPEN = ("/health", "/live", "/ready")
-"""Paths that need no key and are never too many: whoever watches over the proxy asks there."""
+OPEN = ("/", "/health", "/live", "/ready")
+"""Paths that need no key and are never too many: whoever watches over the proxy asks there. The page at / is the same
+for everybody; what it shows needs the key."""
 DRAINING = "this server is about to end"
 LONGEST_ID = 256
 """Characters of a client's X-Request-Id at most. Engines make it longer and send it in control messages."""

@@ -14,6 +14,12 @@ def cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+def cpu_flags() -> set[str]:
+    """Return what /proc/cpuinfo says that this machine's processor can do, e.g. "avx512f"."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+
+
 def description() -> dict[str, str | int | None]:
     """Return what a report says of the machine that its figures were measured on."""
     kernel, today = platform.release(), time.strftime("%Y-%m-%d")
