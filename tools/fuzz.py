@@ -36,8 +36,8 @@ MOST_OUTCOMES = 200
 """How many inputs are changed further, besides the examples."""
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2, 15, 16, 17, 255, 256, 65535, 65536, 2**24 - 1, 2**24, 2**31, 2**32, 2**53,
-    2**63 - 1, 2**63, 2**64 - 1, -(2**31), -(2**63), 0.0, 1.5, -1.0, 1e300, "", "a", "prompt", "\ud7ff", "x" * 513,
-    [], [0], [0, 0], {}, {"": 0}, [[]], {"type": "Claim"},
+    2**63 - 1, 2**63, 2**64 - 1, -(2**31), -(2**63), 0.0, 1.5, -1.0, 1e300, "", "a", "prompt", "\ud7ff", "\ud800",
+    "x" * 513, [], [0], [0, 0], {}, {"": 0}, [[]], {"type": "Claim"},
 ]  # fmt: skip
 WRITERS: dict[str, tuple[Callable[[bytes], Any], Callable[[Any], bytes]]] = {
     "msgpack": (msgspec.msgpack.decode, msgspec.msgpack.encode),

@@ -302,6 +302,7 @@ def test_leases_that_cannot_be_are_not_used(decode: Any, prefill: Prefill, block
         {"remote_engine_id": 5, "remote_request_id": []},
         {"remote_engine_id": ENGINE, "remote_request_id": "prompt", "adrenaline": "no"},
         {"remote_engine_id": "another", "remote_request_id": "prompt"},
+        params(PROMPT) | {"remote_request_id": "\ud800"},  # text in JSON, and in nothing else
     ],
 )
 def test_malformed_parameters_cost_only_their_own_request_its_pull(

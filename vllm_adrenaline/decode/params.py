@@ -65,14 +65,15 @@ def find(raw: Any, pools: Sequence[RemotePool], tensor_parallel_size: int, promp
     """
     try:
         where = msgspec.convert(raw, Where)
-    except msgspec.ValidationError as error:
+        where.remote_request_id.encode()
+    except ValueError as error:  # msgspec's, or of text that is JSON and no UTF-8: half a surrogate pair
         return Found(None, "", f"its kv_transfer_params are malformed ({error})")
     pool = next((p for p in pools if p.peer is not None and p.peer.engine_id == where.remote_engine_id), None)
     if pool is None:
         return Found(None, "", "its kv_transfer_params name no prefill engine of ours")
     try:
         params = msgspec.convert(raw, RemoteParams)
-    except msgspec.ValidationError as error:
+    except ValueError as error:
         return Found(pool, where.remote_request_id, f"its kv_transfer_params are malformed ({error})")
     if pool.peer is None or not params.adrenaline.is_signed(pool.peer.key, raw):
         return Found(pool, where.remote_request_id, "its kv_transfer_params are not signed by the prefill engine")
