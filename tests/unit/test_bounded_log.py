@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -105,3 +107,18 @@ def test_a_log_file_is_bounded_and_what_is_written_last_is_there(
     finally:
         engine.terminate()
         engine.finish(time.monotonic() + 1)
+
+
+def test_a_log_is_cut_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copyfile(_: object, to: Path) -> None:
+        to.write_bytes(b"a part of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(process, "LOG_LIMIT", 10)
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    log = tmp_path / "d.log"
+    engine = EngineProcess("d", ["true"], dict(os.environ), log)
+    engine.finish(time.monotonic() + 5)
+    log.write_text("the disk is full of this")
+    engine.bound_log()
+    assert (log.stat().st_size, list(tmp_path.iterdir())) == (0, [log])

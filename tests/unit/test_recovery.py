@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
@@ -124,6 +125,31 @@ def test_an_engine_that_ends_is_started_again_and_its_last_log_is_kept(
         assert supervisor.processes["decode"].pid != first.pid
         assert (tmp_path / "decode.log.1").read_text() == "the first life\n"
         supervisor.check()
+
+
+def test_a_start_that_the_system_refuses_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(restarts, "FIRST_PAUSE_S", 0.05)
+    spec = fake_engine("decode", "", tmp_path / "d.http", None, {})
+    with Supervisor([spec], logs=tmp_path) as supervisor:
+        recovery, launch = Recovery(supervisor), supervisor.launch
+        refusals = [OSError(errno.EAGAIN, "Resource temporarily unavailable"), OSError(errno.ENOSPC, "No space left")]
+
+        def start(spec: EngineCommand) -> None:
+            if refusals:
+                raise refusals.pop(0)
+            launch(spec)
+
+        monkeypatch.setattr(supervisor, "launch", start)
+        os.kill(supervisor.processes["decode"].pid, signal.SIGKILL)
+        said, began = "", time.monotonic()
+        while "ready again" not in said:
+            recovery.step()
+            said += capsys.readouterr().out
+            assert time.monotonic() - began < 20
+            time.sleep(0.02)
+    assert "the decode engine cannot be started: [Errno 11] Resource temporarily unavailable" in said
 
 
 def test_what_ends_too_often_is_given_up_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,10 +120,15 @@ class EngineProcess:
 
     def bound_log(self) -> None:
         """Cut the log when it has grown too long. Lines that are written in the very moment may be lost."""
-        with contextlib.suppress(OSError):  # removed, or the disk is full
+        with contextlib.suppress(OSError):  # it was removed
             if self.log.stat().st_size > LOG_LIMIT:
-                shutil.copyfile(self.log, f"{self.log}.1")
-                os.truncate(self.log, 0)
+                second = Path(f"{self.log}.1")
+                try:
+                    shutil.copyfile(self.log, second)
+                except OSError:  # the disk is full, and this log would keep it so
+                    second.unlink(missing_ok=True)
+                finally:
+                    os.truncate(self.log, 0)
 
     @property
     def thread_died(self) -> bool:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.launch.engine_command import EngineCommand
 from vllm_adrenaline.launch.restarts import LIMIT, WITHIN_S, Restarts
 from vllm_adrenaline.launch.supervisor import Supervisor, is_ready
 from vllm_adrenaline.system.terminal import say
@@ -40,8 +41,7 @@ class Recovery:
             process.bound_log()
             if state.due is not None:
                 if now >= state.due:
-                    self._supervisor.launch(spec)
-                    state.started, state.due = now, None
+                    self._launch(spec)
             elif process.exit_status is not None:
                 self._ended(spec.name, process.failure())
             elif state.ready is None:
@@ -52,6 +52,15 @@ class Recovery:
                 elif why := self._supervisor.stuck(process, now - state.started):
                     process.terminate()
                     self._ended(spec.name, why)
+
+    def _launch(self, spec: EngineCommand) -> None:
+        state = self._states[spec.name]
+        try:
+            self._supervisor.launch(spec)
+        except OSError as error:  # of memory, processes or disk there is too little at present
+            self._ended(spec.name, f"the {self._supervisor.processes[spec.name].label} cannot be started: {error}")
+        else:
+            state.started, state.due = time.monotonic(), None
 
     def _ended(self, name: str, why: str) -> None:
         state, process = self._states[name], self._supervisor.processes[name]
