@@ -68,7 +68,7 @@ class DecodeScheduler(Scheduler):
         self._wait_for_peers(options.connect_timeout)
         tensor_parallel_size = self.vllm_config.parallel_config.tensor_parallel_size
         blocks = self.kv_cache_manager.block_pool.num_gpu_blocks
-        shares = [executors_of(client.welcome) for client in self.clients if client.welcome is not None]
+        shares = [executors_of(client.address, client.welcome) for client in self.clients if client.welcome is not None]
         costs = profiling.costs_of(self.vllm_config, options, shares)
         admission = EngineAdmission(options, costs, blocks, self.block_size, self.max_num_running_reqs)
         self.table = RequestTable(self.clients, admission, self.block_size, tensor_parallel_size)
