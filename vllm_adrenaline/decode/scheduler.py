@@ -54,8 +54,8 @@ class DecodeScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         wait_without_spinning()
         come_first()
-        if ENDS_WITH_STARTER in os.environ:
-            end_with_parent()
+        if starter := os.environ.get(ENDS_WITH_STARTER):
+            end_with_parent(int(starter))
         super().__init__(*args, **kwargs)
         options = Options.of(self.vllm_config)
         sockets.use_keys(options.load_keys())

@@ -43,7 +43,7 @@ PEERS_START_TOO = "ADRENALINE_PEERS_START_TOO"
 and compiles its model while its peers do, and waits for them only when it attaches to their executors."""
 
 ENDS_WITH_STARTER = "ADRENALINE_ENDS_WITH_STARTER"
-"""Environment variable that is set by LLM(...). Its engine core ends with the process that has it, however that ends;
+"""Environment variable with the process of LLM(...), which sets it. Its engine core ends with it, however that ends;
 vLLM's own goes on when that is killed."""
 
 
