@@ -42,7 +42,7 @@ from vllm_adrenaline.transport.shm import Memory, ShmExecutorChannel
 
 PROMPT = list(range(10, 50))
 KEY = b"k" * 32
-WELCOME = messages.Welcome("prefill", "127.0.0.1", 5600, 20, ["ipc:///x"], "words", 30.0, "member", 0, "space", KEY)
+WELCOME = messages.Welcome("prefill", "127.0.0.1", 5600, 20, ["ipc:///x"], "words", 30.0, "member", "vicinity", KEY)
 
 
 @dataclass(frozen=True)
