@@ -82,6 +82,24 @@ def test_they_have_one_copy_of_the_weights(engines: Fleet) -> None:
     assert taken.kib["Private_Dirty"] == 0
 
 
+def test_a_decode_engine_that_is_killed_gives_back_what_it_had_long_before_its_lease_ends(
+    engines: Fleet, plain: Plain
+) -> None:
+    decode, prefill = engines["decode"], engines["prefill"]
+    killed, count = decode.pid, decode.counting()
+    with engines.recovering():
+        with ThreadPoolExecutor() as pool:
+            answers = pool.submit(engines.door("decode", 1).complete, LONG)
+            # Who may be offloaded and mapped is so by turns, and it was so as often till now.
+            assert eventually(lambda: count["mapped_attention_rows"] > 0 and count["remote_attention_rows"] > 0)
+            assert prefill.settle() > 0
+            os.killpg(killed, signal.SIGKILL)
+            assert eventually(lambda: prefill.settle() == 0, seconds=20)
+            assert answers.exception() is not None
+        assert eventually(lambda: engines.has_begun_anew("decode", after=killed), seconds=400, poll_s=0.5)
+    assert tokens(engines.door("decode", 1).complete(LONG)) == plain.tokens(LONG)
+
+
 def test_an_executor_that_is_killed_is_noticed_by_its_end_and_costs_a_recomputation(
     engines: Fleet, plain: Plain
 ) -> None:
@@ -110,16 +128,3 @@ def test_an_executor_that_is_stopped_is_given_up_and_used_again(engines: Fleet, 
             os.kill(executor, signal.SIGCONT)
     assert count["executor_failures"] >= 1
     assert offloads_again(engines, "decode")
-
-
-def test_a_decode_engine_that_is_killed_gives_back_what_it_had_long_before_its_lease_ends(engines: Fleet) -> None:
-    decode, prefill = engines["decode"], engines["prefill"]
-    count = decode.counting()
-    with ThreadPoolExecutor() as pool:
-        answers = pool.submit(engines.door("decode", 1).complete, LONG)
-        has = eventually(lambda: count["mapped_attention_rows"] > 0, seconds=20, poll_s=0.01)
-        assert has, (count.placements(), answers.done() and answers.exception())
-        assert prefill.settle() > 0
-        os.killpg(decode.pid, signal.SIGKILL)
-        assert eventually(lambda: prefill.settle() == 0, seconds=20)
-        assert answers.exception() is not None
