@@ -110,7 +110,7 @@ def native(rows: int, core: int) -> list[float]:
     """Return microseconds of LAYERS round trips through the channel that engines use."""
     shape = shape_of(rows)
     decode, steps = ShmDecodeChannel(shape), ShmSteps(shape)
-    decode.watch(0, -1, shared_core=False)
+    decode.watch(-1, -1, shared_core=False)
     executor = ShmExecutorChannel(decode.fd, shape, decode.epoch, shared_core=False, num_layers=LAYERS, timeout_s=10)
 
     def serve() -> None:

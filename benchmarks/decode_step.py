@@ -75,7 +75,7 @@ class KV:
         strides = [ARGS.kv_heads * 2 * BLOCK * ARGS.head_size, 2 * BLOCK * ARGS.head_size, ARGS.head_size, 1]
         layer_bytes = self.blocks * strides[0] * DTYPE.itemsize
         size = layer_bytes * ARGS.layers
-        fd = memory_file.create("kv", size)
+        self.file = fd = memory_file.create("kv", size)
         noise = torch.randn(1 << 20).to(DTYPE)
         flat = torch.frombuffer(map_kv(fd, size), dtype=DTYPE)
         for begin in range(0, len(flat), len(noise)):
@@ -83,7 +83,7 @@ class KV:
             part.copy_(noise[: len(part)])
         isa = _get_attn_isa(DTYPE, BLOCK, ARGS.head_size)
         layers = [LayerSpec(name, index * layer_bytes, ARGS.head_size**-0.5) for index, name in enumerate(NAMES)]
-        self.export = KVExport(os.getpid(), fd, size, shape, strides, "bfloat16", isa, ARGS.heads, layers, [cpu], 1)
+        self.export = KVExport(size, shape, strides, "bfloat16", isa, ARGS.heads, layers, [cpu], 1)
 
 
 class LocalLink(Link):
@@ -160,7 +160,7 @@ def main() -> None:
     shape = Shape(ARGS.rows, ARGS.rows, WIDTH, ARGS.heads, ARGS.kv_heads, ARGS.head_size, DTYPE)
     with tempfile.TemporaryDirectory() as folder:
         address = f"ipc://{folder}/executor"
-        spec = ExecutorSpec(0, address, identity(), theirs.export, [EXECUTOR_CORE], 1, 60.0)
+        spec = ExecutorSpec(0, address, identity(), theirs.export, theirs.file, [EXECUTOR_CORE], 1, 60.0)
         executor = ExecutorProcess(spec)
         try:
             executor.wait_ready()
@@ -169,7 +169,7 @@ def main() -> None:
             remote = RemoteAttention(
                 [link], ShmSteps(shape), None, NAMES, BLOCK, counts_rows=True, patience=Patience(60.0)
             )
-            model = Model(CpuAttention.mapped(ours.export, ours.export.fd, split_kv=True), remote)
+            model = Model(CpuAttention.mapped(ours.export, ours.file, split_kv=True), remote)
             measure(model, repeats)
             link.close()
         finally:

@@ -56,9 +56,9 @@ PyObject* decode_new(PyTypeObject*, PyObject* args, PyObject*) {
 }
 
 PyObject* decode_watch(PyObject* self, PyObject* args) {
-  int pid, pidfd, shared;
-  if (!PyArg_ParseTuple(args, "iip", &pid, &pidfd, &shared)) return nullptr;
-  self_of<DecodeEnd>(self).watch({pid, pidfd}, shared != 0);
+  int folder, pidfd, shared;
+  if (!PyArg_ParseTuple(args, "iip", &folder, &pidfd, &shared)) return nullptr;
+  self_of<DecodeEnd>(self).watch({folder, pidfd}, shared != 0);
   return none();
 }
 
@@ -77,7 +77,7 @@ PyObject* decode_leave(PyObject* self, PyObject*) {
 }
 
 PyMethodDef decode_methods[] = {
-    {"watch", decode_watch, METH_VARARGS, "watch($self, pid, pidfd, shared_core, /)\n--\n\n"},
+    {"watch", decode_watch, METH_VARARGS, "watch($self, folder, pidfd, shared_core, /)\n--\n\n"},
     {"leave", decode_leave, METH_NOARGS, "leave($self, /)\n--\n\n"},
     {"counters", decode_counters, METH_NOARGS, "counters($self, /)\n--\n\n"},
     {"is_closed", decode_is_closed, METH_NOARGS, "is_closed($self, /)\n--\n\n"},

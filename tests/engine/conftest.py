@@ -26,12 +26,14 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import aiohttp
 import pytest
 
+from tests.unit.test_process_spaces import APART
 from vllm_adrenaline.compat.worker_cores import CORES_ENV
 from vllm_adrenaline.engine.setup import PEERS_START_TOO
 from vllm_adrenaline.launch import engine_command
@@ -270,13 +272,14 @@ def replace(file: Path, text: str) -> None:
 @dataclass
 class Wanted:
     """An engine to start. `ratio`: what it is started with; auto makes a decode engine measure what steps cost.
-    `ends_early`: see faults/adrenaline_faults.py, for a prefill engine."""
+    `ends_early`: see faults/adrenaline_faults.py, for a prefill engine. `apart`: in a PID namespace of its own."""
 
     role: Literal["plain", "prefill", "decode"]
     blocks: int
     more: list[str] = field(default_factory=list)
     ratio: Ratio = "auto"
     ends_early: bool = False
+    apart: bool = False
 
     def arguments(self, address: str) -> list[str]:
         """Return the engine's own flags."""
@@ -320,7 +323,8 @@ def fleet(
             args += wanted.arguments(prefill_address(folder))
             env = {CORES_ENV: cores or ("0" if wanted.role == "decode" else "1"), "HF_HUB_OFFLINE": "1"}
             env |= wanted.environment(folder, name)
-            specs.append(engine_command.vllm_server(name, str(model), port, args, env))
+            spec = engine_command.vllm_server(name, str(model), port, args, env)
+            specs.append(replace_fields(spec, argv=[*APART, *spec.argv]) if wanted.apart else spec)
         supervisor = stack.enter_context(Supervisor(specs, logs=logs))
         members = {spec.name: Engine(spec.url, supervisor.processes[spec.name].pid) for spec in specs}
         doors: dict[str, Client] = {}

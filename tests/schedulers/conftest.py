@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import pytest
 import zmq
 
-from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.kv.stamp import TICKET
 from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.prefill.executor_pool import ExecutorPool
-from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.system import descriptors
 from vllm_adrenaline.workload.tiny_model import make_model
 
 M = TypeVar("M", bound=messages.Message)
@@ -48,8 +48,8 @@ class Prefill:
         self.decode = b""
         self.beat = messages.Heartbeat()
         self.greetings = 0
-        self.process = 0
         self.key = KEY
+        self._passing: descriptors.Server | None = None
         self._outbox: queue.Queue[list[bytes]] = queue.Queue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -64,7 +64,7 @@ class Prefill:
             name, frame = self._socket.recv_multipart()
             message = messages.decode(frame)
             if isinstance(message, messages.Hello):
-                if message.borrows:
+                if message.borrows and not message.process:  # else it says whom to watch, and was greeted before
                     self.decode = name
                     self.refusal = None
                     self.greetings += 1
@@ -92,10 +92,16 @@ class Prefill:
             "one thread",
             lease,
             member,
-            self.process,
-            process_space(),
+            addresses.vicinity(self.address),
             self.key,
         )
+
+    def be(self, pid: int) -> None:
+        """Be the process `pid` from now on. Without it none is seen."""
+        self._passing = descriptors.Server(addresses.for_descriptors(self.address))
+        folder = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY)
+        self._passing.offers[descriptors.PROCESS] = [os.pidfd_open(pid), folder]
+        self._passing.start()
 
     def say(self, *said: messages.Message) -> None:
         """Send messages to the decode engine, in one go."""
@@ -128,6 +134,8 @@ class Prefill:
         """End."""
         self._stopping.set()
         self._thread.join()
+        if self._passing is not None:
+            self._passing.stop()
 
 
 def eventually(condition: Callable[[], object], seconds: float = 5.0) -> None:
@@ -397,6 +405,9 @@ def prefill_engine(
     def start(**options: Any) -> PrefillEngine:
         address = f"ipc://{tmp_path}/p"
         config, kv_cache = base(role="prefill", listen=address, **options)
+        passing = descriptors.Server(addresses.for_descriptors(address))
+        passing.start()
+        executor_pool.active().passing = passing
         started.append(PrefillEngine(config, kv_cache, address))
         return started[-1]
 

@@ -429,7 +429,7 @@ def test_a_silent_prefill_engine_that_works_is_waited_for_longer(
     monkeypatch.setattr(client, "BUSY_S", 1.5)
     monkeypatch.setattr(request_table, "CLAIM_S", 0.2)
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-        prefill.process = busy.pid
+        prefill.be(busy.pid)
         engine = decode(ratio="1")
         prefill.answers_beats = False
         engine.arrive(PROMPT, params(PROMPT))

@@ -95,7 +95,7 @@ def test_a_mapped_request_outlives_the_word_of_its_prefill_engine_and_then_lets_
 
 def test_a_prefill_engine_whose_process_ends_is_noticed_at_once(decode: Any, prefill: Prefill) -> None:
     with subprocess.Popen(["sleep", "100"]) as process:
-        prefill.process = process.pid
+        prefill.be(process.pid)
         engine = decode(pool="both", ratio="1")
         remote, mapped = placed(engine, prefill), placed(engine, prefill, "second")
         process.kill()

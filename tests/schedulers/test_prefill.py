@@ -20,11 +20,11 @@ import zmq
 from tests.schedulers.conftest import KEEP, PROMPT, PrefillEngine, eventually
 from tests.unit.test_mapped_memory import Cache
 from vllm_adrenaline.compat.side_channel import PORT
-from vllm_adrenaline.control import messages
+from vllm_adrenaline.control import addresses, messages
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
 from vllm_adrenaline.kv.stamp import GIVES_UP, Stamp
 from vllm_adrenaline.prefill import executor_pool
-from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.system import descriptors
 
 
 @pytest.fixture
@@ -252,12 +252,15 @@ def test_without_executors_an_objective_is_kept_by_prefill_workers_against_decod
         stack.callback(worker.kill)
         stack.callback(mapping.kill)
         os.setpriority(os.PRIO_PROCESS, mapping.pid, -10)
-        export = msgspec.structs.replace(Cache(4).export, pid=worker.pid)
-        monkeypatch.setattr(executor_pool.active(), "exports", [export])
+        monkeypatch.setattr(executor_pool.active(), "exports", [Cache(4).export])
+        monkeypatch.setattr(executor_pool.ExecutorPool, "worker_pids", [worker.pid])
         engine = prefill(pool="mapped", tpot_slo_ms=50)
         time.sleep(1.2)
         assert "decode_share" not in gauges(engine), "nobody is there to share with"
-        ask = messages.Map(engine.scheduler.control.identity, 0, engine.welcome.member, mapping.pid, process_space())
+        control, pidfd = engine.scheduler.control, os.pidfd_open(mapping.pid)
+        token, theirs = descriptors.exchange(addresses.for_descriptors(control.address), [pidfd])
+        descriptors.close([pidfd, *theirs])
+        ask = messages.Map(control.identity, 0, engine.welcome.member, token)
         assert isinstance(engine.ask(ask), messages.Mappable)
         eventually(lambda: "decode_share" in gauges(engine))
         assert os.getpriority(os.PRIO_PROCESS, worker.pid) == -10, "to begin with, half of the device is prefill's"

@@ -16,17 +16,15 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 
 from tests.schedulers.conftest import BLOCK, Engine
-from vllm_adrenaline.control import client, messages, server, sockets
+from vllm_adrenaline.control import messages, server, sockets
 from vllm_adrenaline.control.client import PrefillClient
 from vllm_adrenaline.control.server import ControlServer
 from vllm_adrenaline.engine.setup import PEERS_START_TOO
 from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.prefill.executor_pool import ExecutorPool
-from vllm_adrenaline.system.machine import process_space
 
 TOKENS = 500
 """Tokens that the played model makes are below this number, so that WORTHLESS is none of them."""
@@ -129,7 +127,6 @@ class Line(PrefillClient):
 
     def __init__(self, wire: Wire, address: str, identity: messages.Identity, engine: str) -> None:
         super().__init__(address, identity, engine)
-        self._hello = msgspec.structs.replace(self._hello, pid=0)
         self._wire = wire
         self.peer_name = b""
 
@@ -266,8 +263,6 @@ class World:
         patch.setattr("vllm_adrenaline.prefill.scheduler.time", clock)
         patch.setattr("vllm_adrenaline.decode.request_table.CLAIM_WAIT_S", 0.0)
         patch.setattr("vllm_adrenaline.decode.scheduler.PrefillClient", self._line)
-        patch.setattr(client, "is_stopped", lambda pid: False)
-        patch.setattr(client, "works", lambda pid: False)
         patch.setenv(PEERS_START_TOO, "1")
         patch.setattr(ControlServer, "start", lambda control: None)
         patch.setattr(ControlServer, "stop", lambda control: None)
@@ -275,7 +270,7 @@ class World:
         played.refusal = sockets.refusal
         patch.setattr(server, "sockets", played)
         patch.setattr(server, "threading", SimpleNamespace(Thread=self._thread, Event=threading.Event))
-        executors = ExecutorPool([])
+        executors = ExecutorPool([], passing=SimpleNamespace())  # type: ignore[arg-type]
         patch.setattr(executors, "kill", lambda pids: self.killed())
         patch.setattr(executors, "revoke", self.revoked)
         patch.setattr(executor_pool, "_active", executors)
@@ -318,5 +313,5 @@ class World:
     def join(self, identity: messages.Identity, peer: bytes) -> None:
         """Another decode engine says hello."""
         assert self.prefill is not None
-        hello = messages.Hello(identity, True, peer.decode(), 0, process_space())
+        hello = messages.Hello(identity, True, peer.decode())
         assert isinstance(self.prefill.control._answer(peer, hello), messages.Welcome)

@@ -43,7 +43,7 @@ from vllm_adrenaline.transport.shm import Memory, ShmExecutorChannel
 
 PROMPT = list(range(10, 50))
 KEY = b"k" * 32
-WELCOME = messages.Welcome("prefill", "127.0.0.1", 5600, 20, ["ipc:///x"], "words", 30.0, "member", 0, "space", KEY)
+WELCOME = messages.Welcome("prefill", "127.0.0.1", 5600, 20, ["ipc:///x"], "words", 30.0, "member", "vicinity", KEY)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def prefill(frame: bytes) -> str:
     except msgspec.DecodeError:
         return "none"
     if isinstance(message, messages.Hello):
-        message = msgspec.structs.replace(message, pid=0)  # descriptors of processes are not what is tried
+        message = msgspec.structs.replace(message, process=b"")  # descriptors of processes are not what is tried
     if isinstance(message, messages.Map):
         return "map"
     played = _Prefill()
@@ -300,7 +300,7 @@ def _message_seeds() -> list[bytes]:
     """Return one frame of each message."""
     contact = messages.Contact("127.0.0.1", 5, {"a": b"b"})
     made: list[messages.Message] = [
-        messages.Hello(IDENTITY, True, "decode", 0, "space"),
+        messages.Hello(IDENTITY, True, "decode", b"token"),
         WELCOME,
         messages.Refused("no"),
         messages.Claim("prompt"),
@@ -314,9 +314,9 @@ def _message_seeds() -> list[bytes]:
         messages.KillExecutors([7]),
         messages.Heartbeat(0.1, 1, True, messages.Slack(1.0, 2, 3, 4.0, True)),
         messages.Load(20, 3, 1, 0.5, True),
-        messages.Map(IDENTITY, 0, "member", 1, "space"),
+        messages.Map(IDENTITY, 0, "member", b"token"),
         messages.LetGo("member"),
-        messages.Attach(IDENTITY, "decode", 0, messages.MemoryFile(1, 2, "space", [0]), 1, 4, 4, 2),
+        messages.Attach(IDENTITY, "decode", 0, messages.MemoryFile(b"token", [0]), 1, 4, 4, 2),
         messages.Attach(IDENTITY, "decode", 0, messages.Group(contact), 1, 4, 4, 2),
         messages.Attached(["layer"], 1, [0], contact),
         messages.Revoke("decode", 1),

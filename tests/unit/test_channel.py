@@ -59,7 +59,7 @@ def channels(
 ) -> tuple[TimedSteps, ShmDecodeChannel, ShmExecutorChannel]:
     """Both ends of one channel in this process."""
     decode = ShmDecodeChannel(SHAPE)
-    decode.watch(0, -1, shared_core=True)
+    decode.watch(-1, -1, shared_core=True)
     life = decode.epoch if epoch is None else epoch
     return TimedSteps(timeout_s), decode, ShmExecutorChannel(decode.fd, SHAPE, life, True, layers, layer_timeout_s)
 
@@ -194,7 +194,7 @@ def test_an_executor_that_has_ended_is_noticed_long_before_the_timeout() -> None
     steps, decode, _ = channels(timeout_s=60)
     with subprocess.Popen(["sleep", "100"]) as peer:
         pidfd = os.pidfd_open(peer.pid)
-        decode.watch(peer.pid, pidfd, shared_core=True)
+        decode.watch(-1, pidfd, shared_core=True)
         ones = torch.ones(1, 2, 4)
         steps.begin(batch({0: [0]}).handle, {0: decode})
         steps.send(0, ones, ones[:, :1], ones[:, :1])
@@ -337,7 +337,8 @@ def test_a_late_executor_is_granted_more_time_only_while_it_works(state: str, le
     assert here.recv() == "up"
     assert peer.pid is not None
     pidfd = os.pidfd_open(peer.pid)
-    decode.watch(peer.pid, pidfd, shared_core=True)
+    folder = os.open(f"/proc/{peer.pid}", os.O_RDONLY | os.O_DIRECTORY)
+    decode.watch(folder, pidfd, shared_core=True)
     if state == "stopped":
         os.kill(peer.pid, signal.SIGSTOP)
     ones = torch.ones(1, 2, 4)
@@ -349,6 +350,7 @@ def test_a_late_executor_is_granted_more_time_only_while_it_works(state: str, le
     peer.kill()
     peer.join()
     os.close(pidfd)
+    os.close(folder)
 
 
 def test_many_slow_layers_exhaust_the_budget_of_a_step_as_one_stuck_layer_does() -> None:
@@ -444,7 +446,7 @@ def test_an_executor_killed_at_any_point_leaves_the_decode_worker_alive_and_no_w
         assert here.recv() == "up"
         assert peer.pid is not None
         pidfd = os.pidfd_open(peer.pid)
-        decode.watch(peer.pid, pidfd, shared_core=True)
+        decode.watch(-1, pidfd, shared_core=True)
         threading.Timer(rng.uniform(0.0, 0.2), peer.kill).start()
         failed = 0
         while not failed:
@@ -466,7 +468,7 @@ def test_an_executor_killed_at_any_point_leaves_the_decode_worker_alive_and_no_w
 def run_decode(executor: Connection) -> None:
     """Send steps to an executor from this process until it is killed."""
     channel, steps = ShmDecodeChannel(SHAPE), TimedSteps()
-    channel.watch(0, -1, True)
+    channel.watch(-1, -1, True)
     executor.send((channel.fd, channel.epoch))
     executor.recv()  # it is there
     x = torch.zeros(8, 2, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from vllm_adrenaline.control.server import FAILED, ControlServer
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill.leases import LeaseManager, Offer
 from vllm_adrenaline.prefill.lending import Lending
-from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.system import descriptors
 
 IDENTITY = messages.Identity(
     protocol=messages.PROTOCOL,
@@ -79,7 +80,7 @@ class Pool:
         messages.Claimed("r", [1, 2], 200, b"digest"),
         messages.Release(["r"], [3]),
         messages.KillExecutors([17]),
-        messages.Attach(IDENTITY, "d", 0, messages.MemoryFile(1, 2, "s", [0]), 3, 4, 5, 6),
+        messages.Attach(IDENTITY, "d", 0, messages.MemoryFile(b"t" * 16, [0]), 3, 4, 5, 6),
         messages.Attach(IDENTITY, "d", 0, messages.Group(messages.Contact("h", 1, {"0/0": b"x"})), 3, 4, 5, 6),
         messages.Attached(["a"], 1, [0], messages.Contact("h", 1, {"0/1": b"x"})),
         messages.Drop(["r"]),
@@ -178,7 +179,9 @@ class Prefill:
             self.killed.extend,
             self.revoke,
         )
-        self.control = ControlServer(address, IDENTITY, self.lending, self.ended.append)
+        self.passing = descriptors.Server(addresses.for_descriptors(address))
+        self.passing.start()
+        self.control = ControlServer(address, IDENTITY, self.lending, self.passing, self.ended.append)
         self.control.start()
 
     def revoke(self, engine: str) -> None:
@@ -186,10 +189,23 @@ class Prefill:
             time.sleep(0.005)
         self.revoked.append(engine)
 
-    def connect(self, engine: str, pid: int = 0, space: str | None = None) -> zmq.Socket[bytes]:
-        """Return the line of a decode engine that has said hello and has leased two blocks."""
+    def deposit(self, pid: int) -> bytes:
+        """Return the token under which a process passes us its pidfd."""
+        pidfd = os.pidfd_open(pid)
+        token, theirs = descriptors.exchange(self.passing.address, [pidfd])
+        descriptors.close([pidfd, *theirs])
+        return token
+
+    def connect(self, engine: str, pid: int = 0) -> zmq.Socket[bytes]:
+        """Return the line of a decode engine that has said hello and has leased two blocks.
+
+        It is the process `pid`, and then it says so as decode engines do: in a second hello.
+        """
         socket = sockets.connect(self.control.address)
-        welcome = sockets.ask(socket, messages.Hello(IDENTITY, True, engine, pid, space or process_space()), 5)
+        welcome = sockets.ask(socket, messages.Hello(IDENTITY, True, engine), 5)
+        if pid:
+            again = sockets.ask(socket, messages.Hello(IDENTITY, True, engine, self.deposit(pid)), 5)
+            assert again == welcome
         assert isinstance(welcome, messages.Welcome)
         self.members[engine] = welcome.member
         leased = sockets.ask(socket, messages.Lease(2), 5)
@@ -272,16 +288,17 @@ def test_an_engine_whose_control_thread_ends_says_so_and_ends(prefill: Prefill) 
 
 
 def test_a_process_whose_control_thread_ends_fails_and_says_why(tmp_path: Path) -> None:
-    code = """
+    code = r"""
 import sys, threading
 from tests.unit.test_control import IDENTITY, LOAD, WELCOME, Pool
 from vllm_adrenaline.control.server import ControlServer
 from vllm_adrenaline.prefill.leases import LeaseManager
 from vllm_adrenaline.prefill.lending import Lending
-from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.system import descriptors
 leases = LeaseManager(Pool(), 0, 60, lambda: 0.0)
 calls = [lambda member: WELCOME, lambda: LOAD, lambda: sys.exit("the reason"), lambda pids: None, lambda engine: None]
-ControlServer(sys.argv[1], IDENTITY, Lending(leases, threading.RLock(), *calls)).start()
+passing = descriptors.Server("\0" + sys.argv[1])
+ControlServer(sys.argv[1], IDENTITY, Lending(leases, threading.RLock(), *calls), passing).start()
 threading.Event().wait(30)
 """
     command = [sys.executable, "-c", code, f"ipc://{tmp_path}/c"]
@@ -460,20 +477,23 @@ def test_an_engine_that_does_not_fit_is_refused(server: ControlServer) -> None:
     socket.close()
 
 
-def test_a_decode_engine_on_another_host_is_not_watched_by_a_process_id_of_that_host(prefill: Prefill) -> None:
-    with subprocess.Popen(["sleep", "100"]) as somebody_else:
-        other = prefill.connect("a", somebody_else.pid, space="another host")
-        near = prefill.connect("b", somebody_else.pid)
-        somebody_else.kill()
+def test_a_decode_engine_that_passes_no_process_is_not_taken_for_another_one(prefill: Prefill) -> None:
+    other = prefill.connect("a")
+    with subprocess.Popen(["sleep", "100"]) as process:
+        near = prefill.connect("b", process.pid)
+        token = prefill.deposit(process.pid)
+        prefill.passing.take(token, 1)
+        late = messages.Hello(IDENTITY, True, "a", token)
+        assert isinstance(sockets.ask(other, late, 5), messages.Welcome), "its silence will show when it has gone"
+        process.kill()
         eventually(lambda: prefill.revoked == ["b"])
         assert isinstance(sockets.ask(other, messages.Heartbeat(), 5), messages.Load), "it is still there"
     other.close()
     near.close()
 
 
-def test_a_decode_engine_on_another_host_cannot_map_memory_and_learns_why(prefill: Prefill) -> None:
-    asked = messages.Map(IDENTITY, 0, "", 1, "another host")
-    answer = sockets.ask_once(prefill.control.address, asked, 5)
-    assert isinstance(answer, messages.Refused)
-    assert "on another host" in answer.reason
-    assert "--adrenaline-pool remote" in answer.reason
+def test_a_decode_worker_whose_process_was_not_passed_maps_nothing(prefill: Prefill) -> None:
+    for token in (b"", b"t" * 16):
+        answer = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 0, "", token), 5)
+        assert isinstance(answer, messages.Refused)
+        assert "no descriptors were passed" in answer.reason

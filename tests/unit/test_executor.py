@@ -21,7 +21,7 @@ from tests.unit.test_control import IDENTITY, NESTED, eventually
 from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.server import ChannelThread, Server
 from vllm_adrenaline.attention.spec import ExecutorSpec
-from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
 from vllm_adrenaline.decode import link as link_module
 from vllm_adrenaline.decode.link import Link, Unfit
@@ -29,8 +29,8 @@ from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.space import remote_id
 from vllm_adrenaline.placement import breaker
 from vllm_adrenaline.prefill import executor_pool
-from vllm_adrenaline.system import memory_file
-from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.system import descriptors, memory_file
+from vllm_adrenaline.system.ports import reserve_ports
 from vllm_adrenaline.transport.collective import CollectiveDecodeChannel
 from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.shm import ShmDecodeChannel, ShmSteps
@@ -41,20 +41,27 @@ BLOCKS, BLOCK, LAYERS = 4, 32, 2
 SHAPE = Shape(4, 4, 2, num_heads=2, num_kv_heads=2, head_size=32, dtype=torch.float32)
 
 
+def deposit(address: str, file: int, pid: int | None = None) -> bytes:
+    """Return the token under which the process `pid`, else this one, passes a channel's file to an executor."""
+    pidfd = os.pidfd_open(pid or os.getpid())
+    token, theirs = descriptors.exchange(addresses.for_descriptors(address), [pidfd, file])
+    descriptors.close([pidfd, *theirs])
+    return token
+
+
 class Decode:
     """A worker of a decode engine, attached to the executor at `address`; `process` is one of its own that can end."""
 
     def __init__(self, address: str, engine: str, in_process: bool = True) -> None:
         self.channel, self.steps = ShmDecodeChannel(SHAPE), ShmSteps(SHAPE)
         identity, channel = IDENTITY, self.channel
-        self.process = None if in_process else subprocess.Popen(["sleep", "100"], pass_fds=[channel.fd])
-        pid = os.getpid() if self.process is None else self.process.pid
-        memory = messages.MemoryFile(pid, channel.fd, process_space(), [0])
+        self.process = None if in_process else subprocess.Popen(["sleep", "100"])
+        memory = messages.MemoryFile(deposit(address, channel.fd, self.process and self.process.pid), [0])
         sizes = (SHAPE.max_rows, SHAPE.max_tokens, SHAPE.max_blocks)
         hello = messages.Attach(identity, engine, 0, memory, channel.epoch, *sizes)
         answer = sockets.ask_once(address, hello, 5)
         assert isinstance(answer, messages.Attached), answer
-        channel.watch(0, -1, shared_core=True)
+        channel.watch(-1, -1, shared_core=True)
 
     def begin(self, block: int = 1) -> None:
         """Begin a step of one row of 5 tokens in `block`."""
@@ -91,13 +98,10 @@ def executor_at(address: str, interface: str = "") -> Iterator[str]:
     fd = memory_file.create("kv", LAYERS * layer_bytes)
     layers = [LayerSpec(str(index), index * layer_bytes, 1.0) for index in range(LAYERS)]
     strides = [2 * 2 * BLOCK * 32, 2 * BLOCK * 32, 32, 1]
-    kv = KVExport(
-        os.getpid(), fd, LAYERS * layer_bytes, [BLOCKS, 2, 2 * BLOCK, 32], strides, "float32", "vec", 2, layers, [0], 1
-    )
-    server = Server(ExecutorSpec(0, address, IDENTITY, kv, [0], 1, 5.0, interface=interface))
+    kv = KVExport(LAYERS * layer_bytes, [BLOCKS, 2, 2 * BLOCK, 32], strides, "float32", "vec", 2, layers, [0], 1)
+    server = Server(ExecutorSpec(0, address, IDENTITY, kv, fd, [0], 1, 5.0, interface=interface))
     threading.Thread(target=server.serve, daemon=True).start()
     yield address
-    os.close(fd)
 
 
 @pytest.fixture
@@ -214,7 +218,8 @@ def test_an_attachment_that_fails_in_an_unforeseen_way_is_refused_and_others_are
     other = Decode(address, "b")
     with monkeypatch.context() as patch:
         patch.setattr(memory_file, "check", lambda *_: {}["memory"])
-        hello = messages.Attach(IDENTITY, "a", 0, messages.MemoryFile(os.getpid(), 0, process_space(), [0]), 1, 4, 4, 2)
+        memory = messages.MemoryFile(deposit(address, 0), [0])
+        hello = messages.Attach(IDENTITY, "a", 0, memory, 1, 4, 4, 2)
         assert isinstance(sockets.ask_once(address, hello, 5), messages.Refused)
     assert other.step()
 
@@ -365,16 +370,16 @@ def test_only_health_makes_the_restart_of_an_executor_prompt_again(
 
     monkeypatch.setattr(executor_pool, "time", clock)
     monkeypatch.setattr(executor_pool, "ExecutorProcess", Process)
-    kv = KVExport(1, 1, 1, [1], [1], "float32", "vec", 1, [], [0], 1)
-    executor_pool.ExecutorPool([ExecutorSpec(0, "", IDENTITY, kv, [0], 1, 1.0)])
+    kv = KVExport(1, [1], [1], "float32", "vec", 1, [], [0], 1)
+    executor_pool.ExecutorPool([ExecutorSpec(0, "", IDENTITY, kv, 0, [0], 1, 1.0)])
     assert done.wait(5)
     assert clock.slept == [0.5, 1, 0.5, 1, 2, 4, 8]
 
 
 def test_what_executors_run_on_fits_a_message_on_any_machine() -> None:
     def specs(ranks: int, cores: list[int]) -> list[ExecutorSpec]:
-        kv = KVExport(1, 1, 1, [1], [1], "float32", "vec", 1, [], cores, 1)
-        return [ExecutorSpec(rank, "", IDENTITY, kv, cores, len(cores), 1.0) for rank in range(ranks)]
+        kv = KVExport(1, [1], [1], "float32", "vec", 1, [], cores, 1)
+        return [ExecutorSpec(rank, "", IDENTITY, kv, 0, cores, len(cores), 1.0) for rank in range(ranks)]
 
     assert executor_pool.in_words(specs(1, [0, 1, 2, 3, 8])) == "5 thread(s) on cores 0-3,8, share 1"
     for ranks, cores in ((1, list(range(512))), (1, list(range(0, 1024, 2))), (64, list(range(0, 512, 3)))):
@@ -391,7 +396,7 @@ def test_what_executors_run_on_fits_a_message_on_any_machine() -> None:
 @contextmanager
 def linked(address: str, monkeypatch: pytest.MonkeyPatch, engine: str, interface: str = "lo") -> Iterator[Link]:
     """The link of a decode worker to an executor of which it believes that it is on another host."""
-    welcome = messages.Welcome("p", "h", 1, BLOCKS, [address], "", 60.0, process_space="another host")
+    welcome = messages.Welcome("p", "h", 1, BLOCKS, [address], "", 60.0, vicinity="another host")
     with monkeypatch.context() as patch:
         patch.setattr(sockets, "ask_once", lambda *_: welcome)
         link = Link("tcp://p:1", IDENTITY, engine, 0, [str(n) for n in range(LAYERS)], SHAPE, 5.0, interface)
@@ -539,7 +544,7 @@ def test_an_executor_that_has_not_the_key_of_its_prefill_engine_is_not_talked_to
 ) -> None:
     key = "ab" * 32
     for executor in ("tcp://10.0.0.1:5", f"tcp://{'cd' * 32}@10.0.0.1:5"):
-        welcome = messages.Welcome("p", "h", 1, BLOCKS, [executor], "", 60.0, process_space="another host")
+        welcome = messages.Welcome("p", "h", 1, BLOCKS, [executor], "", 60.0, vicinity="another host")
         link = Link(f"tcp://{key}@10.0.0.1:1", IDENTITY, "a", 0, ["0"], SHAPE, 5.0, "lo")
         with monkeypatch.context() as patch:
             patch.setattr(sockets, "ask_once", lambda *_, answer=welcome: answer)
@@ -547,8 +552,26 @@ def test_an_executor_that_has_not_the_key_of_its_prefill_engine_is_not_talked_to
                 link._find()
 
 
-def test_memory_of_a_process_on_another_host_is_not_looked_for_among_our_own(address: str) -> None:
-    memory = messages.MemoryFile(os.getpid(), 0, "another host", [0])
-    answer = sockets.ask_once(address, messages.Attach(IDENTITY, "a", 0, memory, 1, 4, 4, 2), 5)
-    assert isinstance(answer, messages.Refused)
-    assert "another host" in answer.reason
+def test_a_channel_that_was_not_passed_is_not_looked_for_anywhere_else(address: str) -> None:
+    for token in (b"", b"t" * 16):
+        attach = messages.Attach(IDENTITY, "a", 0, messages.MemoryFile(token, [0]), 1, 4, 4, 2)
+        answer = sockets.ask_once(address, attach, 5)
+        assert isinstance(answer, messages.Refused)
+        assert "no descriptors were passed" in answer.reason
+
+
+def test_over_tcp_on_loopback_channels_are_in_shared_memory_too() -> None:
+    (port,) = reserve_ports(1)
+    with executor_at(f"tcp://127.0.0.1:{port}") as address:
+        assert Decode(address.replace("127.0.0.1", "localhost"), "a").step()
+
+
+def test_what_is_passed_and_is_no_channel_is_refused_and_leaves_nothing_open(address: str) -> None:
+    small = os.memfd_create("small")
+    before = len(os.listdir("/proc/self/fd"))
+    for file in (0, small) * 20:
+        memory = messages.MemoryFile(deposit(address, file), [0])
+        attach = messages.Attach(IDENTITY, "a", 0, memory, 1, 4, 4, 2)
+        assert isinstance(sockets.ask_once(address, attach, 5), messages.Refused)
+    eventually(lambda: len(os.listdir("/proc/self/fd")) < before + 10)  # ZMQ closes its own a moment later
+    os.close(small)

@@ -28,7 +28,7 @@ def attention() -> CpuAttention:
     layer_bytes = 4 * BLOCKS * STRIDES[0]
     fd = memory_file.create("kv", 2 * layer_bytes)
     layers = [LayerSpec("a", 0, SCALE), LayerSpec("b", layer_bytes, SCALE)]
-    kv = KVExport(os.getpid(), fd, 2 * layer_bytes, SHAPE, STRIDES, "float32", "vec", HEADS, layers, [0], 1)
+    kv = KVExport(2 * layer_bytes, SHAPE, STRIDES, "float32", "vec", HEADS, layers, [0], 1)
     made = CpuAttention.mapped(kv, fd, split_kv=True)
     os.close(fd)
     return made
@@ -154,7 +154,7 @@ def test_a_kv_cache_that_could_shrink_is_not_mapped_and_ours_cannot() -> None:
         os.ftruncate(shared.fd, 4096)
     fd, size = os.memfd_create("kv"), 4 * BLOCKS * STRIDES[0]
     os.ftruncate(fd, size)
-    kv = KVExport(os.getpid(), fd, size, SHAPE, STRIDES, "float32", "vec", HEADS, [LayerSpec("a", 0, SCALE)], [0], 1)
+    kv = KVExport(size, SHAPE, STRIDES, "float32", "vec", HEADS, [LayerSpec("a", 0, SCALE)], [0], 1)
     with pytest.raises(AdrenalineError, match="F_SEAL_SHRINK"):
         CpuAttention.mapped(kv, fd, split_kv=True)
     for each in (fd, shared.fd):

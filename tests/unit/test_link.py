@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from tests.unit.test_control import IDENTITY, eventually
-from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.decode import link
 from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.placement import breaker
-from vllm_adrenaline.system.machine import process_space
 from vllm_adrenaline.transport.shape import Shape
 
 SHAPE = Shape(4, 4, 2, num_heads=2, num_kv_heads=2, head_size=32, dtype=torch.float32)
@@ -63,7 +62,7 @@ def test_a_worker_waits_for_an_executor_that_starts_and_not_for_one_that_refuses
     early = to(f"ipc://{tmp_path}/p")
     socket, address = sockets.bind(f"ipc://{tmp_path}/p")
     starting = messages.Welcome(
-        "e", "h", 1, 1, executors=[""], executor_share="", lease_seconds=60.0, process_space=process_space()
+        "e", "h", 1, 1, executors=[""], executor_share="", lease_seconds=60.0, vicinity=addresses.vicinity(address)
     )
     said = [messages.Load(), starting, messages.Refused("another model")]
     answers = [b"\xff", *map(messages.encode, said)]

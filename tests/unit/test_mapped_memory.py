@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from tests.unit.test_control import IDENTITY, eventually
-from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
-from vllm_adrenaline.decode.mapped_memory import MappedMemory
+from vllm_adrenaline.decode.link import NoAnswer
+from vllm_adrenaline.decode.mapped_memory import MappedMemory, ask_to_map
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.memory import map_kv
-from vllm_adrenaline.system import memory_file
+from vllm_adrenaline.system import descriptors, machine, memory_file
+from vllm_adrenaline.system.process import pid_of
 
 LAYERS = ["a", "b"]
 HEADS, BLOCK, SIZE = 2, 128, 32
@@ -39,8 +41,6 @@ class Cache:
         count = blocks * self.page // 4
         self.layers = {name: flat[i * count : (i + 1) * count].view(shape) for i, name in enumerate(layers)}
         self.export = KVExport(
-            pid=os.getpid(),
-            fd=self.fd,
             size=self.bytes,
             shape=[blocks, HEADS, 2 * BLOCK, size],
             strides=[HEADS * 2 * BLOCK * size, 2 * BLOCK * size, size, 1],
@@ -54,11 +54,18 @@ class Cache:
 
 
 class Prefill:
-    """A prefill engine that lets workers of one member map its cache; `asked`: what they asked."""
+    """A prefill engine that lets workers of one member map its cache. Its worker is the process `pid`.
+
+    `asked`: what they asked, and `askers`: their processes.
+    """
 
     def __init__(self, address: str, cache: Cache) -> None:
-        self.cache, self.member = cache, "we"
+        self.member = "we"
         self.asked: list[messages.Map] = []
+        self.askers: list[int] = []
+        self._passing = descriptors.Server(addresses.for_descriptors(address))
+        self.serve(cache)
+        self._passing.start()
         self._socket, self.address = sockets.bind(address)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -72,14 +79,28 @@ class Prefill:
             message = messages.decode(frame)
             assert isinstance(message, messages.Map)
             self.asked.append(message)
+            try:
+                (process,) = self._passing.take(message.process, 1)
+            except AdrenalineError as error:
+                self._socket.send_multipart([peer, messages.encode(messages.Refused(str(error)))])
+                continue
+            self.askers.append(pid_of(process))
+            os.close(process)
             ours = message.member in ("", self.member)
             answer = messages.Mappable(self.cache.export) if ours else messages.Refused("not ours")
             self._socket.send_multipart([peer, messages.encode(answer)])
         sockets.unbind(self._socket, self.address)
 
+    def serve(self, cache: Cache, pid: int = 0) -> None:
+        """Have another cache from now on, of the process `pid`; 0: of this one."""
+        self.cache = cache
+        self._passing.offers[messages.offer_of(0)] = [os.pidfd_open(pid or os.getpid()), cache.fd]
+
     def stop(self) -> None:
-        self._stopping.set()
-        self._thread.join()
+        if not self._stopping.is_set():
+            self._stopping.set()
+            self._thread.join()
+            self._passing.stop()
 
 
 @pytest.fixture
@@ -124,7 +145,7 @@ def test_a_member_is_named_once_and_not_again(prefills: list[Prefill]) -> None:
     assert memory.ensure(0, "we")
     assert memory.ensure(0, "we")
     assert [each.member for each in prefills[0].asked] == ["", "we"]
-    assert prefills[0].asked[-1].pid == os.getpid()
+    assert prefills[0].askers == [os.getpid()] * 2
     assert not prefills[1].asked[1:], "the other one is not asked"
 
 
@@ -147,12 +168,14 @@ def test_one_that_comes_back_is_mapped_anew_in_the_same_place(prefills: list[Pre
     memory = opened(prefills, Cache(3))
     assert memory.ensure(0, "we")
     before = prefills[0].cache
-    prefills[0].cache, prefills[0].member = Cache(7), "again"
+    prefills[0].serve(Cache(7))
+    prefills[0].member = "again"
     assert memory.ensure(0, "again")
     memory.caches["b"][4] = 9
     assert (prefills[0].cache.layers["b"][1] == 9).all()
     assert not before.layers["b"].any()
-    prefills[0].cache, prefills[0].member = Cache(8), "larger"
+    prefills[0].serve(Cache(8))
+    prefills[0].member = "larger"
     assert not memory.ensure(0, "larger"), "it would not fit in there"
 
 
@@ -166,8 +189,8 @@ def test_memory_of_a_prefill_engine_that_ended_is_kept_while_it_is_used_and_no_l
     """The next prefill engine finds too little memory to start, else."""
     cache = prefills[0].cache
     alone = pieces(cache)
-    with subprocess.Popen(["sleep", "100"], pass_fds=[cache.fd]) as process:
-        cache.export = msgspec.structs.replace(cache.export, pid=process.pid)
+    with subprocess.Popen(["sleep", "100"]) as process:
+        prefills[0].serve(cache, process.pid)
         memory = opened(prefills, Cache(3))
         assert memory.use({0: "we"}) == {0: True}
         process.kill()
@@ -176,7 +199,7 @@ def test_memory_of_a_prefill_engine_that_ended_is_kept_while_it_is_used_and_no_l
     memory.use({1: "we"})
     eventually(lambda: pieces(cache) <= alone)
     assert pieces(prefills[1].cache) == alone + len(LAYERS), "the other one is left alone"
-    prefills[0].cache = Cache(7)
+    prefills[0].serve(Cache(7))
     assert memory.use({0: "we"}) == {0: True}
     memory.caches["a"][3] = 5
     assert (prefills[0].cache.layers["a"][0] == 5).all()
@@ -185,8 +208,8 @@ def test_memory_of_a_prefill_engine_that_ended_is_kept_while_it_is_used_and_no_l
 def test_an_unused_mapping_does_not_outlive_its_prefill_engine(prefills: list[Prefill]) -> None:
     cache = prefills[0].cache
     alone = pieces(cache)
-    with subprocess.Popen(["sleep", "100"], pass_fds=[cache.fd]) as process:
-        cache.export = msgspec.structs.replace(cache.export, pid=process.pid)
+    with subprocess.Popen(["sleep", "100"]) as process:
+        prefills[0].serve(cache, process.pid)
         memory = opened(prefills, Cache(3))
         assert pieces(cache) == alone + len(LAYERS)
         process.kill()
@@ -211,7 +234,7 @@ def test_one_that_comes_back_with_layers_elsewhere_is_not_mapped(prefills: list[
     ],
 )
 def test_a_cache_that_does_not_fit_behind_ours_is_refused(prefills: list[Prefill], cache: Cache, reason: str) -> None:
-    prefills[1].cache = cache
+    prefills[1].serve(cache)
     with pytest.raises(AdrenalineError, match=reason):
         opened(prefills, Cache(3))
 
@@ -224,9 +247,24 @@ def test_blocks_that_are_no_whole_pages_are_refused(prefills: list[Prefill]) -> 
         memory.open(odd, small.fd, small.offsets, time.monotonic())
 
 
-def test_memory_of_a_process_that_cannot_be_seen_is_refused_with_what_to_do(prefills: list[Prefill]) -> None:
-    with subprocess.Popen(["true"]) as ended:
-        ended.wait()
-    prefills[0].cache.export = msgspec.structs.replace(prefills[0].cache.export, pid=ended.pid)
-    with pytest.raises(AdrenalineError, match="this host"):
-        opened(prefills, Cache(3))
+def test_memory_of_a_prefill_engine_that_came_after_the_one_that_passed_it_is_not_mapped(
+    prefills: list[Prefill], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that answers does not know the token. What the other one has passed is not mapped in its name."""
+    first, other = prefills
+    monkeypatch.setattr(addresses, "for_descriptors", lambda _: other._passing.address)
+    other.serve(Cache(7))
+    with pytest.raises(AdrenalineError, match="no descriptors"):
+        ask_to_map(first.address, IDENTITY, 0, "")
+
+
+def test_a_prefill_engine_on_another_host_is_not_mapped_and_it_is_said_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    welcome = messages.Welcome("p", "h", 1, 7, [], "", 60.0, vicinity="another host")
+    monkeypatch.setattr(sockets, "ask_once", lambda *_: welcome)
+    with pytest.raises(AdrenalineError, match=r"on another host.*--adrenaline-pool remote"):
+        ask_to_map("tcp://10.0.0.1:7000", IDENTITY, 0, "")
+    monkeypatch.setattr(sockets, "ask_once", lambda *_: msgspec.structs.replace(welcome, vicinity=machine.boot()))
+    with pytest.raises(NoAnswer):
+        ask_to_map(f"ipc://{tmp_path}/p", IDENTITY, 0, "")

@@ -15,8 +15,8 @@ import zmq
 from tests.unit.test_control import IDENTITY, LOAD, Prefill, eventually
 from tests.unit.test_mapped_memory import Cache
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.prefill.mappers import Mappers
-from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.prefill.mappers import MAX_WORKERS, Mappers
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def prefill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prefill
 
 
 def ask_to_map(prefill: Prefill, engine: str, pid: int) -> messages.AnyMessage | None:
-    message = messages.Map(IDENTITY, 0, prefill.members[engine], pid, process_space())
+    message = messages.Map(IDENTITY, 0, prefill.members[engine], prefill.deposit(pid))
     return sockets.ask_once(prefill.control.address, message, 5)
 
 
@@ -48,9 +48,9 @@ def mapping(prefill: Prefill, engine: str, pid: int) -> zmq.Socket[bytes]:
 
 
 def test_a_worker_is_told_where_the_cache_is_without_belonging_to_anything(prefill: Prefill) -> None:
-    answer = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 0, "", os.getpid(), process_space()), 5)
+    answer = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 0, "", prefill.deposit(os.getpid())), 5)
     assert answer == messages.Mappable(prefill.lending.exports[0])
-    other = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 1, "", os.getpid(), process_space()), 5)
+    other = sockets.ask_once(prefill.control.address, messages.Map(IDENTITY, 1, "", prefill.deposit(os.getpid())), 5)
     assert isinstance(other, messages.Refused)
 
 
@@ -90,7 +90,7 @@ def test_a_decode_engine_that_comes_back_says_when_it_has_let_go(
     eventually(lambda: prefill.revoked == ["a"])
     assert prefill.pool.get_num_free_blocks() == 6, "a step over the old blocks may still run"
     refused = sockets.ask_once(
-        prefill.control.address, messages.Map(IDENTITY, 0, before, worker.pid, process_space()), 5
+        prefill.control.address, messages.Map(IDENTITY, 0, before, prefill.deposit(worker.pid)), 5
     )
     assert isinstance(refused, messages.Refused), "nobody joins what is about to be taken back"
     again.send(messages.encode(messages.LetGo("nobody")))
@@ -120,6 +120,14 @@ def test_one_that_has_nothing_when_it_leaves_is_forgotten(prefill: Prefill, work
     assert prefill.revoked == [], "nothing is taken back from it"
 
 
+def add(mappers: Mappers, member: str, pid: int) -> None:
+    pidfd = os.pidfd_open(pid)
+    try:
+        mappers.add(member, pidfd)
+    finally:
+        os.close(pidfd)
+
+
 def test_who_maps_nothing_is_waited_for_by_nobody() -> None:
     mappers = Mappers()
     mappers.wait("nobody")
@@ -130,8 +138,8 @@ def test_who_maps_nothing_is_waited_for_by_nobody() -> None:
 def test_it_names_the_living_processes_that_map(worker: subprocess.Popen[bytes]) -> None:
     mappers = Mappers()
     with subprocess.Popen(["sleep", "100"]) as other:
-        mappers.add("a", worker.pid)
-        mappers.add("b", other.pid)
+        add(mappers, "a", worker.pid)
+        add(mappers, "b", other.pid)
         assert sorted(mappers.pids()) == sorted([worker.pid, other.pid])
         other.kill()
     assert mappers.pids() == [worker.pid]
@@ -146,8 +154,8 @@ def test_letting_go_leaves_no_descriptor_behind(worker: subprocess.Popen[bytes])
     mappers = Mappers()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        mappers.add("a", worker.pid)
-        mappers.add("a", worker.pid)
+        add(mappers, "a", worker.pid)
+        add(mappers, "a", worker.pid)
         waiting = threading.Thread(target=mappers.wait, args=("a",), daemon=True)
         waiting.start()
         assert mappers.may_write("a")
@@ -158,9 +166,22 @@ def test_letting_go_leaves_no_descriptor_behind(worker: subprocess.Popen[bytes])
 
 
 def test_a_worker_that_has_ended_cannot_be_added() -> None:
-    with subprocess.Popen(["true"]) as ended:
-        ended.wait()
     mappers = Mappers()
-    with pytest.raises(OSError, match="No such process"):
-        mappers.add("a", ended.pid)
+    with subprocess.Popen(["sleep", "100"]) as process:
+        pidfd = os.pidfd_open(process.pid)
+        process.kill()
+    with pytest.raises(AdrenalineError, match="has ended"):
+        mappers.add("a", pidfd)
     mappers.wait("a")
+    os.close(pidfd)
+
+
+def test_a_decode_engine_that_asks_again_and_again_is_refused_in_the_end(worker: subprocess.Popen[bytes]) -> None:
+    mappers = Mappers()
+    for _ in range(MAX_WORKERS):
+        add(mappers, "a", worker.pid)
+    with pytest.raises(AdrenalineError, match="workers already"):
+        add(mappers, "a", worker.pid)
+    add(mappers, "b", worker.pid)
+    mappers.forget("a")
+    mappers.forget("b")

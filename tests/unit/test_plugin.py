@@ -206,7 +206,7 @@ def test_the_interface_between_hosts_is_that_of_all_that_nixl_listens_at(
 def test_what_does_not_reach_another_host_is_refused_at_the_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, values: dict[str, Any], message: str | None
 ) -> None:
-    far = messages.Welcome("p", "localhost", 1, 1, ["ipc:///x"], "", 60.0, process_space="another host")
+    far = messages.Welcome("p", "localhost", 1, 1, ["ipc:///x"], "", 60.0, vicinity="another host")
     monkeypatch.setattr(setup, "identity_of", lambda _: IDENTITY)
     monkeypatch.setattr(setup.sockets, "ask_once", lambda *_, **__: far)
     monkeypatch.delenv(setup.PEERS_START_TOO, raising=False)

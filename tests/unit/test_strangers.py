@@ -23,6 +23,7 @@ from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.control.keys import Keys
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system.folders import private_folder
+from vllm_adrenaline.system.ports import reserve_ports
 
 KEY, OTHER_KEY = "ab" * 32, "cd" * 32
 MIB = 1 << 20
@@ -165,7 +166,7 @@ def test_what_does_not_fit_is_told_to_the_log_and_to_no_stranger(
 ) -> None:
     monkeypatch.setattr("vllm_adrenaline.control.server.POLL_MS", 100)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    prefill = Prefill("tcp://127.0.0.1:*" if is_stranger else f"ipc://{tmp_path}/p")
+    prefill = Prefill(f"tcp://127.0.0.1:{reserve_ports(1)[0]}" if is_stranger else f"ipc://{tmp_path}/p")
     try:
         other = msgspec.structs.replace(IDENTITY, model="another-model")
         answer = sockets.ask_once(prefill.control.address, messages.Hello(other, borrows=True, engine="d"), 10)

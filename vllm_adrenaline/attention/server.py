@@ -16,9 +16,9 @@ import zmq
 
 from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.spec import READY, ExecutorSpec
-from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.system.machine import SHARE_PIDS, process_space, where_is
+from vllm_adrenaline.system import descriptors
 from vllm_adrenaline.transport.channel import ExecutorChannel
 from vllm_adrenaline.transport.collective import CollectiveExecutorChannel
 from vllm_adrenaline.transport.pair import Disconnected
@@ -117,13 +117,14 @@ class Server:
 
         Raises:
             AdrenalineError: the KV cache does not fit `spec`, or the address cannot be bound.
-            OSError: the prefill worker has ended, or its memory file is not there.
+            OSError: the memory file is not there.
         """
         self._spec = spec
-        fd = os.open(f"/proc/{spec.kv.pid}/fd/{spec.kv.fd}", os.O_RDWR | os.O_CLOEXEC)
-        self._attention = CpuAttention.mapped(spec.kv, fd, spec.identity.split_kv)
-        os.close(fd)
+        self._attention = CpuAttention.mapped(spec.kv, spec.kv_file, spec.identity.split_kv)
+        os.close(spec.kv_file)
         self._socket, self._address = sockets.bind(spec.address)
+        self._passing = descriptors.Server(addresses.for_descriptors(self._address))
+        self._passing.start()
         self._threads: dict[int, ChannelThread] = {}  # by the pidfd of the decode worker; negative on another host
         self._far = 0  # channels to other hosts so far
         self._ending: list[ChannelThread] = []  # told to end; perhaps still in a step
@@ -145,6 +146,7 @@ class Server:
                     self._serve_one()
                 self._acknowledge()
         finally:
+            self._passing.stop()
             sockets.unbind(self._socket, self._address)
 
     def _serve_one(self) -> None:
@@ -210,12 +212,8 @@ class Server:
 
     def _map(self, message: messages.Attach, memory: messages.MemoryFile, shape: Shape) -> None:
         """Serve a channel in shared memory."""
-        if memory.process_space != process_space():
-            where = where_is(memory.process_space)
-            raise AdrenalineError(f"a decode worker {where} shares no memory with this attention executor")
-        pidfd = os.pidfd_open(memory.pid)
+        pidfd, fd = self._passing.take(memory.descriptors, 2)
         try:
-            fd = os.open(f"/proc/{memory.pid}/fd/{memory.fd}", os.O_RDWR | os.O_CLOEXEC)
             try:
                 # Whether spinning keeps the prefill worker, or the decode worker itself, from this core.
                 shared = bool(set(self._spec.cpus) & {*self._spec.kv.cpus, *memory.cpus})
@@ -233,8 +231,8 @@ class Server:
         """Serve a channel to another host; return what its decode worker has to be told."""
         if not self._spec.interface:
             raise AdrenalineError(
-                "the decode engine is on another host or in another PID namespace: start the prefill engine with "
-                f"--adrenaline-interface, the network between the two; or both in one PID namespace ({SHARE_PIDS})"
+                "the decode engine is on another host, or as far away: start the prefill engine with "
+                "--adrenaline-interface, the network between the two"
             )
         layers, timeout = self._spec.kv.layers, self._spec.idle_timeout
         channel = CollectiveExecutorChannel(shape, self._spec.interface, message.epoch, len(layers), timeout)

@@ -17,6 +17,7 @@ class ExecutorSpec(msgspec.Struct, frozen=True):
         address: where to listen for Attach and Revoke.
         identity: of its prefill engine; a decode worker's must be equal.
         kv: the prefill worker's KV cache.
+        kv_file: its memory file, open in the process that starts the executor, which inherits it under this number.
         cpus, threads: the executor's own cores, and the number of its threads.
         idle_timeout: how long it waits for the next layer of a step before it drops the step, in seconds.
         share: of its cores' time, when others want them as well (system/priority.py).
@@ -28,6 +29,7 @@ class ExecutorSpec(msgspec.Struct, frozen=True):
     address: str
     identity: Identity
     kv: KVExport
+    kv_file: int
     cpus: list[int]
     threads: int
     idle_timeout: float

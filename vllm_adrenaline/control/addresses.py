@@ -8,13 +8,16 @@ that it is not (--adrenaline-insecure).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 import tempfile
 from urllib.parse import urlsplit
 
 from vllm_adrenaline.control import keys as curve
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system import machine
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 EVERY_INTERFACE = {"0.0.0.0", "::", "*"}
@@ -82,6 +85,39 @@ def sibling(address: str, suffix: str) -> str:
     """Return an address to bind beside `address`: the same folder, or any free port of the same host."""
     parts = urlsplit(address)
     return f"{address}.{suffix}" if parts.scheme == "ipc" else f"tcp://{parts.hostname}:*"
+
+
+def for_descriptors(address: str) -> str:
+    """Return where whoever listens at `address` passes descriptors (system/descriptors.py).
+
+    Beside a socket that is a file it is one, too. A TCP address has a name without a file, known where its network is.
+    """
+    parts = urlsplit(address)
+    if parts.scheme == "ipc":
+        return f"{parts.path}.fd"
+    host = parts.hostname or ""
+    with contextlib.suppress(OSError):
+        host = socket.gethostbyname(host)
+    return f"\0vllm-adrenaline/{host}:{parts.port}"
+
+
+def vicinity(address: str) -> str:
+    """Return what is equal in two processes that can pass each other descriptors beside `address`, and in no others.
+
+    A file is reached from every namespace of its host that shows it. A name is known in one network namespace.
+    """
+    return machine.boot() if urlsplit(address).scheme == "ipc" else machine.network()
+
+
+def where_is(vicinity: str) -> str:
+    """Return in words where processes are that are in another vicinity than we are."""
+    is_here = vicinity.partition("/")[0] == machine.boot()
+    return "in another network namespace of this host" if is_here else "on another host"
+
+
+def how_to_share_memory(vicinity: str) -> str:
+    """Return what lets processes of another vicinity share memory with ours, to be said after a refusal."""
+    return "; or name an ipc:// address in a folder that both see" if where_is(vicinity) != "on another host" else ""
 
 
 def lets_anybody_in(address: str) -> bool:

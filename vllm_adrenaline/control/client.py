@@ -17,10 +17,10 @@ from collections import deque
 import msgspec
 import zmq
 
-from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.system.machine import process_space
-from vllm_adrenaline.system.process import is_stopped, works
+from vllm_adrenaline.system import descriptors
+from vllm_adrenaline.system.process import PeerProcess
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -66,10 +66,8 @@ class PrefillClient(threading.Thread):
         self._beyond_loopback = beyond_loopback
         self.answers: deque[tuple[int, messages.AnyMessage]] = deque()
         self.answered = threading.Event()
-        self._process_space = process_space()
-        self._hello = messages.Hello(
-            identity, borrows=True, engine=engine, pid=os.getpid(), process_space=process_space()
-        )
+        self._process: PeerProcess | None = None  # of the prefill engine, once it has passed it
+        self._hello = messages.Hello(identity, borrows=True, engine=engine)
         self._outbox: deque[tuple[int | None, messages.Message]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._life = 0
@@ -120,11 +118,12 @@ class PrefillClient(threading.Thread):
         welcome, silence = self.welcome, now - self._heard_at
         if welcome is None or silence < QUIET_S:
             return False
-        if welcome.process_space != self._process_space:
+        process = self._process
+        if process is None:
             return silence >= HANGS_S
         if silence < HANGS_S:
-            return is_stopped(welcome.pid)
-        return silence >= BUSY_S or not works(welcome.pid)
+            return process.is_stopped()
+        return silence >= BUSY_S or not process.works()
 
     def stop(self) -> None:
         """Say good-bye and end. Waits up to 2 s for the thread."""
@@ -158,14 +157,31 @@ class PrefillClient(threading.Thread):
                 if socket is not None:
                     socket.close(linger=int(1000 * RETRY_S) if self._stopping else 0)
 
-    def _watch(self, welcome: messages.Welcome, stack: contextlib.ExitStack) -> int:
-        """Return a descriptor that is ready when the prefill engine's process has ended; -1 if we cannot see it."""
-        if welcome.pid and welcome.process_space == self._process_space:
-            with contextlib.suppress(OSError):
-                process = os.pidfd_open(welcome.pid)
-                stack.callback(os.close, process)
-                return process
-        return -1
+    def _watch(self, socket: zmq.Socket[bytes], welcome: messages.Welcome, stack: contextlib.ExitStack) -> int:
+        """Pass our pidfd to the prefill engine, and take its own. On another host neither can be.
+
+        Returns:
+            A descriptor that is ready when the prefill engine's process has ended; -1 if we cannot see it.
+        """
+        if welcome.vicinity != addresses.vicinity(self.address):
+            return -1
+        ours = os.pidfd_open(os.getpid())
+        try:
+            token, theirs = descriptors.exchange(addresses.for_descriptors(self.address), [ours])
+            process = PeerProcess(theirs)
+        except AdrenalineError as error:
+            logger.warning("only silence will show that the prefill engine at %s has gone: %s", self.address, error)
+            return -1
+        finally:
+            os.close(ours)
+        self._process = process
+        stack.callback(self._forget_process, process)
+        self._say(socket, msgspec.structs.replace(self._hello, process=token))
+        return process.pidfd
+
+    def _forget_process(self, process: PeerProcess) -> None:
+        self._process = None
+        process.close()
 
     def _talk(self, socket: zmq.Socket[bytes], stack: contextlib.ExitStack) -> None:
         """Say hello and serve both directions until the peer ends, is silent, refuses us, or is another than before.
@@ -181,7 +197,7 @@ class PrefillClient(threading.Thread):
         while not self._stopping:
             if self.welcome is not None and not is_watched:
                 is_watched = True
-                process = self._watch(self.welcome, stack)
+                process = self._watch(socket, self.welcome, stack)
                 if process >= 0:
                     poller.register(process, zmq.POLLIN)
             ready = dict(poller.poll(int(BEAT_S * 1000)))

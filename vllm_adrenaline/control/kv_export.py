@@ -29,7 +29,6 @@ class KVExport(msgspec.Struct, frozen=True):
     """One prefill worker's KV cache: a memory file of `size` bytes, and how to read it.
 
     Attributes:
-        pid, fd: the worker's process, and the number of the open file in it.
         size: of the file, in bytes.
         shape, strides: of a layer's view [blocks, KV heads, 2 * block size, head size]; strides in elements. Keys are
             in the first half of the third axis, values in the second, both packed as `isa` wants.
@@ -40,8 +39,6 @@ class KVExport(msgspec.Struct, frozen=True):
         cpus, threads: the cores that the worker may use, and the number of its threads.
     """
 
-    pid: Natural
-    fd: Natural
     size: Natural
     shape: Four
     strides: Four

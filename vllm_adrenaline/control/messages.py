@@ -10,7 +10,7 @@ import msgspec
 
 from vllm_adrenaline.control.kv_export import KVExport
 
-PROTOCOL = 11
+PROTOCOL = 12
 """Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
 
 MAX_FRAME = 1 << 20
@@ -31,6 +31,8 @@ MAX_COUNT = 1 << 24
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 50)]
 Cpus = Annotated[list[Count], msgspec.Meta(max_length=4096)]
+Token = Annotated[bytes, msgspec.Meta(max_length=16)]
+"""Under which the sender has deposited descriptors with the receiver (system/descriptors.py); empty for none."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -65,15 +67,14 @@ class Hello(Message, frozen=True):
         borrows: whether the sender will claim and lease. A start-up check does not, nor does a worker that asks where
             its executor listens.
         engine: names this life of the decode engine, as its workers do in Attach.
-        pid, process_space: the process whose end is the end of the decode engine (its engine core), and who can see it
-            under that id (system/machine.py). 0: its end cannot be seen.
+        process: the pidfd of the process whose end is the end of the decode engine (its engine core). Empty until the
+            sender knows that the receiver is on the same host; it says hello again then.
     """
 
     identity: Identity
     borrows: bool
     engine: Name = ""
-    pid: Count = 0
-    process_space: Name = ""
+    process: Token = b""
 
 
 class Welcome(Message, frozen=True):
@@ -88,8 +89,8 @@ class Welcome(Message, frozen=True):
         executor_share: in words, what its executors run on. Profiles of decode engines are kept by it.
         lease_seconds: a decode engine that is silent for so long loses its claims and leases. One whose workers have
             this engine's KV cache mapped does not, for it could still write into them.
-        pid, process_space: the process whose end is the end of this engine, and who can see it under that id
-            (system/machine.py). 0: its end cannot be seen.
+        vicinity: equal where descriptors can be passed to this engine and got from it (control/addresses.py). Elsewhere
+            no memory of it can be mapped, and its end cannot be seen.
         member: names what the decode engine has here, from this hello on until it is parted with. Empty for one that
             does not borrow.
         key: with which this life of the engine signs what it says of prompts (kv/stamp.py). Empty for one that does not
@@ -104,8 +105,7 @@ class Welcome(Message, frozen=True):
     executor_share: Name
     lease_seconds: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
     member: Name = ""
-    pid: Count = 0
-    process_space: Name = ""
+    vicinity: Name = ""
     key: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
 
 
@@ -237,33 +237,42 @@ class Map(Message, frozen=True):
         rank: the worker's tensor-parallel rank, which must be the same on both sides.
         member: what the decode engine has there, as in Welcome. Whatever belongs to it is not taken back before this
             worker has ended, or the decode engine says LetGo. Empty: only tell me how large it is and how it is read.
-        pid, process_space: the worker's process, and who can see it under that id. Memory can be mapped there only.
+        process: the pidfd of the worker's process.
     """
 
     identity: Identity
     rank: Count
     member: Name
-    pid: Count
-    process_space: Name
+    process: Token
 
 
 class SharedWeights(msgspec.Struct, frozen=True):
     """A prefill worker's weights, in a frozen memory file that decode workers may map.
 
     Attributes:
-        pid, fd: the worker's process, and the number of the open file in it.
         size: of the file, in bytes.
         table: where the file says which weight is where, in bytes from its begin (weights/sharing.py).
     """
 
-    pid: Count
-    fd: Count
     size: Bytes
     table: Bytes
 
 
+class WorkerExport(msgspec.Struct, frozen=True):
+    """What a prefill worker tells its engine core of its memory. It is no message of the control plane.
+
+    Attributes:
+        kv, weights: as in Mappable.
+        descriptors: what the engine core is to offer of it (`offer_of`).
+    """
+
+    kv: KVExport
+    weights: SharedWeights | None
+    descriptors: Token
+
+
 class Mappable(Message, frozen=True):
-    """Prefill engine to decode worker: the answer to Map.
+    """Prefill engine to decode worker: the answer to Map. The memory files themselves are an offer (`offer_of`).
 
     Attributes:
         kv: the worker's KV cache.
@@ -284,14 +293,11 @@ class MemoryFile(msgspec.Struct, frozen=True, tag=True):
     """A channel in shared memory (transport/shm.py), for two processes on one host.
 
     Attributes:
-        pid, fd: the decode worker's process, and the memory file that it has open there.
-        process_space: who can see that process under that id.
+        descriptors: the pidfd of the decode worker's process, and the memory file.
         cpus: the cores that the worker may use.
     """
 
-    pid: Count
-    fd: Count
-    process_space: Name
+    descriptors: Token
     cpus: Cpus
 
 
@@ -392,6 +398,15 @@ AnyMessage = (
     | Revoke
     | Revoked
 )
+
+
+def offer_of(rank: int) -> int:
+    """Return under which number a prefill engine offers descriptors of its worker `rank` to those who may map.
+
+    They are the pidfd of its process, the memory file with its KV cache, and that with its weights if it shares them.
+    """
+    return 1 + rank
+
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)

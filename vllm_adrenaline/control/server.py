@@ -6,7 +6,6 @@ and who is gone.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
@@ -17,7 +16,8 @@ from typing import Protocol
 import zmq
 
 from vllm_adrenaline.control import messages, sockets
-from vllm_adrenaline.system.machine import how_to_share_memory, process_space, where_is
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system import descriptors
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -36,8 +36,8 @@ class Handler(Protocol):
         `peer`: who may claim and lease from now on; None for one that only asks.
         """
 
-    def map(self, message: messages.Map) -> messages.Message:
-        """Let a decode worker map the KV cache; return where that is, or why not."""
+    def map(self, message: messages.Map, process: int) -> messages.Message:
+        """Let a decode worker, of which this is the pidfd, map the KV cache; return how it is read, or why not."""
 
     def note_sign_of_life(self, peer: bytes) -> bool:
         """Note that a peer said something; return False for one that has not joined, or has left."""
@@ -77,15 +77,16 @@ class ControlServer(threading.Thread):
         address: str,
         identity: messages.Identity,
         handler: Handler,
+        passing: descriptors.Server,
         end_engine: Callable[[int], None] = os._exit,
     ) -> None:
-        """Bind `address`. `end_engine` ends this process with an exit code.
+        """Bind `address`. `passing` is stopped with this thread. `end_engine` ends this process with an exit code.
 
         Raises:
             AdrenalineError: `address` is in use, or cannot be bound.
         """
         super().__init__(name="adrenaline-control", daemon=True)
-        self.identity, self.handler = identity, handler
+        self.identity, self.handler, self._passing = identity, handler, passing
         self.bad_frames = 0
         self._end_engine = end_engine
         self._engines: dict[bytes, str] = {}  # decode engines that may claim and lease, by connection
@@ -103,6 +104,7 @@ class ControlServer(threading.Thread):
                 logger.critical("the control thread of this prefill engine ended, and so does it", exc_info=True)
                 self._end_engine(FAILED)
         finally:
+            self._passing.stop()
             sockets.unbind(self._socket, self.address)
 
     def stop(self) -> None:
@@ -141,17 +143,15 @@ class ControlServer(threading.Thread):
         """
         for other in [name for name, engine in self._engines.items() if engine == hello.engine and name != peer]:
             self._part_with(other, "came back")
-        if peer in self._engines:
-            return
         self._engines[peer] = hello.engine
-        if hello.process_space != process_space():
-            where = where_is(hello.process_space)
-            logger.info("decode engine %s is %s: only its silence shows when it has gone", hello.engine, where)
-        elif hello.pid:
-            with contextlib.suppress(OSError):  # it cannot be seen from here: its lease tells when it is gone
-                pidfd = os.pidfd_open(hello.pid)
-                self._processes[pidfd] = peer
-                self._poller.register(pidfd, zmq.POLLIN)
+        if hello.process and peer not in self._processes.values():
+            try:
+                (pidfd,) = self._passing.take(hello.process, 1)
+            except AdrenalineError as error:
+                logger.warning("only its silence will show that decode engine %s has gone: %s", hello.engine, error)
+                return
+            self._processes[pidfd] = peer
+            self._poller.register(pidfd, zmq.POLLIN)
 
     def _part_with(self, peer: bytes, why: str) -> None:
         """Take back what a decode engine had that is gone, or is taken to be, once nobody can write for it."""
@@ -197,13 +197,7 @@ class ControlServer(threading.Thread):
             return self._greet(peer, message)
         if isinstance(message, messages.Map):
             reason = messages.mismatch(self.identity, message.identity, "prefill engine", "decode worker")
-            if reason is None and message.process_space != process_space():
-                reason = (
-                    f"the decode engine is {where_is(message.process_space)}, and cannot map the prefill engine's "
-                    "memory: start both with --adrenaline-pool remote, and without --adrenaline-share-weights"
-                    f"{how_to_share_memory(message.process_space)}"
-                )
-            return self.handler.map(message) if reason is None else self._refuse(reason)
+            return self._map(message) if reason is None else self._refuse(reason)
         is_known = self.handler.note_sign_of_life(peer)
         if not is_known and not isinstance(message, messages.LetGo):  # that is of what was taken from its sender before
             return messages.Refused("unknown decode engine: say hello first")
@@ -211,6 +205,16 @@ class ControlServer(threading.Thread):
             self._part_with(peer, "leaves")
             return None
         return self.handler.answer(peer, message)
+
+    def _map(self, message: messages.Map) -> messages.Message:
+        try:
+            (process,) = self._passing.take(message.process, 1)
+        except AdrenalineError as error:
+            return self._refuse(str(error))
+        try:
+            return self.handler.map(message, process)
+        finally:
+            os.close(process)
 
     def _greet(self, peer: bytes, hello: messages.Hello) -> messages.Message:
         reason = messages.mismatch(self.identity, hello.identity, "prefill engine", "decode engine")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket as std_socket
-import stat
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,6 +18,7 @@ from vllm_adrenaline.control import addresses, messages
 from vllm_adrenaline.control import keys as curve
 from vllm_adrenaline.control.keys import Keys
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system import unix_socket
 from vllm_adrenaline.system.folders import private_folder
 
 MAX_UNSENT, MAX_UNREAD = 10_000, 64
@@ -26,8 +26,6 @@ MAX_UNSENT, MAX_UNREAD = 10_000, 64
 reads, so that a flood fills its own memory, and of the reader's no more than MAX_UNREAD frames."""
 HANDSHAKE_MS = 10_000
 """After how long a TCP connection is closed that has not said who it is."""
-BACKLOG = 128
-"""Connections to a Unix socket that wait to be accepted."""
 KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 60, zmq.TCP_KEEPALIVE_INTVL: 10, zmq.TCP_KEEPALIVE_CNT: 6}
 """So that a TCP connection to a host that is gone does not stay for ever. A process that only sleeps keeps its own."""
 
@@ -36,8 +34,7 @@ def check_free(address: str) -> None:
     """Raise AdrenalineError if something listens at `address`. ZMQ itself would silently take over an ipc path."""
     parts = urlsplit(address)
     if parts.scheme == "ipc":
-        with std_socket.socket(std_socket.AF_UNIX) as probe:
-            in_use = probe.connect_ex(parts.path) == 0
+        in_use = unix_socket.is_in_use(parts.path)
     else:
         with std_socket.socket() as probe:
             in_use = probe.connect_ex((parts.hostname or "", parts.port or 0)) == 0
@@ -90,7 +87,7 @@ def bind(address: str, keys: Keys | None = None) -> tuple[zmq.Socket[bytes], str
         if keys is not None and has_keys:
             curve.guard(socket, keys)
         if parts.scheme == "ipc":
-            socket.setsockopt(zmq.USE_FD, _listen(parts.path))
+            socket.setsockopt(zmq.USE_FD, unix_socket.listen(parts.path).detach())
         socket.bind(address)
     except AdrenalineError:
         socket.close()
@@ -100,21 +97,6 @@ def bind(address: str, keys: Keys | None = None) -> tuple[zmq.Socket[bytes], str
         raise AdrenalineError(f"cannot listen at {address}: {error}") from None
     found = socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
     return socket, found.replace("tcp://", f"tcp://{keys.public.hex()}@", 1) if keys is not None and has_keys else found
-
-
-def _listen(path: str) -> int:
-    """Return a Unix socket that listens at `path`, to which this user alone may connect, whatever the umask is."""
-    private_folder(Path(path).parent)
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise AdrenalineError(f"cannot listen at {path}: there is a file that is no socket")
-        os.unlink(path)  # left by a process that was killed; check_free has found that nobody listens
-    with std_socket.socket(std_socket.AF_UNIX) as listener:
-        os.fchmod(listener.fileno(), 0o600)  # before it has a path, which gets these permissions
-        listener.bind(path)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-        return listener.detach()
 
 
 def unbind(socket: zmq.Socket[bytes], address: str) -> None:

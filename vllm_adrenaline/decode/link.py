@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import threading
 import time
 from collections.abc import Callable
@@ -18,12 +17,13 @@ from typing import TypeVar
 
 import zmq
 
-from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.decode import probe
 from vllm_adrenaline.engine.setup import executors_of, is_far, no_executors, out_of_sight
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.placement.breaker import Breaker
-from vllm_adrenaline.system.machine import process_space
+from vllm_adrenaline.system import descriptors
+from vllm_adrenaline.system.process import PeerProcess
 from vllm_adrenaline.transport.collective import CollectiveDecodeChannel
 from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.shm import ShmDecodeChannel
@@ -75,7 +75,7 @@ class Link:
         channel: None while we are not attached. A step that finds it so counts the executor's rows as failed.
         pid: the executor's process, when we attached last.
         is_writing: whether it may still write for a channel that we gave up.
-        is_far: whether the executor is on another host, or as far away: its process cannot be seen from here.
+        is_far: whether the executor is on another host, or as far away: no memory is shared with it.
         num_blocks, executors: what the prefill engine said last of itself, and of its executors (executors_of).
     """
 
@@ -96,7 +96,7 @@ class Link:
         self._interface = interface
         self.channel: ShmDecodeChannel | CollectiveDecodeChannel | None = None
         self.is_far = False
-        self._pidfd = -1
+        self._process: PeerProcess | None = None
         self.pid = self.num_blocks = 0
         self.executors = ""
         self.is_writing = False
@@ -145,17 +145,24 @@ class Link:
 
     def _attach_near(self, executor: str) -> ShmDecodeChannel:
         """Attach to an executor on this host, over shared memory."""
-        channel = ShmDecodeChannel(self.shape)
+        channel, process = ShmDecodeChannel(self.shape), None
         cpus = sorted(os.sched_getaffinity(0))
+        ours = os.pidfd_open(os.getpid())
         try:
-            memory = messages.MemoryFile(os.getpid(), channel.fd, process_space(), cpus)
-            answer = self._ask_to_attach(executor, memory, channel.epoch)
-            self._pidfd = os.pidfd_open(answer.pid)
-            self.pid = answer.pid
-        except BaseException:
+            token, theirs = descriptors.exchange(addresses.for_descriptors(executor), [ours, channel.fd])
+            process = PeerProcess(theirs)
+            answer = self._ask_to_attach(executor, messages.MemoryFile(token, cpus), channel.epoch)
+        except BaseException as error:
             channel.close()
+            if process is not None:
+                process.close()
+            if isinstance(error, descriptors.Unreachable):
+                raise NoAnswer(f"the attention executor at {executor} does not answer: {error}") from None
             raise
-        channel.watch(self.pid, self._pidfd, shared_core=bool({*cpus} & {*answer.cpus}))
+        finally:
+            os.close(ours)
+        self._process, self.pid = process, answer.pid
+        channel.watch(process.folder, process.pidfd, shared_core=bool({*cpus} & {*answer.cpus}))
         return channel
 
     def _attach_far(self, executor: str) -> CollectiveDecodeChannel:
@@ -207,7 +214,8 @@ class Link:
             raise NoAnswer(f"the prefill engine at {self.address} does not answer")
         if self._rank >= len(answer.executors):
             raise no_executors(self.address)
-        self.num_blocks, self.executors, self.is_far = answer.num_blocks, executors_of(answer), is_far(answer)
+        self.num_blocks = answer.num_blocks
+        self.executors, self.is_far = executors_of(self.address, answer), is_far(self.address, answer)
         if self.is_far and not self._interface:
             raise out_of_sight(self.address, answer)
         if not answer.executors[self._rank]:
@@ -278,11 +286,7 @@ class Link:
 
     def _has_ended(self) -> bool:
         """Whether the executor's process has ended, as far as that can be seen from here."""
-        if self._pidfd < 0:
-            return False
-        watched = select.poll()
-        watched.register(self._pidfd, select.POLLIN)
-        return bool(watched.poll(0))
+        return self._process is not None and self._process.has_ended()
 
     def close(self) -> None:
         """Detach. The executor keeps its end until it closes that itself, or this process ends."""
@@ -293,6 +297,6 @@ class Link:
 
     def _close(self, left: ShmDecodeChannel | CollectiveDecodeChannel) -> None:
         left.close()
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        if self._process is not None:
+            self._process.close()
+            self._process = None

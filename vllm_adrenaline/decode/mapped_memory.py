@@ -7,6 +7,7 @@ by the rows of a step. Who owns which block is in docs/architecture.md.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import mmap
@@ -14,18 +15,19 @@ import os
 import select
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import zmq
 
-from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.control.kv_export import KVExport
 from vllm_adrenaline.decode.link import ANSWER_S, NoAnswer, until_answered
+from vllm_adrenaline.engine.setup import cannot_be_mapped, is_far
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.system import memory_file
+from vllm_adrenaline.system import descriptors, memory_file
 from vllm_adrenaline.system.address_range import AddressRange
-from vllm_adrenaline.system.machine import process_space
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -45,7 +47,7 @@ class MappedMemory:
         self._exports: list[KVExport] = []
         self._lock = threading.Lock()  # guards what follows: threads that wait for the end of prefill workers change it
         self._used: set[int] = set()
-        self._mapped = [0] * len(addresses)  # the prefill worker whose memory is mapped; 0 for none
+        self._mapped = [0] * len(addresses)  # the number of the memory file that is mapped; 0 for none
         self._ended: set[int] = set()  # prefill engines whose memory is mapped, and whose worker has ended
         self._ranges: list[AddressRange] = []
         self._page = 0
@@ -76,7 +78,8 @@ class MappedMemory:
                 "use a larger --block-size, or --adrenaline-pool remote"
             )
         self._own = own
-        self._exports = [until_answered(partial(self._ask, address, ""), deadline) for address in self._addresses]
+        found = [until_answered(partial(self._ask, address, ""), deadline) for address in self._addresses]
+        self._exports = [each.kv for each in found]
         for address, kv in zip(self._addresses, self._exports, strict=True):
             if reason := _mismatch(kv, own, self._page):
                 raise AdrenalineError(f"the KV cache of the prefill engine at {address} cannot be mapped: {reason}")
@@ -85,18 +88,19 @@ class MappedMemory:
             self.bases.append(total)
             total += kv.shape[0]
         for (name, cache), offset in zip(own.items(), offsets, strict=True):
-            addresses = AddressRange(total * self._page)
-            addresses.map(0, fd, offset, blocks * self._page)
-            self._ranges.append(addresses)
-            self.caches[name] = torch.frombuffer(addresses.buffer, dtype=cache.dtype).view(total, *cache.shape[1:])
-        for engine, kv in enumerate(self._exports):
+            whole = AddressRange(total * self._page)
+            whole.map(0, fd, offset, blocks * self._page)
+            self._ranges.append(whole)
+            self.caches[name] = torch.frombuffer(whole.buffer, dtype=cache.dtype).view(total, *cache.shape[1:])
+        for engine, each in enumerate(found):
             try:
-                self._map(engine, kv)
+                self._map(engine, each)
             except OSError as error:
                 raise AdrenalineError(
-                    f"the memory of the prefill engine at {self._addresses[engine]} cannot be mapped ({error}): with "
-                    "--adrenaline-pool mapped or both it must run on this host, under this user"
+                    f"the memory of the prefill engine at {self._addresses[engine]} cannot be mapped: {error}"
                 ) from None
+            finally:
+                each.close()
         logger.info("%d blocks of prefill engines are mapped behind %d own ones", total - blocks, blocks)
 
     def use(self, members: dict[int, str]) -> dict[int, bool]:
@@ -121,42 +125,33 @@ class MappedMemory:
             return True
         address = self._addresses[engine]
         try:
-            kv = self._ask(address, member)
-            if kv.shape != self._exports[engine].shape or _mismatch(kv, self._own, self._page):
-                raise AdrenalineError("it has come back with another KV cache: start this engine again to map it")
-            self._map(engine, kv)
+            with contextlib.closing(self._ask(address, member)) as found:
+                kv = found.kv
+                if kv.shape != self._exports[engine].shape or _mismatch(kv, self._own, self._page):
+                    raise AdrenalineError("it has come back with another KV cache: start this engine again to map it")
+                self._map(engine, found)
         except (AdrenalineError, OSError, zmq.ZMQError) as error:
             logger.error("the memory of the prefill engine at %s is not mapped: %s", address, error)
             return False
         self._members[engine] = member
         return True
 
-    def _map(self, engine: int, kv: KVExport) -> None:
+    def _map(self, engine: int, found: Found) -> None:
         """Map the memory of a prefill engine where it belongs."""
-        process = os.pidfd_open(kv.pid)
-        try:
-            fd = os.open(f"/proc/{kv.pid}/fd/{kv.fd}", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                memory_file.check(fd, kv.size, "the prefill worker's KV cache")
-                for layer, addresses in zip(kv.layers, self._ranges, strict=True):
-                    addresses.map(self.bases[engine] * self._page, fd, layer.offset, kv.shape[0] * self._page)
-            finally:
-                os.close(fd)
-            with self._lock:
-                is_watched, self._mapped[engine] = self._mapped[engine] == kv.pid, kv.pid
-                if not is_watched:
-                    self._ended.discard(engine)
+        kv = found.kv
+        memory_file.check(found.memory, kv.size, "the prefill worker's KV cache")
+        for layer, each in zip(kv.layers, self._ranges, strict=True):
+            each.map(self.bases[engine] * self._page, found.memory, layer.offset, kv.shape[0] * self._page)
+        number = os.fstat(found.memory).st_ino
+        with self._lock:
+            is_watched, self._mapped[engine] = self._mapped[engine] == number, number
             if not is_watched:
-                threading.Thread(
-                    target=self._await_end,
-                    args=(engine, kv.pid, os.dup(process)),
-                    name="adrenaline-mapped",
-                    daemon=True,
-                ).start()
-        finally:
-            os.close(process)
+                self._ended.discard(engine)
+        if not is_watched:
+            args = (engine, number, os.dup(found.process))
+            threading.Thread(target=self._await_end, args=args, name="adrenaline-mapped", daemon=True).start()
 
-    def _await_end(self, engine: int, pid: int, process: int) -> None:
+    def _await_end(self, engine: int, number: int, process: int) -> None:
         """Wait for the end of a prefill worker. Its memory, which would not come back to the system, goes when unused.
 
         A prefill engine that is started in its place may need the memory to start at all.
@@ -166,7 +161,7 @@ class MappedMemory:
         poller.poll()
         os.close(process)
         with self._lock:
-            if self._mapped[engine] != pid:
+            if self._mapped[engine] != number:
                 return
             self._ended.add(engine)
             if engine not in self._used:
@@ -176,26 +171,71 @@ class MappedMemory:
         """Let go of the memory of a prefill engine that ended. The lock is held, and no row uses it."""
         self._ended.discard(engine)
         self._mapped[engine], self._members[engine] = 0, ""
-        for addresses in self._ranges:
-            addresses.unmap(self.bases[engine] * self._page, self._exports[engine].shape[0] * self._page)
+        for each in self._ranges:
+            each.unmap(self.bases[engine] * self._page, self._exports[engine].shape[0] * self._page)
         logger.info("the memory of the prefill engine that was at %s is let go", self._addresses[engine])
 
-    def _ask(self, address: str, member: str) -> KVExport:
-        return ask_to_map(address, self._identity, self._rank, member).kv
+    def _ask(self, address: str, member: str) -> Found:
+        return ask_to_map(address, self._identity, self._rank, member)
 
 
-def ask_to_map(address: str, identity: messages.Identity, rank: int, member: str) -> messages.Mappable:
-    """Return where the memory of a prefill engine's worker is (messages.Map).
+@dataclass(frozen=True)
+class Found:
+    """A prefill worker's memory that may be mapped.
+
+    Attributes:
+        kv, weights: how its KV cache and its weights are read (messages.Mappable).
+        process: the pidfd of the worker.
+        memory, weights_file: the memory files; -1 for weights that are not shared.
+    """
+
+    kv: KVExport
+    weights: messages.SharedWeights | None
+    process: int
+    memory: int
+    weights_file: int = -1
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        descriptors.close([each for each in (self.process, self.memory, self.weights_file) if each >= 0])
+
+
+def ask_to_map(address: str, identity: messages.Identity, rank: int, member: str) -> Found:
+    """Return the memory of a prefill engine's worker (messages.Map). The caller closes it.
 
     Raises:
-        AdrenalineError: it refuses; NoAnswer: it does not answer.
+        AdrenalineError: it refuses, or is on another host; NoAnswer: it does not answer.
     """
-    answer = sockets.ask_once(address, messages.Map(identity, rank, member, os.getpid(), process_space()), ANSWER_S)
+    ours = os.pidfd_open(os.getpid())
+    try:
+        token, theirs = descriptors.exchange(addresses.for_descriptors(address), [ours], messages.offer_of(rank))
+    except descriptors.Unreachable as error:
+        raise _why_not(address, identity, str(error)) from None
+    finally:
+        os.close(ours)
+    # Whoever knows the token is who has given us his descriptors, and no prefill engine that came after him.
+    try:
+        answer = sockets.ask_once(address, messages.Map(identity, rank, member, token), ANSWER_S)
+        if isinstance(answer, messages.Refused):
+            raise AdrenalineError(answer.reason)
+        if not isinstance(answer, messages.Mappable):
+            raise NoAnswer(f"no prefill engine answers at {address}")
+        if len(theirs) != (2 if answer.weights is None else 3):
+            raise AdrenalineError(f"the prefill engine at {address} has passed {len(theirs)} descriptors")
+        return Found(answer.kv, answer.weights, *theirs)
+    except BaseException:
+        descriptors.close(theirs)
+        raise
+
+
+def _why_not(address: str, identity: messages.Identity, why: str) -> AdrenalineError:
+    """Return why a prefill engine does not pass the descriptors of its memory."""
+    answer = sockets.ask_once(address, messages.Hello(identity, borrows=False), ANSWER_S)
     if isinstance(answer, messages.Refused):
-        raise AdrenalineError(answer.reason)
-    if not isinstance(answer, messages.Mappable):
-        raise NoAnswer(f"no prefill engine answers at {address}")
-    return answer
+        return AdrenalineError(answer.reason)
+    if isinstance(answer, messages.Welcome) and is_far(address, answer):
+        return cannot_be_mapped(address, answer)
+    return NoAnswer(f"no prefill engine answers at {address}: {why}")
 
 
 def _mismatch(kv: KVExport, own: dict[str, torch.Tensor], page: int) -> str:

@@ -54,8 +54,8 @@ class DecodeScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         wait_without_spinning()
         come_first()
-        if ENDS_WITH_STARTER in os.environ:
-            end_with_parent()
+        if starter := os.environ.get(ENDS_WITH_STARTER):
+            end_with_parent(int(starter))
         super().__init__(*args, **kwargs)
         options = Options.of(self.vllm_config)
         sockets.use_keys(options.load_keys())
@@ -68,7 +68,7 @@ class DecodeScheduler(Scheduler):
         self._wait_for_peers(options.connect_timeout)
         tensor_parallel_size = self.vllm_config.parallel_config.tensor_parallel_size
         blocks = self.kv_cache_manager.block_pool.num_gpu_blocks
-        shares = [executors_of(client.welcome) for client in self.clients if client.welcome is not None]
+        shares = [executors_of(client.address, client.welcome) for client in self.clients if client.welcome is not None]
         costs = profiling.costs_of(self.vllm_config, options, shares)
         admission = EngineAdmission(options, costs, blocks, self.block_size, self.max_num_running_reqs)
         self.table = RequestTable(self.clients, admission, self.block_size, tensor_parallel_size)

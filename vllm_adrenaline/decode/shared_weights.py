@@ -6,6 +6,7 @@ then. What is compared, and why a wrong weight is impossible, is in weights/shar
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -44,13 +45,14 @@ def share(regions: Sequence[Region], options: Options, identity: messages.Identi
     for address in options.peer_addresses:
         began = time.monotonic()
         try:
-            answer = ask_to_map(address, identity, rank, "")
-            if answer.weights is None:
-                continue
-            if options.share_weights == "auto" and (why := _why_not(regions, answer.kv.cpus)):
-                logger.info("weights are not shared: %s (--adrenaline-share-weights on shares them all the same)", why)
-                return None
-            taken = _take(regions, answer.weights)
+            with contextlib.closing(ask_to_map(address, identity, rank, "")) as found:
+                if found.weights is None:
+                    continue
+                if options.share_weights == "auto" and (why := _why_not(regions, found.kv.cpus)):
+                    anyway = "--adrenaline-share-weights on shares them all the same"
+                    logger.info("weights are not shared: %s (%s)", why, anyway)
+                    return None
+                taken = sharing.take(regions, found.weights_file, found.weights.size, found.weights.table)
         except (AdrenalineError, OSError) as error:
             logger.warning("weights are not shared with the prefill engine at %s: %s", address, error)
             continue
@@ -66,14 +68,6 @@ def share(regions: Sequence[Region], options: Options, identity: messages.Identi
         return taken
     logger.info("weights are not shared: no prefill engine shares its own")
     return None
-
-
-def _take(regions: Sequence[Region], weights: messages.SharedWeights) -> Taken:
-    fd = os.open(f"/proc/{weights.pid}/fd/{weights.fd}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return sharing.take(regions, fd, weights.size, weights.table)
-    finally:
-        os.close(fd)
 
 
 def _why_not(regions: Sequence[Region], their_cores: Sequence[int]) -> str:

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adrenaline.compat import versions
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.engine import resources
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.space import MAX_EXECUTORS
 from vllm_adrenaline.native import loader
 from vllm_adrenaline.system import cores
-from vllm_adrenaline.system.machine import how_to_share_memory, process_space, where_is
 from vllm_adrenaline.system.network import address_of
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ PEERS_START_TOO = "ADRENALINE_PEERS_START_TOO"
 and compiles its model while its peers do, and waits for them only when it attaches to their executors."""
 
 ENDS_WITH_STARTER = "ADRENALINE_ENDS_WITH_STARTER"
-"""Environment variable that is set by LLM(...). Its engine core ends with the process that has it, however that ends;
+"""Environment variable with the process of LLM(...), which sets it. Its engine core ends with it, however that ends;
 vLLM's own goes on when that is killed."""
 
 
@@ -211,12 +210,9 @@ def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
         welcome = _await_welcome(address, hello, options.connect_timeout, say)
         if options.uses_executors and not welcome.executors:
             raise no_executors(address)
-        if is_far(welcome) and options.maps:
-            raise AdrenalineError(
-                f"the prefill engine at {address} is {where_is(welcome.process_space)}, and its memory cannot be "
-                f"mapped here: start both with --adrenaline-pool remote{how_to_share_memory(welcome.process_space)}"
-            )
-        if is_far(welcome) and not options.interface:
+        if is_far(address, welcome) and options.maps:
+            raise cannot_be_mapped(address, welcome)
+        if is_far(address, welcome) and not options.interface:
             raise out_of_sight(address, welcome)
         sockets.check_welcome(welcome, address, listens_beyond_loopback())
 
@@ -234,22 +230,31 @@ def no_executors(address: str) -> AdrenalineError:
     )
 
 
-def is_far(welcome: messages.Welcome) -> bool:
-    """Whether a prefill engine's processes cannot be seen from here, nor its memory mapped, as on another host."""
-    return welcome.process_space != process_space()
+def is_far(address: str, welcome: messages.Welcome) -> bool:
+    """Whether the end of the prefill engine at `address` cannot be seen, nor its memory mapped, as on another host."""
+    return welcome.vicinity != addresses.vicinity(address)
 
 
-def executors_of(welcome: messages.Welcome) -> str:
+def executors_of(address: str, welcome: messages.Welcome) -> str:
     """Return in words what a prefill engine's executors run on, and whether that is out of sight."""
-    where = where_is(welcome.process_space)
-    return f"{welcome.executor_share}, {where}" if is_far(welcome) else welcome.executor_share
+    where = addresses.where_is(welcome.vicinity)
+    return f"{welcome.executor_share}, {where}" if is_far(address, welcome) else welcome.executor_share
+
+
+def cannot_be_mapped(address: str, welcome: messages.Welcome) -> AdrenalineError:
+    """Return the error of a decode engine that is to map the memory of a prefill engine that is far."""
+    return AdrenalineError(
+        f"the prefill engine at {address} is {addresses.where_is(welcome.vicinity)}, and its memory cannot be mapped "
+        "here: start both with --adrenaline-pool remote, and without --adrenaline-share-weights"
+        f"{addresses.how_to_share_memory(welcome.vicinity)}"
+    )
 
 
 def out_of_sight(address: str, welcome: messages.Welcome) -> AdrenalineError:
     """Return the error of a decode engine that names no network to a prefill engine whose processes it cannot see."""
     return AdrenalineError(
-        f"the prefill engine at {address} is {where_is(welcome.process_space)}: name the network between the two with "
-        f"--adrenaline-interface, here and there{how_to_share_memory(welcome.process_space)}"
+        f"the prefill engine at {address} is {addresses.where_is(welcome.vicinity)}: name the network between the two "
+        f"with --adrenaline-interface, here and there{addresses.how_to_share_memory(welcome.vicinity)}"
     )
 
 

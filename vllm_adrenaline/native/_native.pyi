@@ -75,8 +75,8 @@ class DecodeEnd:
     def __new__(cls, memory: int, sizes: tuple[int, int, int, int, int, int], epoch: int, /) -> DecodeEnd:
         """`memory`: the address of layout(*sizes)["total"] zeroed bytes, which the caller keeps. `epoch`: its life."""
 
-    def watch(self, pid: int, pidfd: int, shared_core: bool, /) -> None:
-        """Say who answers (0 and -1: it cannot be seen, is not watched), and whether others need our core."""
+    def watch(self, folder: int, pidfd: int, shared_core: bool, /) -> None:
+        """Say who answers (-1 each: it cannot be seen, is not watched), and whether others need our core."""
 
     def leave(self) -> None:
         """Ask nothing any more. The executor leaves the step that it may be in, and closes the channel."""

@@ -59,7 +59,11 @@ def prefill_engine(model: str, folder: Path, arguments: Mapping[str, Any], on_co
 @contextmanager
 def environment(on_cores: str | None, peers_start_too: bool) -> Iterator[None]:
     """Have what starts in the context begin on these cores, not wait for its peers, and end with this process."""
-    wanted = {CORES_ENV: on_cores, PEERS_START_TOO: "1" if peers_start_too else None, ENDS_WITH_STARTER: "1"}
+    wanted = {
+        CORES_ENV: on_cores,
+        PEERS_START_TOO: "1" if peers_start_too else None,
+        ENDS_WITH_STARTER: str(os.getpid()),
+    }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update({name: value for name, value in wanted.items() if value is not None})
     try:

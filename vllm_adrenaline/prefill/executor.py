@@ -15,13 +15,12 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm_adrenaline.attention.spec import ExecutorSpec
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import addresses, sockets
-from vllm_adrenaline.control.kv_export import KVExport
-from vllm_adrenaline.control.messages import SharedWeights
+from vllm_adrenaline.control.messages import WorkerExport, offer_of
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill import executor_pool
 from vllm_adrenaline.prefill.executor_pool import ExecutorPool
-from vllm_adrenaline.system import priority
+from vllm_adrenaline.system import descriptors, priority
 from vllm_adrenaline.system.cores import parse
 
 logger = logging.getLogger("vllm.adrenaline")
@@ -35,8 +34,12 @@ class PrefillExecutor(MultiprocExecutor):
         options = Options.of(self.vllm_config)
         sockets.use_keys(options.load_keys())
         identity = identity_of(self.vllm_config)
-        exports = [msgspec.convert(export, KVExport) for export in self.collective_rpc("export_kv")]
-        weights = [msgspec.convert(each, SharedWeights | None) for each in self.collective_rpc("export_weights")]
+        passing = descriptors.Server(addresses.for_descriptors(options.listen_address))
+        passing.start()
+        told = [msgspec.msgpack.decode(each, type=WorkerExport) for each in self.collective_rpc("export_memory")]
+        exports, weights = [each.kv for each in told], [each.weights for each in told]
+        for rank, each in enumerate(told):
+            passing.offers[offer_of(rank)] = passing.take(each.descriptors, 2 if each.weights is None else 3)
         cores = parse(options.executor_cores) or [
             export.cpus[-priority.threads_of(options.executor_share, len(export.cpus)) :] for export in exports
         ]
@@ -46,6 +49,7 @@ class PrefillExecutor(MultiprocExecutor):
                 address=addresses.sibling(options.listen_address, f"executor{rank}"),
                 identity=identity,
                 kv=export,
+                kv_file=passing.offers[offer_of(rank)][1],
                 cpus=cores[rank],
                 threads=options.executor_threads
                 or (len(cores[rank]) if options.executor_cores else min(len(cores[rank]), export.threads)),
@@ -59,7 +63,7 @@ class PrefillExecutor(MultiprocExecutor):
             if options.uses_executors
         ]
         logger.info("starting %d attention executor(s)", len(specs))
-        executor_pool.activate(ExecutorPool(specs, exports, weights))
+        executor_pool.activate(ExecutorPool(specs, exports, weights, passing))
 
     def shutdown(self) -> None:
         with contextlib.suppress(AdrenalineError):  # the workers ended before there were any executors

@@ -24,9 +24,10 @@ from vllm_adrenaline.attention.spec import READY, ExecutorSpec
 from vllm_adrenaline.control import messages, sockets
 from vllm_adrenaline.control.kv_export import KVExport
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.system import priority
+from vllm_adrenaline.system import descriptors, priority
 from vllm_adrenaline.system.child import dying_with_parent
 from vllm_adrenaline.system.cores import ranges
+from vllm_adrenaline.system.process import pid_of
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -67,6 +68,7 @@ class ExecutorProcess:
             dying_with_parent([sys.executable, "-m", "vllm_adrenaline.attention"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            pass_fds=[spec.kv_file],
             env=os.environ | {"OMP_NUM_THREADS": str(spec.threads)},
         )
         assert self._process.stdin is not None
@@ -118,6 +120,7 @@ class ExecutorPool:
         processes: by rank; empty for an engine without executors.
         exports: the KV caches of the prefill engine's workers, by rank.
         weights: their weights, by rank; None for a worker that does not share them.
+        passing: who passes descriptors of this process and its workers; None where nobody does.
         share: of their device, 0 to 1, as it was set last.
     """
 
@@ -126,9 +129,10 @@ class ExecutorPool:
         specs: list[ExecutorSpec],
         exports: Sequence[KVExport] = (),
         weights: Sequence[messages.SharedWeights | None] = (),
+        passing: descriptors.Server | None = None,
     ) -> None:
         """Start the executors, and wait until they serve. Raises AdrenalineError if one does not."""
-        self.exports, self.weights = exports, weights
+        self.exports, self.weights, self.passing = exports, weights, passing
         self.processes = [ExecutorProcess(spec) for spec in specs]
         for process in self.processes:
             process.wait_ready()
@@ -165,6 +169,12 @@ class ExecutorPool:
     def addresses(self) -> list[str]:
         """Where the executors listen, by rank; empty for one that was started again and does not serve yet."""
         return [process.address for process in self.processes]
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """The processes of the prefill engine's workers, by rank."""
+        assert self.passing is not None, "an engine's pool has it"
+        return [pid_of(self.passing.offers[messages.offer_of(rank)][0]) for rank in range(len(self.exports))]
 
     @property
     def share_in_words(self) -> str:

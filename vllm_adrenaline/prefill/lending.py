@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from vllm_adrenaline.control import messages
 from vllm_adrenaline.control.kv_export import KVExport
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill.leases import LeaseHolder, LeaseManager
 from vllm_adrenaline.prefill.mappers import Mappers
 
@@ -27,8 +28,8 @@ class Lending:
         lock: guards the block pool, and so the lease manager.
         make_welcome, make_load: return what this engine says of itself; the former to a holder with this name, the
             latter with the lock held.
-        exports: where the KV cache of each worker is, by rank.
-        weights: where its weights are, by rank; None for one that does not share them.
+        exports: how the KV cache of each worker is read, by rank.
+        weights: its weights, by rank; None for one that does not share them.
         adjust_share: called at most twice a second.
         kill_executors: ends the executors that run under one of these process ids.
         revoke: returns when no executor can write for the named decode engine any more.
@@ -71,8 +72,8 @@ class Lending:
             silent = [(peer, self.leases.holders[peer].member) for peer in self.leases.silent()]
         return [peer for peer, member in silent if not self.mappers.may_write(member)]
 
-    def map(self, message: messages.Map) -> messages.Message:
-        """Let a decode worker map the KV cache of a rank; return where it is, or why not."""
+    def map(self, message: messages.Map, process: int) -> messages.Message:
+        """Let a decode worker map the KV cache of a rank; return how it is read, or why not. `process`: its pidfd."""
         if message.rank >= len(self.exports):
             return messages.Refused(f"there is no rank {message.rank} here")
         if message.member:
@@ -80,9 +81,9 @@ class Lending:
                 if not self.leases.is_member(message.member):
                     return messages.Refused("what the decode engine had here is not kept for it any more")
                 try:
-                    self.mappers.add(message.member, message.pid)
-                except OSError as error:
-                    return messages.Refused(f"process {message.pid} of the decode worker cannot be seen: {error}")
+                    self.mappers.add(message.member, process)
+                except AdrenalineError as error:
+                    return messages.Refused(str(error))
         weights = self.weights[message.rank] if message.rank < len(self.weights) else None
         return messages.Mappable(self.exports[message.rank], weights)
 

@@ -7,13 +7,15 @@ uses nothing of it any more.
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import threading
 
+from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.system.process import has_ended, pid_of
+
 MAX_WORKERS = 256
-"""Workers of one decode engine at most."""
+"""Workers of one decode engine at most; one that asks again counts again."""
 
 
 class Mappers:
@@ -24,34 +26,35 @@ class Mappers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._workers: dict[str, dict[int, int]] = {}  # process id and pidfd
+        self._workers: dict[str, list[int]] = {}  # their pidfds
         self._bells: dict[str, int] = {}  # an eventfd for each member: it has let go
 
-    def add(self, member: str, pid: int) -> None:
-        """Note that process `pid` maps the KV cache.
+    def add(self, member: str, process: int) -> None:
+        """Note that a process, of which this is a pidfd, maps the KV cache. The caller closes the pidfd.
 
-        Raises OSError if it has ended or cannot be seen from here, or if the member has MAX_WORKERS already.
+        Raises AdrenalineError if it has ended, or if the member has asked MAX_WORKERS times already.
         """
+        pid_of(process)  # it is one
         with self._lock:
-            if pid in (workers := self._workers.get(member, {})):
-                return
+            workers = self._workers.get(member, [])
             if len(workers) >= MAX_WORKERS:
-                raise OSError(errno.EMFILE, f"the decode engine has {MAX_WORKERS} workers already")
-            pidfd = os.pidfd_open(pid)
+                raise AdrenalineError(f"the decode engine has {MAX_WORKERS} workers already")
+            if has_ended(process):
+                raise AdrenalineError("the process of the decode worker has ended")
             if member not in self._bells:
                 self._bells[member] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._workers[member] = workers | {pid: pidfd}
+            self._workers[member] = [*workers, os.dup(process)]
 
     def may_write(self, member: str) -> bool:
         """Whether a worker of a member lives that has the KV cache mapped."""
         with self._lock:
-            return any(not _has_ended(pidfd) for pidfd in self._workers.get(member, {}).values())
+            return not all(map(has_ended, self._workers.get(member, [])))
 
     def pids(self) -> list[int]:
-        """Return the processes that live and have the KV cache mapped."""
+        """Return the processes that live and have the KV cache mapped, of those that this PID namespace shows."""
         with self._lock:
-            found = [each for workers in self._workers.values() for each in workers.items()]
-            return [pid for pid, pidfd in found if not _has_ended(pidfd)]
+            found = {pid_of(each) for workers in self._workers.values() for each in workers if not has_ended(each)}
+        return sorted(found - {0})
 
     def let_go(self, member: str) -> None:
         """Note that a member uses nothing of what it had. For one that maps nothing this does nothing."""
@@ -65,7 +68,7 @@ class Mappers:
         The member must have left: nobody is added to it any more.
         """
         with self._lock:
-            bell, pidfds = self._bells.get(member), list(self._workers.get(member, {}).values())
+            bell, pidfds = self._bells.get(member), self._workers.get(member, [])
         if bell is None:
             return
         poller = select.poll()
@@ -85,12 +88,6 @@ class Mappers:
     def forget(self, member: str) -> None:
         """Forget a member that has left, and of which nothing is to be taken back any more."""
         with self._lock:
-            bell, workers = self._bells.pop(member, None), self._workers.pop(member, {})
-        for fd in (*workers.values(), *(() if bell is None else (bell,))):
+            bell, workers = self._bells.pop(member, None), self._workers.pop(member, [])
+        for fd in (*workers, *(() if bell is None else (bell,))):
             os.close(fd)
-
-
-def _has_ended(pidfd: int) -> bool:
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(0))

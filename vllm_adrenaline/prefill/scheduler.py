@@ -6,7 +6,6 @@ Checked against vllm/v1/core/sched/scheduler.py of 0.32 (run) and 0.33 (read).
 from __future__ import annotations
 
 import functools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +24,7 @@ from vllm_adrenaline.compat import scheduler as compat
 from vllm_adrenaline.compat.message_queue import wait_without_spinning
 from vllm_adrenaline.compat.progress import decodes
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.control import messages
+from vllm_adrenaline.control import addresses, messages
 from vllm_adrenaline.control.server import ControlServer
 from vllm_adrenaline.engine import profile, profiling
 from vllm_adrenaline.engine.identity import identity_of
@@ -37,7 +36,6 @@ from vllm_adrenaline.prefill.elastic import ElasticPrefill
 from vllm_adrenaline.prefill.leases import LeaseManager
 from vllm_adrenaline.prefill.lending import Lending
 from vllm_adrenaline.prefill.utilization import PrefillUtilization
-from vllm_adrenaline.system.machine import process_space
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -91,7 +89,9 @@ class PrefillScheduler(Scheduler):
             exports=self._executors.exports,
             weights=self._executors.weights,
         )
-        self.control = ControlServer(options.listen_address, identity_of(self.vllm_config), self.lending)
+        passing = self._executors.passing
+        assert passing is not None, "vLLM's executor has started it"
+        self.control = ControlServer(options.listen_address, identity_of(self.vllm_config), self.lending, passing)
         self._utilization = PrefillUtilization(time.monotonic)
         known = profile.cached(profiling.key(self.vllm_config, options, ()))
         connector.tuner = self._make_tuner(options, known)
@@ -118,7 +118,7 @@ class PrefillScheduler(Scheduler):
         if options.uses_executors and (objectives != Objectives() or not options.maps):
             executors = ExecutorShares(self._executors.set_share)
             return ShareTuner(objectives, options.executor_share, prefill, executors)
-        workers = WorkerShares([export.pid for export in self._executors.exports], self.lending.mappers.pids)
+        workers = WorkerShares(self._executors.worker_pids, self.lending.mappers.pids)
         decode = 0.5 if objectives.tpot is not None else BESIDE_PROMPTS
         return ShareTuner(objectives, decode, prefill, workers, divides=True)
 
@@ -133,8 +133,7 @@ class PrefillScheduler(Scheduler):
             executor_share=executors.share_in_words,
             lease_seconds=self.leases.expiry_s,
             member=member,
-            pid=os.getpid(),
-            process_space=process_space(),
+            vicinity=addresses.vicinity(self.control.address),
             key=nixl.key if member else b"",
         )
 

@@ -18,10 +18,12 @@ from vllm_adrenaline.compat.cpu_attention import allow_amx
 from vllm_adrenaline.compat.sampling import without_generators
 from vllm_adrenaline.compat.worker_cores import settle_worker
 from vllm_adrenaline.config import Options
+from vllm_adrenaline.control import addresses
 from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
-from vllm_adrenaline.control.messages import SharedWeights
+from vllm_adrenaline.control.messages import SharedWeights, WorkerExport
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill import offered_weights, profiling
+from vllm_adrenaline.system import descriptors
 from vllm_adrenaline.system.priority import come_first
 from vllm_adrenaline.weights import sharing
 from vllm_adrenaline.weights.regions import regions_of
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class PrefillWorker(CPUWorker):
-    """vLLM's CPU worker with two more remote calls, `export_kv` and `export_weights`.
+    """vLLM's CPU worker with one more remote call, `export_memory`.
 
     It also stays on its cores (compat/worker_cores.py), measures a profile when it starts, and samples as described in
     compat/sampling.py.
@@ -67,22 +69,32 @@ class PrefillWorker(CPUWorker):
         with without_generators(self.model_runner):
             return super().sample_tokens(grammar_output)
 
-    def export_weights(self) -> dict[str, Any] | None:
-        """Return where the weights of this worker can be mapped (SharedWeights) as plain data, None for nowhere."""
-        moved = self._weights
-        return (
-            None
-            if moved is None
-            else msgspec.to_builtins(SharedWeights(os.getpid(), moved.fd, moved.size, moved.table))
-        )
+    def export_memory(self) -> bytes:
+        """Return the WorkerExport of this worker as msgpack, for it crosses vLLM's own worker RPC.
 
-    def export_kv(self) -> dict[str, Any]:
-        """Return the KVExport of this worker's KV cache, as plain data, for it crosses vLLM's own worker RPC.
+        The engine core has the descriptors by then.
 
         Raises:
-            AdrenalineError: the model's attention or its KV cache is of a kind that executors cannot attend.
+            AdrenalineError: the model's attention or its KV cache is of a kind that executors cannot attend, or nobody
+                takes the descriptors.
         """
         settle_worker()
+        kv, files = self._export_kv()
+        weights = None
+        if (moved := self._weights) is not None:
+            weights = SharedWeights(moved.size, moved.table)
+            files.append(moved.fd)
+        process = os.pidfd_open(os.getpid())
+        try:
+            address = addresses.for_descriptors(Options.of(self.vllm_config).listen_address)
+            token, theirs = descriptors.exchange(address, [process, *files])
+        finally:
+            os.close(process)
+        descriptors.close(theirs)
+        return msgspec.msgpack.encode(WorkerExport(kv, weights, token))
+
+    def _export_kv(self) -> tuple[KVExport, list[int]]:
+        """Return how this worker's KV cache is read, and its memory file."""
         connector: PrefillConnector = get_kv_transfer_group()
         shared = connector.shared_kv
         assert shared is not None, "vLLM has allocated the KV cache"
@@ -107,8 +119,6 @@ class PrefillWorker(CPUWorker):
         blocks, heads, block_size, double = caches[0].shape
         view = caches[0].view(blocks, heads, 2 * block_size, double // 2)
         export = KVExport(
-            pid=os.getpid(),
-            fd=shared.fd,
             size=shared.size,
             shape=list(view.shape),
             strides=list(view.stride()),
@@ -122,4 +132,4 @@ class PrefillWorker(CPUWorker):
             cpus=sorted(os.sched_getaffinity(0)),
             threads=torch.get_num_threads(),
         )
-        return msgspec.to_builtins(export)
+        return export, [shared.fd]

@@ -22,8 +22,8 @@ def dying_with_parent(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
 
 
-def end_with_parent() -> None:
-    """Have this process ended by SIGTERM when the thread that started it ends."""
+def end_with_parent(starter: int) -> None:
+    """Have this process ended by SIGTERM when the thread that started it ends, which is one of process `starter`."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() == 1:  # it has ended already
+    if os.getppid() == 1 != starter:  # it has ended already; in a container the starter itself may be process 1
         os.kill(os.getpid(), signal.SIGTERM)

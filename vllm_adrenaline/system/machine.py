@@ -26,23 +26,11 @@ def description() -> dict[str, str | int | None]:
     return {"cpu": cpu_model(), "cores_count": os.cpu_count(), "kernel": kernel, "date": today}
 
 
-def process_space() -> str:
-    """Return what is equal in two processes that see each other under the same process ids, and in no others."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+def boot() -> str:
+    """Return what names this run of the kernel, and so is equal in all processes of this host, and in no others."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-SHARE_PIDS = "--pid=container:NAME or --pid=host of Docker, shareProcessNamespace of Kubernetes"
-"""How containers come to see each other's processes."""
-
-
-def where_is(space: str) -> str:
-    """Return in words where processes of another process space than ours are."""
-    if space.partition("/")[0] == process_space().partition("/")[0]:
-        return "in another PID namespace of this host"
-    return "on another host"
-
-
-def how_to_share_memory(space: str) -> str:
-    """Return what lets processes of another process space share memory with ours, to be said after a refusal."""
-    return "" if where_is(space) == "on another host" else f"; or start both in one PID namespace ({SHARE_PIDS})"
+def network() -> str:
+    """Return what is equal in processes of this host with the same network namespace, and in no others."""
+    return f"{boot()}/{os.stat('/proc/self/ns/net').st_ino}"

@@ -76,7 +76,7 @@ class CollectiveDecodeChannel:
     def connect(self, contact: Contact) -> None:
         """Connect to the executor, as it said. Raises Disconnected if it does not answer."""
         self._pair.connect(contact)
-        self.end.watch(0, -1, True)
+        self.end.watch(-1, -1, True)
 
     @property
     def is_closed(self) -> bool:

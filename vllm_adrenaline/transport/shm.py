@@ -1,6 +1,7 @@
 """The shared-memory transport: one anonymous memory file (memfd) for each pair of decode worker and executor.
 
-A memfd has no name, so nothing is left behind, however the processes end. The executor opens it through /proc/PID/fd.
+A memfd has no name, so nothing is left behind, however the processes end. It is passed to the executor
+(system/descriptors.py).
 What lies in it, and how that is announced and waited for, is in csrc/shm. Here it becomes tensors.
 """
 
@@ -67,15 +68,16 @@ class ShmDecodeChannel:
             os.close(self.fd)
             raise
 
-    def watch(self, pid: int, pidfd: int, shared_core: bool) -> None:
+    def watch(self, folder: int, pidfd: int, shared_core: bool) -> None:
         """Say who answers. To be called before the first step.
 
         Args:
-            pid: of the executor, so that a late one may be seen to work; 0: it cannot be seen, and is taken not to.
+            folder: of the executor in /proc, so that a late one may be seen to work; -1: it is not seen, and taken not
+                to.
             pidfd: of the executor, so that its end ends every wait; -1: it is not watched.
             shared_core: whether the executor may run on our core, which spinning would keep from it.
         """
-        self.end.watch(pid, pidfd, shared_core)
+        self.end.watch(folder, pidfd, shared_core)
 
     @property
     def counters(self) -> tuple[int, int, int]:
