@@ -90,12 +90,13 @@ def ending_with(supervisor: Supervisor | None) -> Iterator[None]:
     def watch() -> None:
         while not is_done.wait(WATCH_S):
             try:
-                supervisor.check()
+                if not failures:
+                    supervisor.check()
             except AdrenalineError as error:
                 failures.append(error)
+            if failures:  # also what starts only now
                 for child in set(multiprocessing.active_children()) - before:
                     child.terminate()
-                return
 
     watcher = threading.Thread(target=watch, name="adrenaline-watch", daemon=True)
     watcher.start()
