@@ -30,13 +30,17 @@ MESSAGES: list[Any] = [
     {"role": "user", "content": "Tell me of the sea. " * 9},
 ]
 PROMPT = "Once upon a time there was " * 12
+GREEDY = {"extra_body": {"temperature": 0}}  # anthropic 2.14 has no argument for it
 ANSWER = {
     "type": "object",
     "properties": {"ok": {"type": "boolean"}},
     "required": ["ok"],
     "additionalProperties": False,
 }
-TOOL: Any = {"type": "function", "function": {"name": "say", "description": "Say it.", "parameters": ANSWER}}
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "say", "description": "Say it.", "parameters": ANSWER, "strict": True},
+}
 # Of random weights every token must be forced, also that the object ends.
 FLAGS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 FLAGS += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
@@ -202,7 +206,7 @@ def test_errors_are_the_exceptions_of_the_package(cluster: Cluster) -> None:
 
 
 def test_messages(cluster: Cluster, plain_anthropic: anthropic.Anthropic, offloaded: Callable[[], float]) -> None:
-    asked: Any = {"model": "m", "system": "Be brief.", "messages": MESSAGES[1:], "max_tokens": TOKENS, "temperature": 0}
+    asked: Any = {"model": "m", "system": "Be brief.", "messages": MESSAGES[1:], "max_tokens": TOKENS, **GREEDY}
 
     def texts(client: anthropic.Anthropic) -> list[str]:
         whole = client.messages.create(**asked)
@@ -219,10 +223,10 @@ def test_messages(cluster: Cluster, plain_anthropic: anthropic.Anthropic, offloa
     assert offloaded() == 2
 
 
-def test_messages_with_stop_sequences_thinking_and_tools(
+def test_messages_with_stop_sequences_and_tools(
     cluster: Cluster, plain_anthropic: anthropic.Anthropic, offloaded: Callable[[], float]
 ) -> None:
-    asked: Any = {"model": "m", "messages": MESSAGES[1:], "max_tokens": TOKENS, "temperature": 0}
+    asked: Any = {"model": "m", "messages": MESSAGES[1:], "max_tokens": TOKENS, **GREEDY}
     first = plain_anthropic.messages.create(**asked).content[0].text  # type: ignore[union-attr]
     for stop in (first[0], first[8:10]):
         got, wanted = (
@@ -231,7 +235,7 @@ def test_messages_with_stop_sequences_thinking_and_tools(
         )
         assert (got.content, got.stop_reason) == (wanted.content, wanted.stop_reason)
         assert got.stop_reason == "stop_sequence"
-    tool: Any = {"name": "say", "description": "Say it.", "input_schema": ANSWER}
+    tool: Any = {"name": "say", "description": "Say it.", "input_schema": ANSWER, "strict": True}
     answer = of_anthropic(cluster).messages.create(
         **asked | {"max_tokens": 60}, tools=[tool], tool_choice={"type": "tool", "name": "say"}
     )
