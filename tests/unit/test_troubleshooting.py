@@ -20,7 +20,7 @@ from tests.unit.test_resources import FOUND, MIB, WANTED
 from vllm_adrenaline import cli, plugin
 from vllm_adrenaline.compat import cpu_metadata, versions
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.control import messages, sockets
+from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.control.keys import Keys
 from vllm_adrenaline.engine import resources, setup
 from vllm_adrenaline.errors import AdrenalineError
@@ -104,7 +104,8 @@ def check_peers(patch: Patch, _: Path, answer: Any, **values: Any) -> None:
     patch.setattr(setup, "identity_of", lambda _: IDENTITY)
     patch.setattr(setup.sockets, "ask_once", lambda *_, **__: answer)
     patch.delenv(setup.PEERS_START_TOO, raising=False)
-    setup.check_peers(Options(role="decode", peers=ADDRESS, **values), None, print)  # type: ignore[arg-type]
+    options = Options(**{"role": "decode", "peers": ADDRESS} | values)
+    setup.check_peers(options, None, print)  # type: ignore[arg-type]
 
 
 def other_model(patch: Patch, tmp_path: Path) -> None:
@@ -115,12 +116,12 @@ def other_model(patch: Patch, tmp_path: Path) -> None:
 
 
 def no_executors(patch: Patch, tmp_path: Path) -> None:
-    check_peers(patch, tmp_path, msgspec.structs.replace(WELCOME, executors=[], process_space=machine.process_space()))
+    check_peers(patch, tmp_path, msgspec.structs.replace(WELCOME, executors=[], vicinity=addresses.vicinity(ADDRESS)))
 
 
 def other_container(patch: Patch, tmp_path: Path) -> None:
-    there = machine.process_space().partition("/")[0] + "/another"
-    check_peers(patch, tmp_path, msgspec.structs.replace(WELCOME, process_space=there))
+    there = f"{machine.boot()}/another network namespace"
+    check_peers(patch, tmp_path, msgspec.structs.replace(WELCOME, vicinity=there), peers="tcp://127.0.0.1:7000")
 
 
 def address_in_use(patch: Patch, _: Path) -> None:
