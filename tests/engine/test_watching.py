@@ -1,11 +1,16 @@
-"""What watches over a cluster, on real engines: dashboard, page, top, doctor and collect-env."""
+"""What watches over a cluster, on real engines: dashboard, page, top, doctor, collect-env and traces."""
 
 from __future__ import annotations
 
+import gzip
+import http.server
 import json
+import threading
+import urllib.request
 from pathlib import Path
 
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.conftest import Client, Work
@@ -49,3 +54,48 @@ def test_what_watches_over_a_cluster_finds_what_it_looks_for(
     assert "decode-0" in shown
     assert "prefill-0: running 0" in shown
     assert cluster.url.removeprefix("http://") not in shown
+
+
+class Collector(http.server.ThreadingHTTPServer):
+    """A collector of OpenTelemetry. `spans` has the trace and the name of each span that it was sent."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Posted)
+        self.spans: set[tuple[str, str]] = set()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Posted(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in resource.scope_spans:
+                self.server.spans |= {(span.trace_id.hex(), span.name) for span in scope.spans}  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.extended
+def test_the_trace_of_a_client_has_what_became_of_its_request(model: Path, tmp_path: Path) -> None:
+    trace, collector = "0af7651916cd43dd8448eb211c80319c", Collector()
+    endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+    args = ["--enforce-eager", "--num-gpu-blocks-override", "60", "--otlp-traces-endpoint", endpoint]
+    env = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
+    with Cluster(model, offload_ratio=1, args=args, env=env, logs=tmp_path) as cluster:
+        body = {"model": str(model), "prompt": list(range(5, 105)), "max_tokens": 20, "ignore_eos": True}
+        headers = {"Content-Type": "application/json", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+        request = urllib.request.Request(f"{cluster.url}/v1/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            assert answer.status == 200
+    wanted = {"claim", "placement", "remote_attention", "lease"}
+    assert {(trace, f"adrenaline.{name}") for name in wanted} <= collector.spans
+    assert (trace, "llm_request") in collector.spans, "vLLM's own"
+    collector.shutdown()
+    collector.server_close()

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from vllm_adrenaline.decode.spans import Spans
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.placement.batch import Progress
 from vllm_adrenaline.placement.policy import Reason
@@ -103,6 +104,7 @@ class RemoteRequest:
         is_mapped: once it is offloaded, whether this engine attends it.
         starved_since: since when it lacks a block to grow into; None if it lacks none.
         is_intact: False once something that is pulled may not have arrived.
+        spans: of the trace that its client began; None if nobody traces it.
     """
 
     request: Request
@@ -118,6 +120,10 @@ class RemoteRequest:
     is_mapped: bool = False
     starved_since: float | None = None
     is_intact: bool = True
+    spans: Spans | None = None
+
+    def __post_init__(self) -> None:
+        self.spans = Spans.of(self.request)
 
     @property
     def name(self) -> str:
@@ -158,6 +164,8 @@ class RemoteRequest:
             if STRICT in os.environ:
                 raise AssertionError(message)
             logger.error("%s", message)
+        if self.spans is not None:
+            self.spans.change(self, self.state.value, state.value)
         self.state = state
 
     # Everything that is ever written into a request's kv_transfer_params on this engine. NIXL acts on them.
