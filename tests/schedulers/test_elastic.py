@@ -14,7 +14,7 @@ from vllm_adrenaline.control.messages import Slack
 from vllm_adrenaline.engine import profile
 from vllm_adrenaline.engine.profile import Profile
 from vllm_adrenaline.kv.prompt_hash import prompt_hash
-from vllm_adrenaline.kv.stamp import STAY
+from vllm_adrenaline.kv.stamp import GIVES_UP, STAY
 from vllm_adrenaline.placement.costs import Costs
 
 LONG = list(range(10, 10 + 20 * BLOCK))
@@ -130,6 +130,19 @@ def test_a_request_stays_only_where_its_router_asked(prefill_engine: Callable[..
     assert engine.count("placements/stays/decode_full") == 1
     other = engine.arrive(LONG, KEEP, max_tokens=1)
     assert step(engine)[0] == {other.request_id: len(LONG)}
+
+
+def test_who_gives_a_prompt_up_is_not_taken_for_a_request_that_was_told_to_stay(
+    prefill_engine: Callable[..., PrefillEngine],
+) -> None:
+    engine = prefill_engine(elastic="both")
+    told(engine, FULL)
+    engine.arrive(LONG, KEEP | {STAY: 30}, max_tokens=1)
+    step(engine)
+    waits = engine.arrive(LONG[::-1], KEEP, max_tokens=1)
+    engine.arrive([7], {GIVES_UP: "t"}, max_tokens=1)
+    back = engine.arrive(LONG, None, max_tokens=30)
+    assert [each.request_id for each in engine.scheduler.waiting][:2] == [back.request_id, waits.request_id]
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1 << 30, "many", True, None])

@@ -219,9 +219,11 @@ class PrefillScheduler(Scheduler):
         """
         ticket = (request.kv_transfer_params or {}).get(GIVES_UP)
         super().add_request(request)
-        if isinstance(ticket, str) and 0 < len(ticket) <= MAX_TICKET:
-            with self.kv_lock:
-                self.leases.give_up(ticket)
+        if ticket is not None:
+            if isinstance(ticket, str) and 0 < len(ticket) <= MAX_TICKET:
+                with self.kv_lock:
+                    self.leases.give_up(ticket)
+            return
         if self._elastic is not None and not request.kv_transfer_params and self._elastic.note_arrival(request):
             compat.move_to_front(self, request)
 
