@@ -107,6 +107,14 @@ def test_both_engines_of_a_cluster_fit_this_machine(
     assert "may take 8.5 GiB by the prefill engine and 8.5 GiB by the decode engine" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags", [["--tensor-parallel-size", "2"], ["-tp=2"], ["--tensor_parallel_size=2"]])
+def test_the_workers_of_an_engine_divide_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    for command in commands_of(monkeypatch, tmp_path, args=flags).values():
+        assert float(command[command.index("--gpu-memory-utilization") + 1]) == pytest.approx(0.178, abs=0.002)
+
+
 def test_on_one_device_the_prefill_engine_has_all_memory_but_the_decode_engines_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

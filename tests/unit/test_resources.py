@@ -18,7 +18,7 @@ from vllm_adrenaline.config import Options
 from vllm_adrenaline.engine import resources, setup
 from vllm_adrenaline.engine.resources import MIB, Found, Wanted, refusals, warnings
 from vllm_adrenaline.errors import AdrenalineError
-from vllm_adrenaline.system.memory import GIB, Memory, read
+from vllm_adrenaline.system.memory import GIB, Memory, of_worker, read
 
 WANTED = Wanted(weights=2 * GIB, kv=4 * GIB, share=0.0, moves_priorities=True)
 FOUND = Found(Memory(64 * GIB, 7 * GIB), shm=GIB, files=1024, disks={"/tmp": GIB}, may_raise=True)
@@ -28,6 +28,7 @@ def test_a_machine_that_has_enough_is_not_complained_of() -> None:
     assert refusals(WANTED, FOUND) == []
     assert warnings(WANTED, FOUND) == []
     assert refusals(WANTED, replace(FOUND, shm=None, files=-1)) == [], "there is no /dev/shm, and no limit"
+    assert refusals(replace(WANTED, share=0.3), replace(FOUND, of_worker=16 * GIB)) == [], "it is of one NUMA node"
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,7 @@ def test_a_machine_that_has_enough_is_not_complained_of() -> None:
     [
         ({"kv": 6 * GIB}, {}, "KV cache takes 6.0 GiB of memory and the weights take 2.0 GiB, and 7.0 GiB .*--memory"),
         ({"share": 0.5}, {}, "utilization 0.5 is 32.0 of 64.0 GiB of memory, and 7.0 GiB are available"),
+        ({"share": 0.06, "workers": 2}, {}, "0.06 for each of 2 workers is 7.7 of 64.0 GiB of memory, and 7.0 GiB"),
         ({}, {"shm": 64 * MIB}, "/dev/shm has 64 MiB free, .* 240 MiB: .*--shm-size"),
         ({}, {"files": 256}, "may open 256 files .*ulimit -n 1024"),
         ({}, {"disks": {"/tmp": MIB}}, "/tmp has 1 MiB free, .*TMPDIR"),
@@ -67,14 +69,16 @@ def test_without_the_right_to_move_priorities_an_objective_is_warned_of_and_noth
 
 
 @pytest.mark.parametrize(
-    ("cache", "kv", "share"),
+    ("cache", "kv", "share", "workers"),
     [
-        ({"kv_cache_memory_bytes": 100}, 200, 0.0),
-        ({"num_gpu_blocks_override": 10}, 2 * 10 * 128 * 4 * 2 * 32 * 2, 0.9),
-        ({}, 0, 0.9),
+        ({"kv_cache_memory_bytes": 100}, 200, 0.0, 2),
+        ({"num_gpu_blocks_override": 10}, 2 * 10 * 128 * 4 * 2 * 32 * 2, 0.9, 1),
+        ({}, 0, 0.9, 2),
     ],
 )
-def test_what_is_wanted_is_what_vllm_will_take(tmp_path: Path, cache: dict[str, int], kv: int, share: float) -> None:
+def test_what_is_wanted_is_what_vllm_will_take(
+    tmp_path: Path, cache: dict[str, int], kv: int, share: float, workers: int
+) -> None:
     (tmp_path / "a.safetensors").write_bytes(bytes(70))
     nothing = {"kv_cache_memory_bytes": None, "num_gpu_blocks_override": None}
     config: Any = SimpleNamespace(
@@ -89,7 +93,7 @@ def test_what_is_wanted_is_what_vllm_will_take(tmp_path: Path, cache: dict[str, 
         ),
     )
     found = resources.wanted(Options(role="prefill", tpot_slo_ms=5), config)
-    assert found == Wanted(70, kv, share, moves_priorities=True)
+    assert found == Wanted(70, kv, share, moves_priorities=True, workers=workers)
     assert not resources.wanted(Options(role="decode", tpot_slo_ms=5), config).moves_priorities
 
 
@@ -122,8 +126,21 @@ def test_a_control_group_inside_of_the_container_limits_what_is_available(
     assert read(there(tmp_path, MEMINFO | groups)) == Memory(64 * GIB, 5 * GIB)
 
 
+def test_a_worker_takes_its_share_of_a_numa_node_or_of_the_container(tmp_path: Path) -> None:
+    sizes = {"node0": 32 * 2**20, "node1": 30 * 2**20, "node2": 0}  # kB; a node without memory has processors only
+    node = "sys/devices/system/node"
+    root = there(
+        tmp_path,
+        {f"{node}/{n}/meminfo": f"Node 0 MemTotal: {kb} kB\nNode 0 MemFree: 1 kB\n" for n, kb in sizes.items()},
+    )
+    assert of_worker(Memory(64 * GIB, GIB), root) == 30 * GIB
+    assert of_worker(Memory(8 * GIB, GIB), root) == 8 * GIB
+    assert of_worker(Memory(8 * GIB, GIB), tmp_path / "nothing") == 8 * GIB
+
+
 def test_this_machine_is_read() -> None:
     found = resources.read()
+    assert 0 < found.of_worker <= found.memory.total
     assert 0 < found.memory.available <= found.memory.total
     assert found.files == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert all(found.disks.values())

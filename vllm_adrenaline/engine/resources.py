@@ -39,14 +39,17 @@ class Wanted:
     Attributes:
         weights: bytes of the checkpoint; 0 if nobody knows.
         kv: bytes of the KV cache; 0 if vLLM finds out itself, from `share`.
-        share: of all memory, 0 to 1, that vLLM wants for weights and KV cache together; 0 if it does not ask for that.
+        share: of the memory of a worker (memory.of_worker), 0 to 1, that vLLM wants for its weights and its KV cache
+            together; 0 if it does not ask for that.
         moves_priorities: whether an objective is to be met by moving priorities.
+        workers: how many take it: one where another limit says how much they take.
     """
 
     weights: int
     kv: int
     share: float
     moves_priorities: bool
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Found:
         files: the most files that a process may open; -1: any number.
         disks: bytes free in each folder that is written to; None where nothing can be written.
         may_raise: whether priorities may be raised.
+        of_worker: bytes of which each worker takes its share; 0: of all memory.
     """
 
     memory: Memory
@@ -66,6 +70,7 @@ class Found:
     files: int
     disks: Mapping[str, int | None]
     may_raise: bool
+    of_worker: int = 0
 
 
 def refusals(wanted: Wanted, found: Found) -> list[str]:
@@ -77,9 +82,12 @@ def refusals(wanted: Wanted, found: Found) -> list[str]:
         "less (--kv-cache-memory-bytes, --num-gpu-blocks-override, --gpu-memory-utilization), free some, or raise the "
         "limit (docker run --memory)"
     )
-    if wanted.share * found.memory.total > available:
-        share = wanted.share * total
-        said.append(f"--gpu-memory-utilization {wanted.share:g} is {share:.1f} of {total:.1f} GiB of memory, {how}")
+    taken = wanted.workers * wanted.share * (found.of_worker or found.memory.total)
+    if taken > available:
+        each = f" for each of {wanted.workers} workers" if wanted.workers > 1 else ""
+        said.append(
+            f"--gpu-memory-utilization {wanted.share:g}{each} is {taken / GIB:.1f} of {total:.1f} GiB of memory, {how}"
+        )
     elif wanted.weights + wanted.kv > available:
         kv, weights = wanted.kv / GIB, wanted.weights / GIB
         said.append(f"the KV cache takes {kv:.1f} GiB of memory and the weights take {weights:.1f} GiB, {how}")
@@ -122,8 +130,9 @@ def wanted(options: Options, config: VllmConfig) -> Wanted:
         kv = 2 * cache.num_gpu_blocks_override * cache.block_size * model.get_num_layers(parallel) * token
     share = 0.0 if cache.kv_cache_memory_bytes else cache.gpu_memory_utilization
     weights = sum(file.stat().st_size for file in Path(model.model).glob("*.safetensors"))
+    workers = 1 if cache.num_gpu_blocks_override else parallel.tensor_parallel_size
     has_objective = options.role == "prefill" and bool(options.ttft_slo_ms or options.tpot_slo_ms)
-    return Wanted(weights, kv, share, has_objective)
+    return Wanted(weights, kv, share, has_objective, workers)
 
 
 def read() -> Found:
@@ -142,7 +151,8 @@ def read() -> Found:
     cache = cache_folder()
     disks[str(cache)] = free_bytes(cache)
     shm = free_bytes(SHM) or 0 if SHM.is_dir() else None
-    return Found(memory.read(), shm, files, disks, may_raise)
+    there = memory.read()
+    return Found(there, shm, files, disks, may_raise, memory.of_worker(there))
 
 
 def free_bytes(folder: Path) -> int | None:

@@ -157,4 +157,5 @@ class Cluster(Running):
             f"memory: {found.available / GIB:.1f} of {found.total / GIB:.1f} GiB are available, of which "
             f"weights and KV cache may take {taken} (--gpu-memory-utilization)"
         )
-        return {role: ["--gpu-memory-utilization", f"{shares[role]:.3f}"] for role in free}
+        each = {role: shares[role] / memory.workers(self._args[role]) for role in free}
+        return {role: ["--gpu-memory-utilization", f"{each[role]:.3f}"] for role in free}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,14 @@ def is_chosen(args: Sequence[str], env: Mapping[str, str]) -> bool:
     return CHOSEN_BY_VARIABLE in env or any(
         arg.replace("_", "-").startswith(flag) for arg in args for flag in CHOSEN_BY_FLAG if arg.startswith("--")
     )
+
+
+def workers(args: Sequence[str]) -> int:
+    """Return how many workers an engine with these flags of vLLM has: each takes its --gpu-memory-utilization."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tensor-parallel-size", "--tensor_parallel_size", "-tp", dest="workers", default="1")
+    found = str(parser.parse_known_args(args)[0].workers)
+    return max(1, int(found)) if found.isdecimal() else 1
 
 
 def least_share(model: str, args: Sequence[str], memory: Memory) -> float:

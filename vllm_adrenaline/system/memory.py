@@ -39,6 +39,17 @@ def read(root: Path = Path("/")) -> Memory:
     return Memory(total, min([available, *_left_in_own_groups(root, total)]))
 
 
+def of_worker(memory: Memory, root: Path = Path("/")) -> int:
+    """Return the bytes of which vLLM lets one worker take its --gpu-memory-utilization.
+
+    They are those of one NUMA node, of the smallest if they differ, or of the container if it has less.
+    """
+    nodes = (root / "sys/devices/system/node").glob("node*/meminfo")
+    lines = [line for file in nodes for line in file.read_text().splitlines() if "MemTotal:" in line]
+    sizes = [1024 * int(line.split()[-2]) for line in lines]
+    return min([memory.total, *(size for size in sizes if size)])
+
+
 def _left_in_own_groups(root: Path, total: int) -> list[int]:
     """Return the bytes that the control group of this process, and those it is in, may still take."""
     try:
