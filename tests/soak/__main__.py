@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ class Soak:
 
     def run(self, url: str, wanted: list[Any]) -> Traffic:
         """Serve, break and sample until the time is over, then let everything come to rest."""
-        threads = [threading.Thread(target=each, daemon=True) for each in (self._recover, self._sample)]
+        watchers = (self._recover, self._sample)
+        threads = [threading.Thread(target=self._until_done, args=(each,), daemon=True) for each in watchers]
         for thread in threads:
             thread.start()
         with Traffic(url, wanted, self.note_token, self.seed) as traffic:
@@ -113,6 +115,13 @@ class Soak:
                 self.struck[fault.__name__] += 1
             except (IndexError, StopIteration, ProcessLookupError, KeyError):
                 self.struck["nobody was there to be hit"] += 1
+
+    def _until_done(self, watch: Callable[[], None]) -> None:
+        """Run a watcher. One that ends before the run does would let everything seem well."""
+        try:
+            watch()
+        except Exception as error:
+            self.wrong.append(f"nobody {watch.__name__.strip('_')}s any more: {error!r}")
 
     def _recover(self) -> None:
         recovery = Recovery(self.supervisor)
@@ -148,6 +157,7 @@ def report(soak: Soak, traffic: Traffic, out: Path) -> bool:
     trends = soak.samples.trends(soak.end * 2 / 3, soak.end)
     is_long = soak.minutes >= JUDGED
     wrong = [*soak.wrong, *traffic.wrong, *(f"{t.name} grows" for t in trends if t.verdict == "grows" and is_long)]
+    wrong += [f"{t.name}: there are {t.samples} samples" for t in trends if t.verdict == "few" and is_long]
     if not traffic.outcomes["equal"]:
         wrong.append("nothing was answered")
     print(f"\n{sum(traffic.outcomes.values())} requests in {soak.end / 60:.1f} minutes")
