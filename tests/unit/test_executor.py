@@ -527,6 +527,19 @@ def test_an_executor_that_attaches_but_serves_no_step_is_not_used(
         assert far_step(link) == [0, 0]
 
 
+def test_a_start_does_not_wait_for_an_executor_that_hangs(
+    networked: str, monkeypatch: pytest.MonkeyPatch, kernel: Kernel
+) -> None:
+    monkeypatch.setattr(link_module, "WARM_UP_S", 0.05)
+    began = time.monotonic()
+    with linked(networked, monkeypatch, "a") as link:
+        link.is_far = False
+        with pytest.raises(Unfit, match="does not answer in time"):
+            link.attach_until(began + 60)
+        assert time.monotonic() - began < 5
+        kernel.may_go.set()
+
+
 def test_without_a_network_between_them_two_hosts_learn_which_option_names_it(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,8 @@ class Link:
     def attach(self, budget_s: tuple[float, float] | None = None) -> None:
         """Find the executor of our rank through its prefill engine, attach, and have it serve a step of one row.
 
-        `budget_s`: of that step, as in StepTransport.begin. None: what an executor is granted that is used again.
+        `budget_s`: of that step, as in StepTransport.begin. None: what an executor is granted that is used again. One
+        that does not serve it is waited for then until it has let go, and killed if that takes long.
 
         Raises:
             NoAnswer: one of the two does not answer.
@@ -137,7 +138,10 @@ class Link:
         finally:
             if not is_fit:
                 channel.leave()
-                self._let_go_of(channel)
+                if budget_s is None:
+                    self._let_go_of(channel)
+                else:  # at the start nothing here is of use to us yet: it may hang, and we say so
+                    self._close(channel)
         if not is_fit:
             raise Unfit(f"the attention executor behind {self.address} does not answer in time")
         self._before = channel.counters
