@@ -62,6 +62,7 @@ def test_what_a_prompt_that_ended_early_has_is_used_and_the_rest_computed(engine
     assert decode["vllm:nixl_bytes_transferred_sum"] > 0
 
 
+@pytest.mark.extended
 def test_requests_that_are_aborted_anywhere_leave_nothing(engines: Fleet) -> None:
     prefill = engines["prefill"].counting()
     run(abort_at_random(engines.doors["decode"].url, WORK * 2, seed=3))
