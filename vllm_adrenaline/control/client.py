@@ -165,15 +165,12 @@ class PrefillClient(threading.Thread):
         """
         if welcome.vicinity != addresses.vicinity(self.address):
             return -1
-        ours = os.pidfd_open(os.getpid())
         try:
-            token, theirs = descriptors.exchange(addresses.for_descriptors(self.address), [ours])
+            token, theirs = descriptors.introduce(addresses.for_descriptors(self.address))
             process = PeerProcess(theirs)
-        except AdrenalineError as error:
+        except (AdrenalineError, OSError) as error:
             logger.warning("only silence will show that the prefill engine at %s has gone: %s", self.address, error)
             return -1
-        finally:
-            os.close(ours)
         self._process = process
         stack.callback(self._forget_process, process)
         self._say(socket, msgspec.structs.replace(self._hello, process=token))

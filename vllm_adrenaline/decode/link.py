@@ -151,9 +151,8 @@ class Link:
         """Attach to an executor on this host, over shared memory."""
         channel, process = ShmDecodeChannel(self.shape), None
         cpus = sorted(os.sched_getaffinity(0))
-        ours = os.pidfd_open(os.getpid())
         try:
-            token, theirs = descriptors.exchange(addresses.for_descriptors(executor), [ours, channel.fd])
+            token, theirs = descriptors.introduce(addresses.for_descriptors(executor), [channel.fd])
             process = PeerProcess(theirs)
             answer = self._ask_to_attach(executor, messages.MemoryFile(token, cpus), channel.epoch)
         except BaseException as error:
@@ -163,8 +162,6 @@ class Link:
             if isinstance(error, descriptors.Unreachable):
                 raise NoAnswer(f"the attention executor at {executor} does not answer: {error}") from None
             raise
-        finally:
-            os.close(ours)
         self._process, self.pid = process, answer.pid
         channel.watch(process.folder, process.pidfd, shared_core=bool({*cpus} & {*answer.cpus}))
         return channel

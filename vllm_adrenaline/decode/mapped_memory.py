@@ -206,13 +206,11 @@ def ask_to_map(address: str, identity: messages.Identity, rank: int, member: str
     Raises:
         AdrenalineError: it refuses, or is on another host; NoAnswer: it does not answer.
     """
-    ours = os.pidfd_open(os.getpid())
+    where, wanted = addresses.for_descriptors(address), messages.offer_of(rank)
     try:
-        token, theirs = descriptors.exchange(addresses.for_descriptors(address), [ours], messages.offer_of(rank))
+        token, theirs = descriptors.introduce(where, wanted=wanted)
     except descriptors.Unreachable as error:
         raise _why_not(address, identity, str(error)) from None
-    finally:
-        os.close(ours)
     # Whoever knows the token is who has given us his descriptors, and no prefill engine that came after him.
     try:
         answer = sockets.ask_once(address, messages.Map(identity, rank, member, token), ANSWER_S)

@@ -84,12 +84,8 @@ class PrefillWorker(CPUWorker):
         if (moved := self._weights) is not None:
             weights = SharedWeights(moved.size, moved.table)
             files.append(moved.fd)
-        process = os.pidfd_open(os.getpid())
-        try:
-            address = addresses.for_descriptors(Options.of(self.vllm_config).listen_address)
-            token, theirs = descriptors.exchange(address, [process, *files])
-        finally:
-            os.close(process)
+        address = addresses.for_descriptors(Options.of(self.vllm_config).listen_address)
+        token, theirs = descriptors.introduce(address, files)
         descriptors.close(theirs)
         return msgspec.msgpack.encode(WorkerExport(kv, weights, token))
 

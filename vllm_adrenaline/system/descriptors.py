@@ -82,6 +82,15 @@ def exchange(address: str, deposited: Sequence[int], wanted: int = PROCESS) -> t
     raise Unreachable(f"who passes descriptors at {_in_words(address)} does not pass these, or not yet")
 
 
+def introduce(address: str, more: Sequence[int] = (), wanted: int = PROCESS) -> tuple[bytes, list[int]]:
+    """Deposit the pidfd of this process, and `more` behind it. All else is as in `exchange`."""
+    ours = os.pidfd_open(os.getpid())
+    try:
+        return exchange(address, [ours, *more], wanted)
+    finally:
+        os.close(ours)
+
+
 class Server(threading.Thread):
     """The thread that offers descriptors of this process, and keeps what others deposit until it is taken.
 
