@@ -199,6 +199,20 @@ def test_what_the_prefill_engine_has_not_signed_reaches_no_prompt(
     assert engine.count("refused_params") == engine.count("unsigned_params") == 1
 
 
+def test_prompts_that_are_given_up_say_nothing_of_how_long_answers_get(decode: Any, prefill: Prefill) -> None:
+    """As the proxy gives them up, one for each client that leaves: with a request for another prompt, and one token."""
+    engine = decode(ratio="1")
+    lengths = engine.scheduler.table.admission.lengths
+    before = lengths.expected_growth(0, 1000)
+    for number in range(lengths.ENOUGH):
+        finish(engine, engine.arrive([0], params(PROMPT, f"prompt {number}"), max_tokens=1))
+        assert prefill.expect(messages.Drop).requests == [f"prompt {number}"]
+    assert lengths.expected_growth(0, 1000) == before
+    for _ in range(lengths.ENOUGH):
+        finish(engine, engine.arrive([0], max_tokens=2))
+    assert lengths.expected_growth(0, 1000) == 2
+
+
 def test_addresses_may_be_changed_by_routers(decode: Any, prefill: Prefill) -> None:
     engine = decode(ratio="0")
     engine.arrive(

@@ -49,7 +49,8 @@ class DecodeSchedulerSide(SchedulerSide):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         self.table.finished(request.request_id)
-        if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+        is_answered = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+        if is_answered and request.max_tokens > 1:  # by those of one token prompts are given up, or engines looked at
             self.table.admission.lengths.ended(request.num_output_tokens)
         return super().request_finished(request, block_ids)
 
