@@ -66,7 +66,7 @@ def folder(model: Path, tmp_path: Path) -> Path:
     ("page", "printed"),
     [
         (MAKES_ITS_MODEL, r'"completion_tokens":16(.|\n)*local +fits +1\n'),
-        ("docs/up.md", r"/decode/0: 0 running"),
+        ("docs/up.md", r"/engines/decode-0: 0 running"),
         ("docs/by-hand.md", r'"completion_tokens":16'),
         ("examples/README.md", r"\n'Once upon a time': '.+'\n'The capital of France is': '.+'"),
     ],
