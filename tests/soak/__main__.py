@@ -158,8 +158,10 @@ def report(soak: Soak, traffic: Traffic, out: Path) -> bool:
     is_long = soak.minutes >= JUDGED
     wrong = [*soak.wrong, *traffic.wrong, *(f"{t.name} grows" for t in trends if t.verdict == "grows" and is_long)]
     wrong += [f"{t.name}: there are {t.samples} samples" for t in trends if t.verdict == "few" and is_long]
-    if not traffic.outcomes["equal"]:
-        wrong.append("nothing was answered")
+    if traffic.outcomes["equal"] < sum(traffic.outcomes.values()) / 2:
+        wrong.append("less than half of the requests were answered")
+    idle = [name for name in ("decode", "second") if not soak.samples.offloads(name, soak.end * 2 / 3)]
+    wrong += [f"the {name} engine offloads nothing any more" for name in idle if is_long]
     print(f"\n{sum(traffic.outcomes.values())} requests in {soak.end / 60:.1f} minutes")
     for outcome, count in traffic.outcomes.most_common():
         print(f"  {count:6d}  {outcome}")

@@ -45,6 +45,12 @@ class Samples:
         self.points: dict[tuple[str, str], dict[int, list[tuple[float, float]]]] = defaultdict(
             lambda: defaultdict(list)
         )
+        self.offloaded: dict[str, list[tuple[float, float]]] = defaultdict(list)
+
+    def offloads(self, engine: str, since: float) -> bool:
+        """Say whether an engine has had rows attended by executors since a time."""
+        rows = [rows for at, rows in self.offloaded[engine] if at >= since]
+        return bool(rows) and rows[-1] > rows[0]
 
     def add(self, kind: str, engine: str, life: int, at: float, value: float) -> None:
         """Add a value at a time in seconds."""
@@ -67,8 +73,9 @@ class Samples:
             self.add("memory files", name, group, at, files)
             if name != "proxy":
                 with contextlib.suppress(AdrenalineError):
-                    usage = EngineMetrics(url).read().value("vllm:kv_cache_usage_perc")
-                    self.add("blocks in use", name, group, at, 100 * usage)
+                    metrics = EngineMetrics(url).read()
+                    self.add("blocks in use", name, group, at, 100 * metrics.value("vllm:kv_cache_usage_perc"))
+                    self.offloaded[name].append((at, metrics.value("vllm:adrenaline_remote_attention_rows_total")))
         size = 0
         for entry in os.scandir("/dev/shm"):
             with contextlib.suppress(OSError):

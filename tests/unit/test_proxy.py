@@ -245,6 +245,11 @@ def test_without_a_decode_engine_it_is_503_and_without_a_prefill_engine_decode_c
     asyncio.run(run())
 
 
+def prompts(p: FakeEngine) -> list[dict[str, Any]]:
+    """Return the requests by which a prefill engine was asked for a prompt."""
+    return [body for _, body, _ in p.seen if bodies.TICKET in body["kv_transfer_params"]]
+
+
 def test_no_prompt_is_computed_while_nobody_can_decode_it() -> None:
     async def run() -> None:
         p, d = good_prefill(), good_decode()
@@ -259,10 +264,10 @@ def test_no_prompt_is_computed_while_nobody_can_decode_it() -> None:
                     for _ in range(3):
                         async with client.post("/v1/completions", json=BODY) as answer:
                             assert answer.status == 503
-                    assert len(p.seen) == 1, "it was not known before the first one"
+                    assert len(prompts(p)) == 1, "it was not known before the first one"
                     async with d.serve(port), client.post("/v1/completions", json=BODY) as answer:
                         assert answer.status == 200
-                    assert len(p.seen) == 2
+                    assert len(prompts(p)) == 2
             finally:
                 await asyncio.to_thread(proxy.stop)
                 listener.close()
@@ -475,22 +480,24 @@ def test_taken_port_is_one_sentence() -> None:
 
 # Prompts that no decode engine took
 
-RELEASE = {"model": "m", "prompt": [0], "max_tokens": 1, "kv_transfer_params": PARAMS}
 
-
-async def released(d: FakeEngine, count: int = 1) -> list[dict[str, Any]]:
-    """Return the requests by which a decode engine was told to give a prompt up.
+async def given_up(p: FakeEngine, count: int = 1) -> list[dict[str, Any]]:
+    """Return the requests by which a prefill engine was told that a prompt is given up, and check them.
 
     `count` of them are waited for, and then a moment for more to come.
     """
 
     def found() -> list[dict[str, Any]]:
-        return [body for _, body, _ in d.seen if body["prompt"] == [0]]
+        return [body for _, body, _ in p.seen if bodies.GIVES_UP in (body["kv_transfer_params"] or {})]
 
     deadline = time.monotonic() + 5
     while len(found()) < count and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.3)
+    ticket = p.seen[0][1]["kv_transfer_params"][bodies.TICKET]
+    assert len(ticket) == 32
+    wanted = {"model": "m", "prompt": [0], "max_tokens": 1, "kv_transfer_params": {bodies.GIVES_UP: ticket}}
+    assert all(body == wanted for body in found())
     return found()
 
 
@@ -500,9 +507,9 @@ def test_a_prompt_that_decode_refuses_is_given_up_once(status: int) -> None:
         headers = {"Authorization": "Bearer k", "X-Request-Id": "r1"}
         async with client.post("/v1/completions", json=BODY | {"min_tokens": 9}, headers=headers) as answer:
             assert answer.status == status
-        assert await released(d) == [RELEASE]
-        assert d.seen[-1][2]["authorization"] == "Bearer k"
-        assert d.seen[-1][2].get("x-request-id") != "r1"
+        assert len(await given_up(p)) == 1
+        assert p.seen[-1][2]["authorization"] == "Bearer k"
+        assert p.seen[-1][2].get("x-request-id") != "r1"
 
     with_proxy(good_prefill, lambda: FakeEngine({"error": {}}, status=status), test)
 
@@ -513,7 +520,7 @@ def test_a_prompt_that_decode_took_is_not_given_up(stream: bool) -> None:
         async with client.post("/v1/chat/completions", json=BODY | {"stream": stream}) as answer:
             assert answer.status == 200
             await answer.read()
-        assert await released(d, 0) == []
+        assert await given_up(p, 0) == []
 
     with_proxy(good_prefill, good_decode, test)
 
@@ -526,9 +533,7 @@ def test_a_prompt_whose_client_leaves_before_it_is_computed_is_given_up_by_its_t
         p.wait = False
         request.cancel()
         await p.cancelled.wait()
-        ticket = p.seen[0][1]["kv_transfer_params"][bodies.TICKET]
-        assert len(ticket) == 32
-        assert await released(p) == [RELEASE | {"kv_transfer_params": {bodies.GIVES_UP: ticket}}]
+        assert len(await given_up(p)) == 1
         assert p.seen[-1][2]["authorization"] == "Bearer k"
         assert p.seen[-1][2].get("x-request-id") != "r1"
         assert not d.seen
@@ -543,7 +548,7 @@ def test_a_prompt_whose_client_leaves_before_decode_answers_is_given_up() -> Non
         d.wait = False
         request.cancel()
         await d.cancelled.wait()
-        assert await released(d) == [RELEASE]
+        assert len(await given_up(p)) == 1
 
     with_proxy(good_prefill, lambda: FakeEngine({}, wait=True), test)
 
@@ -555,14 +560,13 @@ def test_with_one_decode_engine_down_another_one_decodes_or_gives_the_prompt_up(
         async with p.serve(), d.serve():
             listener = bind("127.0.0.1", 0)
             engines = [f"http://127.0.0.1:{reserve_ports(1)[0]}", d.url]
-            # The turn of a refused prompt's release is the next one's.
             proxy = ServerThread(listener, [p.url], engines[::-1] if refuses else engines)
             proxy.start()
             try:
                 async with aiohttp.ClientSession(url_of(listener)) as client:
                     async with client.post("/v1/completions", json=BODY) as answer:
                         assert answer.status == d.status
-                    assert await released(d, int(refuses)) == [RELEASE] * refuses
+                    assert len(await given_up(p, int(refuses))) == refuses
             finally:
                 await asyncio.to_thread(proxy.stop)
                 listener.close()
@@ -570,11 +574,28 @@ def test_with_one_decode_engine_down_another_one_decodes_or_gives_the_prompt_up(
     asyncio.run(run())
 
 
+def test_all_prompts_are_given_up_however_many_clients_leave_at_once() -> None:
+    async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
+        asked = [asyncio.create_task(client.post("/v1/completions", json=BODY)) for _ in range(90)]
+        while len(p.seen) < len(asked):
+            await asyncio.sleep(0.01)
+        p.wait = False
+        for each in asked:
+            each.cancel()
+        tickets = {body["kv_transfer_params"][bodies.TICKET] for _, body, _ in p.seen}
+        deadline = time.monotonic() + 10
+        while len(p.seen) < 2 * len(asked) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        assert {body["kv_transfer_params"].get(bodies.GIVES_UP) for _, body, _ in p.seen[len(asked) :]} == tickets
+
+    with_proxy(lambda: FakeEngine({}, wait=True), good_decode, test)
+
+
 def test_a_prompt_that_prefill_did_not_keep_is_not_given_up() -> None:
     async def test(client: aiohttp.ClientSession, p: FakeEngine, d: FakeEngine) -> None:
         async with client.post("/v1/completions", json=BODY) as answer:
             assert answer.status == 400
-        assert await released(d, 0) == []
+        assert await given_up(p, 0) == []
 
     with_proxy(lambda: FakeEngine({"kv_transfer_params": None}), lambda: FakeEngine({}, status=400), test)
 

@@ -8,6 +8,8 @@ from vllm_adrenaline.system.statistics import percentile
 
 FLOOR_S = 0.3
 """However short steps are: where processes share cores, one may stand still for so long."""
+LOOK_S = 1.0
+"""However long steps usually wait, an executor is looked at after this: one that was stopped is given up by then."""
 STEPS, USUAL = 64, 0.9
 """What is usual is this percentile of so many steps."""
 SOFT, HARD = 4.0, 2.0
@@ -35,4 +37,4 @@ class Patience:
         """Seconds until an executor that does not work is given up, and until any is. The former is the smaller one."""
         usual = percentile(self._waits, USUAL)
         hard = max(self._timeout_s, HARD * usual)
-        return min(max(FLOOR_S, SOFT * usual), hard), hard
+        return min(max(FLOOR_S, SOFT * usual), LOOK_S, hard), hard

@@ -110,4 +110,6 @@ async def watch(path: Path, known: EngineLists, change: Callable[[EngineLists], 
                     logger.warning("the engines are now %d prefill, %d decode", len(new.prefill), len(new.decode))
             except AdrenalineError as error:
                 logger.error("%s; the engines stay as they were", error)
+            except Exception:
+                logger.exception("the engines stay as they were")
         await asyncio.sleep(WATCH_S)

@@ -22,7 +22,10 @@ class Refused(Exception):
 
 def content(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     """Return the JSON of an error as vLLM would answer it. The outer `type` is what clients of Anthropic's API want."""
-    name = HTTPStatus(status).phrase.title().replace(" ", "")
+    try:
+        name = HTTPStatus(status).phrase.title().replace(" ", "")
+    except ValueError:  # as those of some load balancers before an engine
+        name = "Unknown"
     kind = "InternalServerError" if status == HTTPStatus.INTERNAL_SERVER_ERROR else f"{name}Error"
     return {"type": "error", "error": {"message": message, "type": kind, "param": param, "code": status}}
 

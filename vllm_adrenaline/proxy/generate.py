@@ -19,12 +19,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from vllm_adrenaline.proxy import bodies, choice, release
+from vllm_adrenaline.proxy import bodies, choice
 from vllm_adrenaline.proxy.apis import APIS, Api
 from vllm_adrenaline.proxy.counts import Counts
 from vllm_adrenaline.proxy.errors import Refused, error_response
 from vllm_adrenaline.proxy.guard import Bodies, request_id
 from vllm_adrenaline.proxy.limits import Limits
+from vllm_adrenaline.proxy.release import Releases
 from vllm_adrenaline.proxy.sender import ClientGone, Sender, said
 from vllm_adrenaline.proxy.upstream import (
     UNREACHABLE,
@@ -60,7 +61,7 @@ class Generate:
     def __init__(self, prefill: Engines, decode: Engines, limits: Limits, counts: Counts) -> None:
         self._prefill, self._decode, self._limits, self._counts = prefill, decode, limits, counts
         self._bodies = Bodies(limits)
-        self._releases = release.Releases(decode)
+        self._releases = Releases()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request. All work for it stops as soon as the client is gone."""
@@ -156,7 +157,7 @@ class Generate:
             await self._decoded(answer, bodies.encode(bodies.for_decode(body, params)), prompt)
         finally:  # also when the client is gone
             if not answer.taken:
-                self._releases.start(body.get("model"), params, answer.headers)
+                give_up(engine)
 
     def _prompt(self, api: Api | None, body: bodies.Body, session: str | None) -> _Prompt:
         if api is None:
@@ -172,7 +173,7 @@ class Generate:
         """Return a prefill engine and its answer, or the response for the client if it refused the request.
 
         None says that none of them answers: the decode engine will compute the prompt itself. `give_up` is called with
-        an engine that may have a prompt whose client is gone.
+        an engine that may have a prompt that nobody will take.
         """
         for engine in self._prefill.choose(prompt.beginnings, prompt.session):
             if time.monotonic() < engine.rests_until:
@@ -192,8 +193,10 @@ class Generate:
             except UNREACHABLE as error:
                 failed = unreachable(engine, error)
                 engine.note(was_reached=not failed.elsewhere)
-                if isinstance(error, TimeoutError) and not failed.elsewhere:
-                    raise EngineFailed(engine, "silent", "no answer in time", status=504) from error
+                if not failed.elsewhere:
+                    give_up(engine)
+                    if isinstance(error, TimeoutError):
+                        raise EngineFailed(engine, "silent", "no answer in time", status=504) from error
                 self._note(failed, answer.name)
                 continue
             if status >= 500:

@@ -99,6 +99,7 @@ def make_server(
         ws="none",
         h11_max_incomplete_event_size=limits.max_header_bytes,
         timeout_keep_alive=limits.idle_seconds,  # type: ignore[arg-type]
+        log_config=None,  # what it says goes where all goes, and is bounded there
         log_level="error",  # of warnings it has one for every client that sends nonsense
         access_log=False,
         server_header=False,
