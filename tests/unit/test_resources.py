@@ -174,3 +174,9 @@ def test_a_small_dev_shm_and_a_small_disk_are_seen(tmp_path: Path) -> None:
         "/dev/shm has 64 MiB free",
         f"{tmp_path} has 1 MiB free",
     ]
+
+
+def test_a_folder_of_a_read_only_file_system_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (resources.free_bytes(tmp_path) or 0) > 0
+    monkeypatch.setattr(resources.os, "access", lambda *_: False)  # as the system says it to root as well
+    assert resources.free_bytes(tmp_path / "not there yet") is None

@@ -6,6 +6,7 @@ a worker (vllm/v1/worker/cpu_worker.py; distributed/device_communicators/shm_bro
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import tempfile
@@ -156,9 +157,12 @@ def read() -> Found:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Return the bytes that may be written into a folder, or the next one above it that is there; None: it is gone."""
+    """Return the bytes that are free for a folder, or for the next one above it that is there.
+
+    None: nothing can be written there, e.g. in a container whose files are read-only.
+    """
     there = next((each for each in (folder, *folder.parents) if each.exists()), None)
     try:
-        return shutil.disk_usage(there).free if there else None
+        return shutil.disk_usage(there).free if there and os.access(there, os.W_OK) else None
     except OSError:
         return None
