@@ -65,6 +65,7 @@ def test_parts_fit_together_or_are_refused(total: int, used: float, engines: int
         (["--gpu-memory-utilization", "0.3"], {}, True),
         (["--gpu_memory_utilization=0.3"], {}, True),
         (["--kv-cache-memory-bytes", "100"], {}, True),
+        (["--num-gpu-blocks-override", "100"], {}, False),  # vLLM wants its share all the same
         ([], {"VLLM_CPU_KVCACHE_SPACE": "4"}, True),
     ],
 )

@@ -19,7 +19,7 @@ KV_ELEMENT_BYTES = 4
 """The most bytes that an element of the KV cache has."""
 WEIGHTS_FACTOR = 1.2
 """What a worker takes for its weights, over the size of the checkpoint."""
-CHOSEN_BY_FLAG = ("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--num-gpu-blocks-override")
+CHOSEN_BY_FLAG = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 CHOSEN_BY_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
