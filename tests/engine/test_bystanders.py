@@ -17,6 +17,7 @@ def test_an_executor_that_is_late_for_two_decode_engines_serves_both_again(stand
     work = workload(4, seed=62, prompts=[100, 300], outputs=[300])
     wanted = plain.tokens(work)
     executors = executors_of(standard["prefill"].pid)
+    assert all(offloads_again(standard, name) for name in ("decode", "small"))  # earlier tests have killed some
     counts = {name: standard[name].counting() for name in ("decode", "small")}
     with ThreadPoolExecutor() as pool:
         answers = [pool.submit(standard.door(name, 1).complete, work) for name in counts]
