@@ -11,6 +11,8 @@ import pytest
 from tests.engine.conftest import Counting, Fleet, Plain, Wanted, eventually, fleet, run, tokens, workload
 from tests.engine.test_offload import abort_at_random
 
+pytestmark = pytest.mark.extended  # tests/schedulers has as much of it as is decided there
+
 PROMPTS, OUTPUTS = (600, 130, 400, 300), (60, 5, 30, 90)
 WORK = workload(40, seed=61, prompts=PROMPTS, outputs=OUTPUTS)
 SLOW = {"key": {}, "costs": {"step": [[1, 0.05], [4096, 0.06]], "local": 1e-6, "remote": [1e-6]}}
@@ -62,7 +64,6 @@ def test_what_a_prompt_that_ended_early_has_is_used_and_the_rest_computed(engine
     assert decode["vllm:nixl_bytes_transferred_sum"] > 0
 
 
-@pytest.mark.extended
 def test_requests_that_are_aborted_anywhere_leave_nothing(engines: Fleet) -> None:
     prefill = engines["prefill"].counting()
     run(abort_at_random(engines.doors["decode"].url, WORK * 2, seed=3))
