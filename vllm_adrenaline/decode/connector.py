@@ -50,7 +50,7 @@ class DecodeSchedulerSide(SchedulerSide):
     ) -> tuple[bool, dict[str, Any] | None]:
         self.table.finished(request.request_id)
         is_answered = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
-        if is_answered and request.max_tokens > 1:  # by those of one token prompts are given up, or engines looked at
+        if is_answered and request.max_tokens > 1:  # by those of one token engines are looked at
             self.table.admission.lengths.ended(request.num_output_tokens)
         return super().request_finished(request, block_ids)
 

@@ -19,7 +19,7 @@ from vllm_adrenaline.engine import resources, setup
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import memory
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics, get_page
-from vllm_adrenaline.launch.status import engines_at
+from vllm_adrenaline.launch.status import engines_at, name_at
 from vllm_adrenaline.native import loader
 from vllm_adrenaline.proxy import limits, server
 from vllm_adrenaline.proxy.snapshot import Snapshot
@@ -137,7 +137,7 @@ def cluster(url: str) -> Iterator[Finding]:
     if engines != [url] and (text := _ill(url)):
         yield Finding("proxy", text)
     for engine in engines:
-        name = engine.rpartition("/engines/")[2]
+        name = name_at(engine)
         try:
             metrics = EngineMetrics(engine).read()
         except AdrenalineError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from vllm_adrenaline.diagnosis import checks
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics
-from vllm_adrenaline.launch.status import engines_at
+from vllm_adrenaline.launch.status import engines_at, name_at
 from vllm_adrenaline.system import cores, machine, memory
 from vllm_adrenaline.system.memory import GIB
 
@@ -97,7 +97,7 @@ def _findings() -> Iterator[str]:
 
 def _engines(url: str) -> Iterator[str]:
     for number, engine in enumerate(engines_at(url)):
-        name = engine.rpartition("/engines/")[2] if "/engines/" in engine else f"engine {number}"
+        name = f"engine {number}" if (name := name_at(engine)) == engine else name  # no addresses
         try:
             state = EngineMetrics(engine).read().state()
         except AdrenalineError:

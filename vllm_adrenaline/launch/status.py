@@ -46,6 +46,11 @@ def engines_at(url: str) -> list[str]:
         return [url]
 
 
+def name_at(url: str) -> str:
+    """Return the name of an engine behind a proxy, of `engines_at`; of one that stands alone, its address."""
+    return url.rpartition("/engines/")[2]
+
+
 def run(urls: Sequence[str], as_json: bool) -> int:
     """Print the status of the engines at or behind `urls` and return 0.
 

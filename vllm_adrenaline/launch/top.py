@@ -15,7 +15,7 @@ from rich.text import Text
 
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch.engine_metrics import EngineMetrics
-from vllm_adrenaline.launch.status import engines_at
+from vllm_adrenaline.launch.status import engines_at, name_at
 from vllm_adrenaline.proxy.snapshot import Recent
 
 DESCRIPTION = """\
@@ -92,7 +92,7 @@ def _kv(state: dict[str, Any]) -> Text:
 
 def _name(url: str) -> str:
     """Return the name of an engine behind a proxy, or the address of one that stands alone."""
-    return url.rpartition("/engines/")[2].removeprefix("http://")
+    return name_at(url).removeprefix("http://")
 
 
 def render(engines: Sequence[Watched]) -> Group:

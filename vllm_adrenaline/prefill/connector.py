@@ -95,7 +95,8 @@ class PrefillSchedulerSide(SchedulerSide):
         if self.elastic is None or request.kv_transfer_params:
             return
         self.elastic.returned.discard(request.request_id)
-        if request.get_finished_reason() in ANSWERED and request.max_tokens > 1:  # as on a decode engine
+        # By requests for one token prompts are given up.
+        if request.get_finished_reason() in ANSWERED and request.max_tokens > 1:
             self.elastic.lengths.ended(request.num_output_tokens)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:

@@ -10,14 +10,18 @@ from pathlib import Path
 
 def cpu_model() -> str:
     """Return the name of this machine's processor, or "unknown"."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return _said_of_cpu("model name", otherwise="unknown")
 
 
 def cpu_flags() -> set[str]:
     """Return what /proc/cpuinfo says that this machine's processor can do, e.g. "avx512f"."""
+    return set(_said_of_cpu("flags", otherwise="").split())
+
+
+def _said_of_cpu(field: str, otherwise: str) -> str:
+    """Return what /proc/cpuinfo says of the first processor, or `otherwise` if it does not say that."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), otherwise)
 
 
 def description() -> dict[str, str | int | None]:
