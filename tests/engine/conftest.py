@@ -407,6 +407,11 @@ def offloads_again(engines: Fleet, decode: str, seconds: float = 90) -> bool:
     return eventually(offloaded, seconds)
 
 
+def engine_core_of(engine: int) -> int:
+    """Return the engine core in an engine's process group."""
+    return next(p for p in group_members(engine) if b"EngineCore" in Path(f"/proc/{p}/cmdline").read_bytes())
+
+
 def executors_of(prefill: int) -> list[int]:
     """Return the attention executors in the prefill engine's process group, by rank."""
     pids = [

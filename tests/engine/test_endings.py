@@ -12,8 +12,18 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.engine.conftest import Fleet, Plain, Wanted, eventually, fleet, offloads_again, tokens, workload
-from tests.engine.test_faults import SOON_S, engine_core_of, load
+from tests.engine.conftest import (
+    Fleet,
+    Plain,
+    Wanted,
+    engine_core_of,
+    eventually,
+    fleet,
+    offloads_again,
+    tokens,
+    workload,
+)
+from tests.engine.test_faults import SOON_S, load
 from tests.engine.test_routers import vllm_router_before
 
 pytestmark = pytest.mark.extended

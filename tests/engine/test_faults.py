@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import aiohttp
 import pytest
@@ -30,6 +29,7 @@ from tests.engine.conftest import (
     Fleet,
     Plain,
     Work,
+    engine_core_of,
     eventually,
     executors_of,
     offloads_again,
@@ -37,7 +37,6 @@ from tests.engine.conftest import (
     tokens,
     workload,
 )
-from vllm_adrenaline.launch.process import group_members
 
 LOSE = 2
 TOKENS = 980
@@ -232,11 +231,6 @@ def test_an_executor_ten_times_slower_is_not_killed(standard: Fleet, plain: Plai
     assert (failures > 0) == (period_s > 1)
     assert executors_of(standard["prefill"].pid) == executors
     assert offloads_again(standard, "decode")
-
-
-def engine_core_of(engine: int) -> int:
-    """Return the engine core in an engine's process group."""
-    return next(p for p in group_members(engine) if b"EngineCore" in Path(f"/proc/{p}/cmdline").read_bytes())
 
 
 @pytest.mark.extended

@@ -6,15 +6,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from tests.engine.conftest import executors_of
-from vllm_adrenaline.launch.process import group_members
-
-
-def core_of(engine: int) -> int:
-    """Return the engine core in an engine's process group."""
-    return next(p for p in group_members(engine) if b"EngineCore" in Path(f"/proc/{p}/cmdline").read_bytes())
+from tests.engine.conftest import engine_core_of, executors_of
 
 
 def pause(pid: int, seconds: float) -> None:
@@ -40,15 +33,15 @@ def executor_is_stopped(groups: dict[str, int]) -> None:
 
 
 def prefill_engine_hangs(groups: dict[str, int]) -> None:
-    pause(core_of(groups["prefill"]), 4.0)
+    pause(engine_core_of(groups["prefill"]), 4.0)
 
 
 def decode_engine_hangs(groups: dict[str, int]) -> None:
-    pause(core_of(groups["decode"]), 3.0)
+    pause(engine_core_of(groups["decode"]), 3.0)
 
 
 def decode_engine_sleeps_over_its_lease(groups: dict[str, int]) -> None:
-    pause(core_of(groups["second"]), 15.0)
+    pause(engine_core_of(groups["second"]), 15.0)
 
 
 def prefill_engine_is_killed(groups: dict[str, int]) -> None:

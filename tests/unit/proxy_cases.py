@@ -79,6 +79,22 @@ class FakeEngine:
             await runner.cleanup()
 
 
+class Slow(FakeEngine):
+    """An engine whose streams end when they are let go."""
+
+    def __init__(self, answer: Any = None) -> None:
+        super().__init__(answer)
+        self.go = asyncio.Event()
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        await self.go.wait()
+        await response.write(b"data: 2\n\n")
+        return response
+
+
 Test = Callable[[aiohttp.ClientSession, FakeEngine, FakeEngine], Awaitable[None]]
 TestOfMany = Callable[[aiohttp.ClientSession, list[FakeEngine], list[FakeEngine]], Awaitable[None]]
 

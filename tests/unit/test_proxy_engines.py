@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from tests.unit.proxy_cases import BODY, FakeEngine, command, good_decode, good_prefill, with_many
+from tests.unit.proxy_cases import BODY, FakeEngine, Slow, command, good_decode, good_prefill, with_many
 from vllm_adrenaline.proxy import upstream
 from vllm_adrenaline.system.ports import reserve_ports
 
@@ -169,17 +169,6 @@ def test_prefill_engines_that_fail_are_passed_over_and_without_any_the_decode_en
 
 
 def test_engines_come_and_go_with_the_file_and_what_runs_on_one_that_goes_ends_there(tmp_path: Path) -> None:
-    class Slow(FakeEngine):
-        go = asyncio.Event()
-
-        async def stream(self, request: web.Request) -> web.StreamResponse:
-            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-            await response.prepare(request)
-            await response.write(b"data: 1\n\n")
-            await self.go.wait()
-            await response.write(b"data: 2\n\n")
-            return response
-
     async def run() -> None:
         file = tmp_path / "engines.json"
         p, old, new = good_prefill(), Slow({"choices": []}), good_decode()

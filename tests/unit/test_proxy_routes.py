@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from tests.unit.proxy_cases import BODY, PARAMS, FakeEngine, command, good_decode, good_prefill, with_proxy
+from tests.unit.proxy_cases import BODY, PARAMS, FakeEngine, Slow, command, good_decode, good_prefill, with_proxy
 from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.proxy.apis import APIS
 from vllm_adrenaline.proxy.limits import Limits
@@ -206,19 +206,6 @@ def test_what_an_engine_says_of_its_failure_is_on_no_page(caplog: pytest.LogCapt
 
 
 def test_on_sigterm_what_runs_may_end_within_a_limit_and_nothing_else_begins() -> None:
-    class Slow(FakeEngine):
-        def __init__(self) -> None:
-            super().__init__()
-            self.go = asyncio.Event()
-
-        async def stream(self, request: web.Request) -> web.StreamResponse:
-            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-            await response.prepare(request)
-            await response.write(b"data: 1\n\n")
-            await self.go.wait()
-            await response.write(b"data: 2\n\n")
-            return response
-
     async def run(limit_s: float) -> None:
         p, d, limit = good_prefill(), Slow(), f"--drain-seconds={limit_s}"
         async with p.serve(), d.serve(), command("--prefill", p.url, "--decode", d.url, limit) as (client, proxy):

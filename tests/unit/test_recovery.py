@@ -107,6 +107,17 @@ def test_pauses_are_bounded_and_what_ends_too_often_is_given_up(ends: list[tuple
 # Processes
 
 
+def until_ready_again(recovery: Recovery, capsys: pytest.CaptureFixture[str]) -> str:
+    """Watch over a process until it is back; return what was said meanwhile."""
+    said, began = "", time.monotonic()
+    while "ready again" not in said:
+        recovery.step()
+        said += capsys.readouterr().out
+        assert time.monotonic() - began < 20
+        time.sleep(0.02)
+    return said
+
+
 def test_an_engine_that_ends_is_started_again_and_its_last_log_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,11 +128,7 @@ def test_an_engine_that_ends_is_started_again_and_its_last_log_is_kept(
         first = supervisor.processes["decode"]
         (tmp_path / "decode.log").write_text("the first life\n")
         os.kill(first.pid, signal.SIGKILL)  # its socket stays behind
-        began = time.monotonic()
-        while "ready again" not in capsys.readouterr().out:
-            recovery.step()
-            assert time.monotonic() - began < 20
-            time.sleep(0.02)
+        until_ready_again(recovery, capsys)
         assert supervisor.processes["decode"].pid != first.pid
         assert (tmp_path / "decode.log.1").read_text() == "the first life\n"
         supervisor.check()
@@ -143,12 +150,7 @@ def test_a_start_that_the_system_refuses_is_tried_again(
 
         monkeypatch.setattr(supervisor, "launch", start)
         os.kill(supervisor.processes["decode"].pid, signal.SIGKILL)
-        said, began = "", time.monotonic()
-        while "ready again" not in said:
-            recovery.step()
-            said += capsys.readouterr().out
-            assert time.monotonic() - began < 20
-            time.sleep(0.02)
+        said = until_ready_again(recovery, capsys)
     assert "the decode engine cannot be started: [Errno 11] Resource temporarily unavailable" in said
 
 
