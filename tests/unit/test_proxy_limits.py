@@ -158,6 +158,11 @@ def test_a_connection_without_a_further_request_is_closed() -> None:
     run(test, idle_seconds=SHORT_S)
 
 
+def test_clients_that_keep_their_connections_close_them_first() -> None:
+    """Whoever closes may cross a request. aiohttp keeps them 15 s, httpx 5, nginx and AWS's load balancer 60."""
+    assert Limits().idle_seconds > 60
+
+
 def test_a_connection_that_is_used_again_and_again_stays() -> None:
     async def test(client: aiohttp.ClientSession) -> None:
         reader, writer = await connect(client)

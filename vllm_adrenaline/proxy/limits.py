@@ -31,7 +31,9 @@ class Limits:
     max_connections: int = _limit(1024, "connections; a further one takes the place of one that is silent")
     head_seconds: float = _limit(10, "time in which a client has to send a request's headers")
     body_seconds: float = _limit(30, "time in which it has to send the body")
-    idle_seconds: float = _limit(5, "time after an answer until a connection that stays silent is closed")
+    # Longer than clients and load balancers keep theirs (aiohttp 15 s, nginx 60, AWS 60): whoever closes first must be
+    # the one that sends next, else a request can meet the end of its connection.
+    idle_seconds: float = _limit(75, "time after an answer until a connection that stays silent is closed")
     reading_seconds: float = _limit(60, "time after which a client that takes nothing of its answer is given up")
     first_byte_seconds: float = _limit(
         600, "time after which an engine that sent nothing of its answer is given up: the whole time of a request "
