@@ -71,6 +71,8 @@ PyObject* decode_counters(PyObject* self, PyObject*) {
 
 PyObject* decode_is_closed(PyObject* self, PyObject*) { return PyBool_FromLong(self_of<DecodeEnd>(self).is_closed()); }
 
+PyObject* decode_is_taken(PyObject* self, PyObject*) { return PyBool_FromLong(self_of<DecodeEnd>(self).is_taken()); }
+
 PyObject* decode_leave(PyObject* self, PyObject*) {
   self_of<DecodeEnd>(self).leave();
   return none();
@@ -81,6 +83,7 @@ PyMethodDef decode_methods[] = {
     {"leave", decode_leave, METH_NOARGS, "leave($self, /)\n--\n\n"},
     {"counters", decode_counters, METH_NOARGS, "counters($self, /)\n--\n\n"},
     {"is_closed", decode_is_closed, METH_NOARGS, "is_closed($self, /)\n--\n\n"},
+    {"is_taken", decode_is_taken, METH_NOARGS, "is_taken($self, /)\n--\n\n"},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -198,6 +201,13 @@ PyObject* executor_next_layer(PyObject* self, PyObject*) {
   return status == Status::ready ? PyLong_FromLong(static_cast<long>(end.layer())) : none();
 }
 
+PyObject* executor_count_step(PyObject* self, PyObject* busy_ns) {
+  const long long ns = PyLong_AsLongLong(busy_ns);
+  if (ns == -1 && PyErr_Occurred() != nullptr) return nullptr;
+  self_of<ExecutorEnd>(self).count_step(ns);
+  return none();
+}
+
 PyObject* executor_stop(PyObject* self, PyObject*) {
   self_of<ExecutorEnd>(self).stop();
   return none();
@@ -211,6 +221,7 @@ PyObject* executor_close(PyObject* self, PyObject*) {
 PyMethodDef executor_methods[] = {
     {"next_step", executor_next_step, METH_NOARGS, "next_step($self, /)\n--\n\n"},
     {"next_layer", executor_next_layer, METH_NOARGS, "next_layer($self, /)\n--\n\n"},
+    {"count_step", executor_count_step, METH_O, "count_step($self, busy_ns, /)\n--\n\n"},
     {"stop", executor_stop, METH_NOARGS, "stop($self, /)\n--\n\n"},
     {"close", executor_close, METH_NOARGS, "close($self, /)\n--\n\n"},
     {nullptr, nullptr, 0, nullptr},

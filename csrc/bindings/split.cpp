@@ -66,17 +66,32 @@ PyObject* split_batch(PyObject*, PyObject* args) {
   });
 }
 
+// What an executor has in the batch. Null, with a Python error set, if it has nothing.
+const plan::RowsPlan* plan_of(PyObject* split, PyObject* executor) {
+  const long number = PyLong_AsLong(executor);
+  if (number == -1 && PyErr_Occurred() != nullptr) return nullptr;
+  return &self_of<Split>(split).remote.at(static_cast<unsigned>(number));
+}
+
 // -> the executor's rows in the batch
 PyObject* rows(PyObject* self, PyObject* executor) {
   return guarded([&]() -> PyObject* {
-    const long number = PyLong_AsLong(executor);
-    if (PyErr_Occurred() != nullptr) return nullptr;
-    return list_of(self_of<Split>(self).remote.at(static_cast<unsigned>(number)).rows);
+    const auto* plan = plan_of(self, executor);
+    return plan == nullptr ? nullptr : list_of(plan->rows);
+  });
+}
+
+// -> its tokens' positions in the batch
+PyObject* tokens(PyObject* self, PyObject* executor) {
+  return guarded([&]() -> PyObject* {
+    const auto* plan = plan_of(self, executor);
+    return plan == nullptr ? nullptr : list_of(plan->tokens);
   });
 }
 
 PyMethodDef methods[] = {
     {"rows", rows, METH_O, "rows($self, executor, /)\n--\n\n"},
+    {"tokens", tokens, METH_O, "tokens($self, executor, /)\n--\n\n"},
     {nullptr, nullptr, 0, nullptr},
 };
 

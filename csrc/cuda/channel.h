@@ -19,10 +19,14 @@ namespace adrenaline::cuda {
 // the step. All but ready stay until the channel's life ends.
 enum class ChannelStatus : uint32_t { kReady = 0, kLate = 1, kClosed = 2, kStale = 3, kAhead = 4 };
 
-// What an end knows, in memory that the other process has not mapped. All zero at first.
+// What an end knows, in memory that the other process has not mapped. All zero at first. Times are in nanoseconds.
 struct ChannelState {
   uint64_t step;       // of the channel's life, from 1
   uint64_t failed_at;  // the stamp that was awaited when the end failed; what was taken before it is good
+  int64_t budget_ns;   // of all waits of this step together, so that many slow layers exhaust it as a stuck one does
+  int64_t sent_at;     // when the layer was sent that is not awaited yet; 0: there is none
+  int64_t local_ns;    // in this step, between sending a layer and waiting for it
+  int64_t waited_ns;   // in this step, in waits
   uint32_t status;     // ChannelStatus
   uint32_t arrived;    // blocks of a launch of `send`; 0 between launches
 };
@@ -32,8 +36,8 @@ struct ChannelEnd {
   uint64_t* announced;
   const uint64_t* awaited;
   ChannelState* state;
-  uint64_t epoch;  // 1 to kMaxEpoch: this life of the channel
-  int64_t timeout_ns;
+  uint64_t epoch;     // 1 to kMaxEpoch: this life of the channel
+  int64_t budget_ns;  // of a step that is begun with this
 };
 
 // Rows of a tensor, and of the inbox, where they are one after the other. Everything is a multiple of 16 bytes.
@@ -80,6 +84,8 @@ class Channel {
   // Begin a step. One thread.
   static ADRENALINE_DEVICE void begin(const ChannelEnd& end) {
     device::store(&end.state->step, device::load(&end.state->step) + 1);
+    device::store(&end.state->budget_ns, end.budget_ns);
+    for (int64_t* time : {&end.state->sent_at, &end.state->local_ns, &end.state->waited_ns}) device::store(time, int64_t{0});
   }
 
   // Store the rows into the other's inbox, and announce them. An end that failed says that it closes, and stores none.
@@ -101,6 +107,7 @@ class Channel {
     device::fence_system();  // acquires what the other blocks released before they counted
     device::store(&m.end.state->arrived, 0u);
     device::store_release_system(m.end.announced, wanted(m.end, m.layer));
+    device::store(&m.end.state->sent_at, device::time_ns());
   }
 
   // Wait for the other end's announcement of a layer. If it does not come, note why, for the rest of the channel's life,
@@ -109,7 +116,7 @@ class Channel {
     uint32_t status = device::load(&end.state->status);
     if (status == 0) {
       const uint64_t stamp = wanted(end, layer);
-      status = static_cast<uint32_t>(wait_for(end, stamp));
+      status = static_cast<uint32_t>(timed_wait(end, stamp));
       if (status == 0) return;
       device::store(&end.state->status, status);
       device::store(&end.state->failed_at, stamp);
@@ -151,8 +158,21 @@ class Channel {
     return stamp(end.epoch, device::load(&end.state->step), static_cast<uint64_t>(layer) + 1);
   }
 
-  static ADRENALINE_DEVICE ChannelStatus wait_for(const ChannelEnd& end, uint64_t stamp) {
-    const int64_t deadline = device::time_ns() + end.timeout_ns;
+  // Wait for a stamp for what is left of the step's time, and count what this took.
+  static ADRENALINE_DEVICE ChannelStatus timed_wait(const ChannelEnd& end, uint64_t stamp) {
+    ChannelState& state = *end.state;
+    const int64_t began = device::time_ns(), sent_at = device::load(&state.sent_at);
+    const int64_t waited = device::load(&state.waited_ns);
+    if (sent_at != 0) {
+      device::store(&state.local_ns, device::load(&state.local_ns) + began - sent_at);
+      device::store(&state.sent_at, int64_t{0});
+    }
+    const ChannelStatus status = wait_for(end, stamp, began + device::load(&state.budget_ns) - waited);
+    device::store(&state.waited_ns, waited + device::time_ns() - began);
+    return status;
+  }
+
+  static ADRENALINE_DEVICE ChannelStatus wait_for(const ChannelEnd& end, uint64_t stamp, int64_t deadline) {
     for (;;) {
       // First the time, then the look: what came in time is seen, even if we were held up.
       const bool is_late = device::time_ns() >= deadline;

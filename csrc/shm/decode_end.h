@@ -101,6 +101,12 @@ class DecodeEnd {
 
   const Header& header() const { return *header_; }
 
+  // Whether the executor has copied the last plan, so that another may be published. A step whose layers go through this
+  // memory need not ask: its output says so.
+  bool is_taken() const {
+    return step_ == 0 || header_->done.load(std::memory_order_seq_cst) >= stamp(epoch_, step_, 0);
+  }
+
   // Whether the executor has said that it answers nothing any more.
   bool is_closed() const { return header_->closed.load(std::memory_order_seq_cst) != 0; }
 

@@ -71,6 +71,7 @@ class ExecutorEnd {
     copy(copy_.seq_lens, at_.seq_lens, padded_rows_);
     copy(copy_.block_table, at_.block_table, padded_rows_ * shape_.max_blocks);
     copy(copy_.slot_mapping, at_.slot_mapping, padded_tokens_);
+    header_->done.store(plan_, std::memory_order_seq_cst);  // the next one may be written (DecodeEnd::is_taken)
     layer_ = 0;
     return true;
   }
@@ -95,6 +96,14 @@ class ExecutorEnd {
   }
 
   uint64_t layer() const { return layer_; }
+
+  // Count a step whose layers did not go through this memory, and which took so long.
+  void count_step(int64_t busy_ns) {
+    add(header_->rows, num_rows_ * service_.layers);
+    add(header_->layers, service_.layers);
+    add(header_->busy_ns, static_cast<uint64_t>(busy_ns));
+    layer_ = service_.layers;
+  }
 
   // End the waits of this end. Any thread may call it.
   void stop() {

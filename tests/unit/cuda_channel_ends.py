@@ -24,12 +24,12 @@ class End:
     def __init__(self, heads: list[int], timeout_s: float = 5.0) -> None:
         self.inbox = torch.zeros(8 + ROOM * sum(heads) * 4, dtype=torch.int64).share_memory_()
         self.state = torch.zeros(ctypes.sizeof(ChannelState) // 8, dtype=torch.int64)
-        self.heads, self._timeout_ns = heads, int(timeout_s * 1e9)
+        self.heads, self._budget_ns = heads, int(timeout_s * 1e9)
 
     def connect(self, other: End) -> None:
         self.other = other
         addresses = other.inbox.data_ptr(), self.inbox.data_ptr(), self.state.data_ptr()
-        self.end = ChannelEnd(*addresses, EPOCH, self._timeout_ns)
+        self.end = ChannelEnd(*addresses, EPOCH, self._budget_ns)
 
     def rows(self) -> list[torch.Tensor]:
         """Return what is in the inbox, int16 [ROOM, heads, 16] of each part."""
@@ -42,6 +42,11 @@ class End:
         found = ChannelState.from_address(self.state.data_ptr())
         assert found.arrived == 0
         return found.status, found.step, found.failed_at
+
+    def step_ns(self) -> tuple[int, int]:
+        """Return the nanoseconds of the step between sends and waits, and in waits."""
+        found = ChannelState.from_address(self.state.data_ptr())
+        return found.local_ns, found.waited_ns
 
 
 class Pair:

@@ -26,7 +26,9 @@ from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill.leases import LeaseManager, Offer
 from vllm_adrenaline.prefill.lending import Lending
 from vllm_adrenaline.system import descriptors
+from vllm_adrenaline.system.device_handle import Handle
 
+HANDLE = Handle(b"h" * 64, 0, 1)
 IDENTITY = messages.Identity(
     protocol=messages.PROTOCOL,
     vllm="0.32.0",
@@ -82,7 +84,9 @@ class Pool:
         messages.KillExecutors([17]),
         messages.Attach(IDENTITY, "d", 0, messages.MemoryFile(b"t" * 16, [0]), 3, 4, 5, 6),
         messages.Attach(IDENTITY, "d", 0, messages.Group(messages.Contact("h", 1, {"0/0": b"x"})), 3, 4, 5, 6),
+        messages.Attach(IDENTITY, "d", 0, messages.GpuMemory(messages.MemoryFile(b"t" * 16, [0]), HANDLE), 3, 4, 5, 6),
         messages.Attached(["a"], 1, [0], messages.Contact("h", 1, {"0/1": b"x"})),
+        messages.Attached(["a"], 1, [0], inbox=HANDLE),
         messages.Drop(["r"]),
         messages.Leave(),
         messages.Revoke("d"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +94,41 @@ def test_a_wait_that_is_late_ends_in_time_and_stays_late(kernels: ChannelKernels
     assert time.monotonic() - began < 0.05
     assert pair.executor.health() == (ChannelStatus.LATE, 2, stamp(EPOCH, 1, 3))
     assert not work.any()
+
+
+def announce_later(pair: Pair, step: int, layer: int) -> threading.Timer:
+    """Announce a layer to the decode worker in 20 ms."""
+    timer = threading.Timer(0.02, pair.decode.inbox[:1].fill_, [stamp(EPOCH, step, layer)])
+    timer.start()
+    return timer
+
+
+def test_the_layers_of_a_step_are_waited_for_together(kernels: ChannelKernels) -> None:
+    """Many slow layers exhaust the step's time as a stuck one does, and the next step has all of it again."""
+    pair = Pair(kernels, timeout_s=0.8)
+    for step, (layers, status) in enumerate(((3, ChannelStatus.READY), (60, ChannelStatus.LATE)), 1):
+        pair.begin()
+        for layer in range(layers):
+            announcing = announce_later(pair, step, layer)
+            pair.await_layer(pair.decode, layer)
+            announcing.join()
+        assert pair.decode.health()[0] == status
+    assert 0.8e9 <= pair.decode.step_ns()[1] < 1.2e9
+
+
+def test_a_step_knows_how_long_it_waited_and_what_it_did_meanwhile(kernels: ChannelKernels) -> None:
+    pair, tokens = Pair(kernels), torch.tensor([0])
+    for step in (1, 2):  # a step counts itself, not those before
+        pair.begin()
+        for layer in range(2):
+            pair.send(layer, [some(1, heads) for heads in (4, 2, 2)], tokens, 1)
+            time.sleep(0.03)
+            announcing = announce_later(pair, step, layer)
+            pair.await_layer(pair.decode, layer)
+            announcing.join()
+        local_ns, waited_ns = pair.decode.step_ns()
+        assert 0.06e9 <= local_ns < 0.5e9
+        assert 0.02e9 <= waited_ns < 0.5e9
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,31 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import zmq
 
-from vllm_adrenaline.attention.kernels import CpuAttention
+from vllm_adrenaline.attention.gpu import GpuAttention
+from vllm_adrenaline.attention.gpu_steps import GpuStepServer
 from vllm_adrenaline.attention.spec import READY, ExecutorSpec
+from vllm_adrenaline.attention.steps import CpuStepServer, StepServer
 from vllm_adrenaline.control import addresses, messages, sockets
+from vllm_adrenaline.control.kv_export import KVExport
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.native import cuda_library
 from vllm_adrenaline.system import descriptors
+from vllm_adrenaline.system.device_handle import Handle
 from vllm_adrenaline.transport.channel import ExecutorChannel
 from vllm_adrenaline.transport.collective import CollectiveExecutorChannel
+from vllm_adrenaline.transport.gpu import GpuExecutorChannel
 from vllm_adrenaline.transport.pair import Disconnected
 from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.shm import ShmExecutorChannel
+
+if TYPE_CHECKING:
+    from vllm_adrenaline.attention.kernels import CpuAttention
 
 logger = logging.getLogger("vllm.adrenaline")
 
@@ -33,50 +44,71 @@ REVOKE_POLL_MS = 2
 """How often a revocation under way is looked at: whether the last step has been left."""
 
 
+Channel = ExecutorChannel | GpuExecutorChannel
+
+
+def open_attention(spec: ExecutorSpec) -> CpuAttention | GpuAttention:
+    """Return the attention over the KV cache that an executor is told of.
+
+    Raises:
+        AdrenalineError, OSError, ValueError, RuntimeError: it is not there, or cannot be attended here.
+    """
+    if not isinstance(spec.kv, KVExport):
+        return GpuAttention.mapped(spec.kv, cuda_library.load(), spec.share)
+    from vllm_adrenaline.attention.kernels import CpuAttention  # needs vLLM, which GPUs do not
+
+    attention = CpuAttention.mapped(spec.kv, spec.kv_file, spec.identity.split_kv)
+    os.close(spec.kv_file)
+    return attention
+
+
 class ChannelThread(threading.Thread):
     """The thread that serves one decode worker, of decode engine `engine`. Between steps it sleeps on the channel."""
 
     def __init__(
         self,
-        attention: CpuAttention,
-        channel: ExecutorChannel,
+        attention: CpuAttention | GpuAttention,
+        channel: Channel,
+        make_steps: Callable[[], StepServer],
         message: messages.Attach,
         contact: messages.Contact | None = None,
     ) -> None:
-        """`contact`: of a decode worker on another host, to which the channel is to be connected first."""
+        """Take what the thread needs.
+
+        Args:
+            attention: what is attended.
+            channel: the decode worker's.
+            make_steps: makes in the thread what serves its steps.
+            message: of the decode worker.
+            contact: of a decode worker on another host, to which the channel is to be connected first.
+        """
         super().__init__(name="adrenaline-channel", daemon=True)
         self.channel, self.engine, self._epoch = channel, message.engine, message.epoch
-        self._attention, self._contact = attention, contact
+        self._attention, self._make_steps, self._contact = attention, make_steps, contact
 
     def is_meant(self, revoke: messages.Revoke) -> bool:
         """Whether a revocation is of this channel."""
         return revoke.engine == self.engine and revoke.epoch in (0, self._epoch)
 
     def run(self) -> None:
+        attention, steps = self._attention, None
         try:
-            if self._contact is not None:
+            if self._contact is not None and not isinstance(self.channel, GpuExecutorChannel):
                 self.channel.connect(self._contact)
+            steps = self._make_steps()
             while (found := self.channel.next_step()) is not None:
                 number, _, step = found
-                self._serve_step(number, step)
+                check_plan(step, attention.num_blocks, attention.block_size)
+                steps.serve(number, step)
         except Disconnected as error:
             logger.warning("decode engine %s is not attended for over this connection: %s", self.engine, error)
         except Exception:
             # The decode engine learns it at once and recomputes; it attaches anew. Others are served as before.
             logger.exception("a step of decode engine %s failed: its channel is closed", self.engine)
         finally:
+            if steps is not None:
+                steps.close()
             self.channel.close()
-
-    def _serve_step(self, number: int, step: dict[str, torch.Tensor]) -> None:
-        next_layer, attention = self.channel.next_layer, self._attention
-        check_plan(step, attention.num_blocks, attention.block_size)
-        schedule = attention.schedule(step["query_start_loc"], step["seq_lens"])
-        last = -1
-        while (layer := next_layer()) is not None:
-            attention.layer(layer, step, schedule)
-            last = layer
-        if last + 1 < attention.num_layers:
-            logger.warning("the decode worker left step %d before layer %d: step dropped", number, last + 1)
 
 
 def check_plan(step: dict[str, torch.Tensor], num_blocks: int, block_size: int) -> None:
@@ -120,8 +152,7 @@ class Server:
             OSError: the memory file is not there.
         """
         self._spec = spec
-        self._attention = CpuAttention.mapped(spec.kv, spec.kv_file, spec.identity.split_kv)
-        os.close(spec.kv_file)
+        self._attention = open_attention(spec)
         self._socket, self._address = sockets.bind(spec.address)
         self._passing = descriptors.Server(addresses.for_descriptors(self._address))
         self._passing.start()
@@ -203,32 +234,54 @@ class Server:
             attention.head_size,
             attention.dtype,
         )
-        contact = None
+        contact = inbox = None
         if isinstance(message.channel, messages.Group):
             contact = self._join(message, message.channel, shape)
         else:
-            self._map(message, message.channel, shape)
-        return messages.Attached([layer.name for layer in self._spec.kv.layers], os.getpid(), self._spec.cpus, contact)
+            inbox = self._map(message, message.channel, shape)
+        layers = [layer.name for layer in self._spec.kv.layers]
+        return messages.Attached(layers, os.getpid(), self._spec.cpus, contact, inbox)
 
-    def _map(self, message: messages.Attach, memory: messages.MemoryFile, shape: Shape) -> None:
-        """Serve a channel in shared memory."""
-        pidfd, fd = self._passing.take(memory.descriptors, 2)
+    def _map(
+        self, message: messages.Attach, memory: messages.MemoryFile | messages.GpuMemory, shape: Shape
+    ) -> Handle | None:
+        """Serve a channel in shared memory, or also in GPU memory; return where the decode worker stores there."""
+        plans = memory.plans if isinstance(memory, messages.GpuMemory) else memory
+        pidfd, fd = self._passing.take(plans.descriptors, 2)
         try:
             try:
-                # Whether spinning keeps the prefill worker, or the decode worker itself, from this core.
-                shared = bool(set(self._spec.cpus) & {*self._spec.kv.cpus, *memory.cpus})
-                layers, timeout = self._spec.kv.layers, self._spec.idle_timeout
-                channel = ShmExecutorChannel(fd, shape, message.epoch, shared, len(layers), timeout)
+                channel, make_steps = self._channel(fd, shape, message.epoch, memory)
             finally:
                 os.close(fd)
         except Exception:
             os.close(pidfd)
             raise
-        self._begin(pidfd, ChannelThread(self._attention, channel, message))
+        self._begin(pidfd, ChannelThread(self._attention, channel, make_steps, message))
         self._poller.register(pidfd, zmq.POLLIN)
+        return channel.inbox if isinstance(channel, GpuExecutorChannel) else None
+
+    def _channel(
+        self, fd: int, shape: Shape, epoch: int, memory: messages.MemoryFile | messages.GpuMemory
+    ) -> tuple[Channel, Callable[[], StepServer]]:
+        """Return a channel to a decode worker on this host, and what makes the server of its steps."""
+        attention, count, timeout = self._attention, len(self._spec.kv.layers), self._spec.idle_timeout
+        if isinstance(attention, GpuAttention):
+            if not isinstance(memory, messages.GpuMemory):
+                raise AdrenalineError("the KV cache is in GPU memory, and the decode engine is on no GPU")
+            gpu = GpuExecutorChannel(fd, shape, epoch, memory.inbox, count, timeout, attention.channels)
+            return gpu, lambda: GpuStepServer(attention, gpu, shape)
+        if not isinstance(memory, messages.MemoryFile):
+            raise AdrenalineError("the KV cache is in no GPU's memory, and the decode engine is on a GPU")
+        # Whether spinning keeps the prefill worker, or the decode worker itself, from this core.
+        shared = bool(set(self._spec.cpus) & {*self._spec.kv.cpus, *memory.cpus})
+        channel = ShmExecutorChannel(fd, shape, epoch, shared, count, timeout)
+        return channel, lambda: CpuStepServer(attention, channel)
 
     def _join(self, message: messages.Attach, group: messages.Group, shape: Shape) -> messages.Contact:
         """Serve a channel to another host; return what its decode worker has to be told."""
+        attention = self._attention
+        if isinstance(attention, GpuAttention):
+            raise AdrenalineError("a decode engine on another host is not served from a GPU yet")
         if not self._spec.interface:
             raise AdrenalineError(
                 "the decode engine is on another host, or as far away: start the prefill engine with "
@@ -237,7 +290,8 @@ class Server:
         layers, timeout = self._spec.kv.layers, self._spec.idle_timeout
         channel = CollectiveExecutorChannel(shape, self._spec.interface, message.epoch, len(layers), timeout)
         self._far += 1
-        self._begin(-self._far, ChannelThread(self._attention, channel, message, group.contact))
+        steps = CpuStepServer(attention, channel)
+        self._begin(-self._far, ChannelThread(attention, channel, lambda: steps, message, group.contact))
         return channel.contact
 
     def _begin(self, key: int, thread: ChannelThread) -> None:

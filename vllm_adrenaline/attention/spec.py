@@ -2,7 +2,7 @@
 
 import msgspec
 
-from vllm_adrenaline.control.kv_export import KVExport
+from vllm_adrenaline.control.kv_export import GpuKVExport, KVExport
 from vllm_adrenaline.control.messages import Identity
 
 READY = "adrenaline-executor-ready"
@@ -17,9 +17,11 @@ class ExecutorSpec(msgspec.Struct, frozen=True):
         address: where to listen for Attach and Revoke.
         identity: of its prefill engine; a decode worker's must be equal.
         kv: the prefill worker's KV cache.
-        kv_file: its memory file, open in the process that starts the executor, which inherits it under this number.
+        kv_file: its memory file, open in the process that starts the executor, which inherits it under this number; -1
+            for one in GPU memory.
         cpus, threads: the executor's own cores, and the number of its threads.
-        idle_timeout: how long it waits for the next layer of a step before it drops the step, in seconds.
+        idle_timeout: how long it waits for the next layer of a step before it drops the step, in seconds. On a GPU: for
+            all layers of a step together.
         share: of its cores' time, when others want them as well (system/priority.py).
         key, allow: files with the keys of its prefill engine (control/keys.py); empty for none.
         interface: over which decode workers on other hosts are served; empty for none.
@@ -28,7 +30,7 @@ class ExecutorSpec(msgspec.Struct, frozen=True):
     rank: int
     address: str
     identity: Identity
-    kv: KVExport
+    kv: KVExport | GpuKVExport
     kv_file: int
     cpus: list[int]
     threads: int

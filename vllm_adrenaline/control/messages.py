@@ -8,9 +8,10 @@ from typing import Annotated
 
 import msgspec
 
-from vllm_adrenaline.control.kv_export import KVExport
+from vllm_adrenaline.control.kv_export import GpuKVExport, KVExport
+from vllm_adrenaline.system.device_handle import Handle
 
-PROTOCOL = 12
+PROTOCOL = 13
 """Raised whenever a message or the layout of the shared-memory channel changes; peers must be equal."""
 
 MAX_FRAME = 1 << 20
@@ -266,7 +267,7 @@ class WorkerExport(msgspec.Struct, frozen=True):
         descriptors: what the engine core is to offer of it (`offer_of`).
     """
 
-    kv: KVExport
+    kv: KVExport | GpuKVExport
     weights: SharedWeights | None
     descriptors: Token
 
@@ -320,6 +321,18 @@ class Group(msgspec.Struct, frozen=True, tag=True):
     contact: Contact
 
 
+class GpuMemory(msgspec.Struct, frozen=True, tag=True):
+    """A channel whose layers go through GPU memory, and whose plans go through shared memory (transport/gpu.py).
+
+    Attributes:
+        plans: the shared memory.
+        inbox: the decode worker's GPU memory, into which the executor stores outputs.
+    """
+
+    plans: MemoryFile
+    inbox: Handle
+
+
 class Attach(Message, frozen=True):
     """Decode worker to attention executor: join this channel and serve it.
 
@@ -335,7 +348,7 @@ class Attach(Message, frozen=True):
     identity: Identity
     engine: Name
     rank: Count
-    channel: MemoryFile | Group
+    channel: MemoryFile | Group | GpuMemory
     epoch: Count
     max_rows: Count
     max_tokens: Count
@@ -349,13 +362,15 @@ class Attached(Message, frozen=True):
         layers: names of the attention layers, in the order of their numbers.
         pid: the executor's process, as its prefill engine knows it.
         cpus: its cores.
-        contact: its end of the process group; None for a channel in shared memory.
+        contact: its end of the process group; None where there is none.
+        inbox: its GPU memory, into which the decode worker stores q, k and v; None for a channel that has none.
     """
 
     layers: Names
     pid: Count
     cpus: Cpus
     contact: Contact | None = None
+    inbox: Handle | None = None
 
 
 class Revoke(Message, frozen=True):

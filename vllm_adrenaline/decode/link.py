@@ -21,10 +21,12 @@ from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.decode import probe
 from vllm_adrenaline.engine.setup import executors_of, is_far, no_executors, out_of_sight
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.native.cuda_channel import ChannelKernels
 from vllm_adrenaline.placement.breaker import Breaker
 from vllm_adrenaline.system import descriptors
 from vllm_adrenaline.system.process import PeerProcess
 from vllm_adrenaline.transport.collective import CollectiveDecodeChannel
+from vllm_adrenaline.transport.gpu import GpuDecodeChannel
 from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.shm import ShmDecodeChannel
 
@@ -89,11 +91,20 @@ class Link:
         shape: Shape,
         timeout_s: float,
         interface: str = "",
+        kernels: ChannelKernels | None = None,
     ) -> None:
-        """`interface`: the network interface over which executors on other hosts are reached; empty for none."""
+        """Describe who attaches to whom.
+
+        Args:
+            address: where the prefill engine listens.
+            identity, engine, rank: of our engine, its life, and this worker's rank.
+            layers, shape, timeout_s: as in the attributes.
+            interface: the network interface over which executors on other hosts are reached; empty for none.
+            kernels: of channels through GPU memory, for a worker on a GPU; None for one on CPU.
+        """
         self.address, self.layers, self.shape, self.timeout_s = address, layers, shape, timeout_s
         self._identity, self._engine, self._rank = identity, engine, rank
-        self._interface = interface
+        self._interface, self._kernels = interface, kernels
         self.channel: ShmDecodeChannel | CollectiveDecodeChannel | None = None
         self.is_far = False
         self._process: PeerProcess | None = None
@@ -148,13 +159,20 @@ class Link:
         self.channel = channel
 
     def _attach_near(self, executor: str) -> ShmDecodeChannel:
-        """Attach to an executor on this host, over shared memory."""
-        channel, process = ShmDecodeChannel(self.shape), None
+        """Attach to an executor on this host, over shared memory, and GPU memory where we are on a GPU."""
+        channel, process = self._make_channel(), None
         cpus = sorted(os.sched_getaffinity(0))
         try:
             token, theirs = descriptors.introduce(addresses.for_descriptors(executor), [channel.fd])
             process = PeerProcess(theirs)
-            answer = self._ask_to_attach(executor, messages.MemoryFile(token, cpus), channel.epoch)
+            plans = messages.MemoryFile(token, cpus)
+            if isinstance(channel, GpuDecodeChannel):
+                answer = self._ask_to_attach(executor, messages.GpuMemory(plans, channel.inbox), channel.epoch)
+                if answer.inbox is None:
+                    raise AdrenalineError(f"the attention executor at {executor} does not say where it is sent to")
+                channel.connect(answer.inbox)
+            else:
+                answer = self._ask_to_attach(executor, plans, channel.epoch)
         except BaseException as error:
             channel.close()
             if process is not None:
@@ -166,8 +184,13 @@ class Link:
         channel.watch(process.folder, process.pidfd, shared_core=bool({*cpus} & {*answer.cpus}))
         return channel
 
+    def _make_channel(self) -> ShmDecodeChannel:
+        return ShmDecodeChannel(self.shape) if self._kernels is None else GpuDecodeChannel(self.shape, self._kernels)
+
     def _attach_far(self, executor: str) -> CollectiveDecodeChannel:
         """Attach to an executor on another host, over a process group."""
+        if self._kernels is not None:
+            raise AdrenalineError(f"the attention executor at {executor} is out of sight: from a GPU none is used yet")
         channel = CollectiveDecodeChannel(self.shape, self._interface, len(self.layers))
         try:
             answer = self._ask_to_attach(executor, messages.Group(channel.contact), channel.epoch)
@@ -181,7 +204,7 @@ class Link:
         return channel
 
     def _ask_to_attach(
-        self, executor: str, channel: messages.MemoryFile | messages.Group, epoch: int
+        self, executor: str, channel: messages.MemoryFile | messages.Group | messages.GpuMemory, epoch: int
     ) -> messages.Attached:
         shape = self.shape
         sizes = (shape.max_rows, shape.max_tokens, shape.max_blocks)

@@ -178,6 +178,11 @@ class RemoteAttention:
             self._note(space.pool_of(int(table[row, 0])))
         return local, StepPlan(self, split) if split.executors else None
 
+    def _end_step(self) -> None:
+        """Note which executors failed in this step, as far as that is known only now that it is over."""
+        if self._split is not None and (failed := self.transport.end()):
+            self.note_failures(failed)
+
     def note_failures(self, executors: int) -> None:
         """Note that these executors (as bits) failed in a layer, and give their channels up."""
         for executor, link in enumerate(self.links):
@@ -203,6 +208,7 @@ class RemoteAttention:
         """
         if self._first is None:
             return []
+        self._end_step()
         failed = torch.zeros(space.NUM_POOLS, dtype=torch.int32)
         failed[list(self._failed_in_step)] = 1
         if group.world_size > 1:
@@ -217,6 +223,7 @@ class RemoteAttention:
         """
         if self._split is None and not self._ever_failed:
             return None
+        self._end_step()
         failed, self._failed = frozenset(self._failed), set()
         # A process that is to be killed is named before its blocks come free, never after.
         writing = frozenset(i for i, link in enumerate(self.links) if link.is_writing)

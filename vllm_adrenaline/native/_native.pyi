@@ -35,6 +35,9 @@ class Split:
     def rows(self, executor: int, /) -> list[int]:
         """Return the numbers of the executor's rows in the batch. RuntimeError for an executor without any."""
 
+    def tokens(self, executor: int, /) -> list[int]:
+        """Return the positions of the executor's tokens in the batch, in the order in which they are sent."""
+
 def split(
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
@@ -86,6 +89,9 @@ class DecodeEnd:
 
     def is_closed(self) -> bool:
         """Return whether the executor has said that it answers nothing any more."""
+
+    def is_taken(self) -> bool:
+        """Return whether the executor has copied the last plan. Who takes a step's output need not ask."""
 
 @final
 class Steps:
@@ -151,6 +157,9 @@ class ExecutorEnd:
 
         None: that was the last one, or nothing came in time, or the decode worker left the step, or it was stopped.
         """
+
+    def count_step(self, busy_ns: int, /) -> None:
+        """Count the step that `next_step` returned, whose layers went another way, and how long it took."""
 
     def stop(self) -> None:
         """End the waits of this end. Any thread may call it."""

@@ -28,18 +28,22 @@ class ChannelStatus(enum.IntEnum):
 
 
 class ChannelState(ctypes.Structure):
-    """What an end knows of its life."""
+    """What an end knows of its life, and nanoseconds of its step: between sends and waits, and in waits."""
 
-    _fields_ = [("step", c_uint64), ("failed_at", c_uint64), ("status", c_uint32), ("arrived", c_uint32)]
+    _fields_ = [
+        *((name, c_uint64) for name in ("step", "failed_at")),
+        *((name, c_int64) for name in ("budget_ns", "sent_at", "local_ns", "waited_ns")),
+        *((name, c_uint32) for name in ("status", "arrived")),
+    ]
 
 
 class ChannelEnd(ctypes.Structure):
-    """One end: addresses of announcements and state, the epoch, and how long it waits."""
+    """One end: addresses of announcements and state, the epoch, and how long a step that it begins may wait."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("announced", "awaited", "state")),
         ("epoch", c_uint64),
-        ("timeout_ns", c_int64),
+        ("budget_ns", c_int64),
     ]
 
 

@@ -15,6 +15,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm_adrenaline.attention.spec import ExecutorSpec
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import addresses, sockets
+from vllm_adrenaline.control.kv_export import KVExport
 from vllm_adrenaline.control.messages import WorkerExport, offer_of
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
@@ -63,7 +64,8 @@ class PrefillExecutor(MultiprocExecutor):
             if options.uses_executors
         ]
         logger.info("starting %d attention executor(s)", len(specs))
-        executor_pool.activate(ExecutorPool(specs, exports, weights, passing))
+        mappable = [kv for kv in exports if isinstance(kv, KVExport)]
+        executor_pool.activate(ExecutorPool(specs, mappable, weights, passing))
 
     def shutdown(self) -> None:
         with contextlib.suppress(AdrenalineError):  # the workers ended before there were any executors

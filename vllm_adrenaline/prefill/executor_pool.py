@@ -68,7 +68,7 @@ class ExecutorProcess:
             dying_with_parent([sys.executable, "-m", "vllm_adrenaline.attention"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=[spec.kv_file],
+            pass_fds=[spec.kv_file] if spec.kv_file >= 0 else [],
             env=os.environ | {"OMP_NUM_THREADS": str(spec.threads)},
         )
         assert self._process.stdin is not None

@@ -10,7 +10,6 @@ import ctypes
 import os
 import weakref
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,8 +18,8 @@ import torch
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system import foreign_tensor
 from vllm_adrenaline.system.arithmetic import cdiv
+from vllm_adrenaline.system.device_handle import HANDLE_BYTES, Handle
 
-HANDLE_BYTES = 64
 GRANULE = 2 << 20
 """Smaller allocations may lie in one piece of memory with others, and a handle gives the whole piece away."""
 _CAN_BE_EXPORTED = 10
@@ -31,24 +30,6 @@ _PEER_ACCESS = 1
 
 class _IpcHandle(ctypes.Structure):
     _fields_ = [("bytes", c_ubyte * HANDLE_BYTES)]
-
-
-@dataclass(frozen=True)
-class Handle:
-    """Where exported memory is. Raises ValueError if it cannot be what `export` made.
-
-    Attributes:
-        data: what CUDA calls the memory.
-        offset, size: the part of it that is meant, in bytes.
-    """
-
-    data: bytes
-    offset: int
-    size: int
-
-    def __post_init__(self) -> None:
-        if len(self.data) != HANDLE_BYTES or not 0 <= self.offset < 1 << 50 or not 0 < self.size < 1 << 50:
-            raise ValueError("this is no handle of device memory")
 
 
 @cache

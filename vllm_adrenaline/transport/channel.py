@@ -1,6 +1,7 @@
 """The interfaces of the data plane: the two ends of a channel, and all channels of a decode worker in a step.
 
 A channel is in shared memory (shm.py), or goes to another host (collective.py). A step may have both (steps.py).
+Between GPUs it goes through their memory (gpu.py).
 
 A step has one `begin`, with the plans of all executors. A layer has one `send` and one `receive`, however many
 executors there are. None of them raises because of an executor: one that is late or has ended is a bit of the result.
@@ -78,6 +79,10 @@ class StepTransport(Protocol[Channel]):
             The executors that failed in this layer, as bits. Their rows are zero, in this layer and the rest of the
             step.
         """
+
+    def end(self) -> int:
+        """End the step, once all that was launched for it is done; return the executors of which `receive` did not know
+        yet that they had failed, as bits. May be called again: then there are none."""
 
     @property
     def times_ns(self) -> tuple[int, int]:

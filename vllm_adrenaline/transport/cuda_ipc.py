@@ -4,8 +4,7 @@ Each side allocates an inbox, which the other one opens (system/device_memory.py
 rows, as in shared memory (csrc/shm/layout.h). What is stored and waited for is in csrc/cuda/channel.h. Every method
 that names a layer is one launch, or two, on the current stream, and may be captured in a CUDA graph.
 
-A step's plan does not go this way: the executor's host has to check it. No engine uses this transport yet
-(docs/gpu-status.md). Nothing here needs more than torch.
+A step's plan does not go this way: the executor's host has to check it (gpu.py). Nothing here needs more than torch.
 """
 
 from __future__ import annotations
@@ -115,6 +114,7 @@ class _End:
         self.inbox, self.epoch = inbox, epoch
         self._kernels, self._shape = kernels, shape
         self._state = torch.zeros(ctypes.sizeof(ChannelState), dtype=torch.uint8, device="cuda")
+        self._seen = torch.zeros(ctypes.sizeof(ChannelState), dtype=torch.uint8, pin_memory=True)
         torch.cuda.current_stream().synchronize()  # launches may go to other streams
         self._end = ChannelEnd()
         self._theirs: dict[str, torch.Tensor] = {}  # rows of the other's inbox; it is open as long as they are there
@@ -125,23 +125,50 @@ class _End:
             theirs.announcement, self.inbox.announcement, self._state.data_ptr(), self.epoch, int(timeout_s * 1e9)
         )
 
-    def begin(self) -> None:
-        """Begin a step. Both ends begin each step once."""
+    def begin(self, budget_s: float | None = None) -> None:
+        """Begin a step. Both ends begin each step once.
+
+        `budget_s`: how long its layers are waited for, all together, in seconds; None: as long as was said last.
+        """
+        if budget_s is not None:
+            self._end.budget_ns = int(budget_s * 1e9)
         self._kernels.begin(self._end, _stream())
 
     def close(self) -> None:
         """Tell the other end that nothing comes any more: its waits end at once."""
         self._kernels.close(self._end, _stream())
 
+    def interrupt(self, stream: torch.cuda.Stream) -> None:
+        """End the wait that this end is in, from any thread, by a launch on another stream than it waits on."""
+        ours = ChannelEnd(self._end.awaited, self._end.awaited, self._end.state, self.epoch, 0)
+        self._kernels.close(ours, stream.cuda_stream)
+
     def disconnect(self) -> None:
-        """Let go of the other's inbox, when all launches are done. It may free it then; nothing may be launched."""
-        torch.cuda.synchronize()
+        """Let go of the other's inbox, when what was launched on the current stream is done. It is the last call."""
+        torch.cuda.current_stream().synchronize()
         self._theirs = {}
+
+    def look(self) -> None:
+        """Have the end's state copied to where the two properties below find it, on the current stream."""
+        self._seen.copy_(self._state, non_blocking=True)
+
+    @property
+    def seen(self) -> Health:
+        """How the end was at the last `look`, which must be done."""
+        state = ChannelState.from_buffer_copy(bytes(self._seen.tolist()))
+        return Health(ChannelStatus(state.status), state.step, state.failed_at)
+
+    @property
+    def step_ns(self) -> tuple[int, int]:
+        """Nanoseconds of the step at the last `look`: between sends and waits, and in waits."""
+        state = ChannelState.from_buffer_copy(bytes(self._seen.tolist()))
+        return state.local_ns, state.waited_ns
 
     def health(self) -> Health:
         """Return how the end is when what was launched on the current stream is done. Waits for that."""
-        state = ChannelState.from_buffer_copy(bytes(self._state.tolist()))
-        return Health(ChannelStatus(state.status), state.step, state.failed_at)
+        self.look()
+        torch.cuda.current_stream().synchronize()
+        return self.seen
 
 
 class CudaDecodeChannel(_End):
@@ -152,7 +179,7 @@ class CudaDecodeChannel(_End):
         super().__init__(kernels, shape, Inbox.allocate(answered_sizes(shape), shape.dtype), epoch)
 
     def connect(self, theirs: DeviceMemory, timeout_s: float) -> None:
-        """Take the executor's inbox. A wait for a layer's output ends after `timeout_s` seconds at most."""
+        """Take the executor's inbox. The outputs of a step are waited for so many seconds, all together."""
         self._connect(Inbox(theirs, sent_sizes(self._shape), self._shape.dtype), timeout_s)
 
     def send(
@@ -194,7 +221,7 @@ class CudaExecutorChannel(_End):
             kernels: of the library.
             shape, epoch: as on the decode worker's end.
             theirs: the decode worker's inbox.
-            timeout_s: how long a layer is waited for at most, in seconds.
+            timeout_s: how long the layers of a step are waited for at most, all together, in seconds.
 
         Raises:
             AdrenalineError: there is no memory.

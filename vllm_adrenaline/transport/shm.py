@@ -120,6 +120,9 @@ class ShmSteps:
         for executor, channel in channels.items():
             self._steps.add(split, executor, None if channel is None else channel.end)
 
+    def end(self) -> int:
+        return 0
+
     @property
     def times_ns(self) -> tuple[int, int]:
         return self._steps.times_ns()
@@ -129,6 +132,16 @@ def tokens_of(memory: Memory, shape: Shape) -> dict[str, torch.Tensor]:
     """Return the slots q, k, v and out of a channel, by name: [T, heads, head size]."""
     heads = {"q": shape.num_heads, "k": shape.num_kv_heads, "v": shape.num_kv_heads, "out": shape.num_heads}
     return {n: memory.array(n, (shape.max_tokens, h, shape.head_size), shape.dtype) for n, h in heads.items()}
+
+
+def plan_sizes(shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the sizes and types of the tensors of a step's plan at their largest, by name."""
+    return {
+        "query_start_loc": ((shape.max_rows + 1,), torch.int32),
+        "seq_lens": ((shape.max_rows,), torch.int32),
+        "block_table": ((shape.max_rows, shape.max_blocks), torch.int32),
+        "slot_mapping": ((shape.max_tokens,), torch.int64),
+    }
 
 
 class StepTensors:
@@ -142,12 +155,7 @@ class StepTensors:
     @classmethod
     def of(cls, memory: Memory, shape: Shape) -> StepTensors:
         """Return those in memory that nobody else writes."""
-        plan = {
-            "query_start_loc": memory.array("query_start_loc", (shape.max_rows + 1,), torch.int32),
-            "seq_lens": memory.array("seq_lens", (shape.max_rows,), torch.int32),
-            "block_table": memory.array("block_table", (shape.max_rows, shape.max_blocks), torch.int32),
-            "slot_mapping": memory.array("slot_mapping", (shape.max_tokens,), torch.int64),
-        }
+        plan = {name: memory.array(name, size, dtype) for name, (size, dtype) in plan_sizes(shape).items()}
         return cls(plan | tokens_of(memory, shape))
 
     def view(self, rows: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -164,9 +172,19 @@ class ShmExecutorChannel:
     Attributes:
         next_layer: announces that the output of the layer before is in its slot, waits until q, k, v of the next are,
             and returns its number. None: that was the last one, or the step is to be left.
+        count_step: counts a step whose layers go another way, by the nanoseconds that it took.
     """
 
-    def __init__(self, fd: int, shape: Shape, epoch: int, shared_core: bool, num_layers: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        fd: int,
+        shape: Shape,
+        epoch: int,
+        shared_core: bool,
+        num_layers: int,
+        timeout_s: float,
+        pinned: bool = False,
+    ) -> None:
         """Map the channel.
 
         Args:
@@ -175,6 +193,7 @@ class ShmExecutorChannel:
             shared_core: whether others may want our core, from which spinning would keep them.
             num_layers: of the model.
             timeout_s: how long a layer is waited for at most, in seconds.
+            pinned: whether a GPU is to copy the plans from here.
 
         Raises:
             AdrenalineError: the file has another size, or can shrink.
@@ -183,12 +202,8 @@ class ShmExecutorChannel:
         memory = Memory(fd, shape)
         self._memory = memory
         # The native end copies each step's plan to here, so that what was checked is what kernels read.
-        copies = {
-            "query_start_loc": torch.zeros(shape.max_rows + 1, dtype=torch.int32),
-            "seq_lens": torch.zeros(shape.max_rows, dtype=torch.int32),
-            "block_table": torch.zeros(shape.max_rows, shape.max_blocks, dtype=torch.int32),
-            "slot_mapping": torch.zeros(shape.max_tokens, dtype=torch.int64),
-        }
+        sizes = plan_sizes(shape)
+        copies = {name: torch.zeros(size, dtype=dtype, pin_memory=pinned) for name, (size, dtype) in sizes.items()}
         self._tensors = StepTensors(copies | tokens_of(memory, shape))
         starts, lens, table, numbers = (copy.data_ptr() for copy in copies.values())
         timeout_ns = int(timeout_s * 1e9)
@@ -197,6 +212,7 @@ class ShmExecutorChannel:
         )
         # Bound here, so that a layer costs no Python frame.
         self.next_layer = self._end.next_layer
+        self.count_step = self._end.count_step
 
     def next_step(self) -> tuple[int, int, dict[str, torch.Tensor]] | None:
         """Sleep until a step's plan comes.

@@ -74,6 +74,9 @@ class Steps:
         self._waiting_ns += int(1e9 * (time.monotonic() - began))
         return self._near.receive(layer, output)
 
+    def end(self) -> int:
+        return 0
+
     @property
     def times_ns(self) -> tuple[int, int]:
         """As in StepTransport. To send to other hosts and to wait for them is no local attention."""
