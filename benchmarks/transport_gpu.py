@@ -218,8 +218,8 @@ def other_process(path: Path) -> Iterator[Connection]:
         process.join()
 
 
-def under_mps(arguments: list[str]) -> int:
-    """Run this program again, with an MPS daemon of its own; return its exit status."""
+def under_mps(arguments: list[str], program: str = __file__) -> int:
+    """Run a program, this one, again, with an MPS daemon of its own; return its exit status."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
         try:
@@ -227,8 +227,8 @@ def under_mps(arguments: list[str]) -> int:
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(f"no MPS: {error}") from None
         try:
-            program = [sys.executable, __file__, *arguments]
-            return subprocess.run(program, env={**environment, "ADRENALINE_MPS": "1"}, check=False).returncode
+            command = [sys.executable, program, *arguments]
+            return subprocess.run(command, env={**environment, "ADRENALINE_MPS": "1"}, check=False).returncode
         finally:
             subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", env=environment, check=False)
 

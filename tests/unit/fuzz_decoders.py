@@ -18,8 +18,11 @@ from typing import Any
 
 import msgspec
 import torch
+import uvicorn
+from starlette.datastructures import Headers as ClientHeaders
+from uvicorn.server import ServerState
 
-from tests.unit.test_control import IDENTITY
+from tests.unit.test_control import HANDLE, IDENTITY
 from tests.unit.test_leases import FakePool
 from vllm_adrenaline.attention.server import check_plan
 from vllm_adrenaline.control import client as client_module
@@ -36,7 +39,12 @@ from vllm_adrenaline.prefill.leases import LeaseManager, Offer
 from vllm_adrenaline.prefill.lending import Lending
 from vllm_adrenaline.proxy import bodies
 from vllm_adrenaline.proxy.apis import APIS
+from vllm_adrenaline.proxy.connections import Connections
+from vllm_adrenaline.proxy.counts import Counts
 from vllm_adrenaline.proxy.errors import Refused
+from vllm_adrenaline.proxy.guard import name_of
+from vllm_adrenaline.proxy.limits import Limits
+from vllm_adrenaline.proxy.upstream import FOR_ENGINES, engine_headers
 from vllm_adrenaline.system import memory_file
 from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.shm import Memory, ShmExecutorChannel
@@ -237,7 +245,7 @@ def _plan_bytes() -> bytes:
     return ints + b"".join(value.to_bytes(8, "little", signed=True) for value in [35, -1] + 6 * [-1])
 
 
-# HTTP bodies, key files
+# HTTP heads and bodies, key files
 
 
 def body(raw: bytes) -> str:
@@ -268,6 +276,81 @@ def prefill_answer(raw: bytes) -> str:
         return _words(error)
     assert found is None or isinstance(found, dict)
     return f"{type(found).__name__} {bodies.stays(found)}"
+
+
+class _Loop:
+    """An event loop that begins nothing."""
+
+    def call_later(self, *_: Any) -> Any:
+        return SimpleNamespace(cancel=lambda: None)
+
+    def create_task(self, coroutine: Any) -> _Loop:
+        coroutine.close()
+        return self
+
+    def add_done_callback(self, _: Any) -> None:
+        pass
+
+
+class _Transport:
+    """A connection; what is written to it is kept."""
+
+    def __init__(self) -> None:
+        self.written, self.is_closed = b"", False
+
+    def get_extra_info(self, name: str) -> Any:
+        return ("127.0.0.1", 5) if name.endswith("name") else None
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def pause_reading(self) -> None:
+        pass
+
+    resume_reading = pause_reading
+
+
+async def _app(scope: Any, receive: Any, send: Any) -> None:
+    """Never begun."""
+
+
+@cache
+def _http() -> tuple[Limits, Connections, Any, Any]:
+    limits = Limits(max_header_bytes=2048)
+    config = uvicorn.Config(_app, h11_max_incomplete_event_size=limits.max_header_bytes, log_config=None, ws="none")
+    config.load()
+    return limits, Connections(limits, Counts()), config, ServerState()
+
+
+def head(raw: bytes) -> str:
+    """What a client sends becomes a request of bounded size, whose headers can go on to engines, or it is refused."""
+    limits, connections, config, state = _http()
+    protocol = connections.protocol(config=config, server_state=state, app_state={}, _loop=_Loop())
+    transport = _Transport()
+    protocol.connection_made(transport)  # type: ignore[arg-type]
+    step = 1 + len(raw) // 5  # a head comes in pieces
+    for begin in range(0, len(raw), step):
+        if not transport.is_closed:
+            protocol.data_received(raw[begin : begin + step])
+    found = protocol.scope
+    protocol.connection_lost(None)
+    if found is None:
+        return transport.written[:12].decode() or "waits"
+    headers = [*found["headers"]]
+    assert sum(len(name) + len(value) for name, value in headers) <= limits.max_header_bytes + step
+    given = ClientHeaders(raw=headers)
+    for name, value in engine_headers(given, name_of(given)):
+        assert name.lower() in {*FOR_ENGINES, "authorization", "x-request-id"}
+        assert not set(value) & set("\r\n\0")
+    return f"{found['method'] in ('GET', 'POST')} {found['path'] in ('/v1/completions', '/health')}"
 
 
 @cache
@@ -318,11 +401,29 @@ def _message_seeds() -> list[bytes]:
         messages.LetGo("member"),
         messages.Attach(IDENTITY, "decode", 0, messages.MemoryFile(b"token", [0]), 1, 4, 4, 2),
         messages.Attach(IDENTITY, "decode", 0, messages.Group(contact), 1, 4, 4, 2),
+        messages.Attach(
+            IDENTITY, "decode", 0, messages.GpuMemory(messages.MemoryFile(b"token", [0]), HANDLE), 1, 4, 4, 2
+        ),
         messages.Attached(["layer"], 1, [0], contact),
+        messages.Attached(["layer"], 1, [0], inbox=HANDLE),
         messages.Revoke("decode", 1),
         messages.Revoked("decode", 1),
     ]
     return [messages.encode(each) for each in made]
+
+
+def _heads() -> list[bytes]:
+    """Return some requests with their headers."""
+    fields = (
+        b"Host: x\r\nContent-Type: application/json\r\nX-Request-Id: a\r\ntraceparent: 00-1-1-01\r\n"
+        b"Authorization: Bearer k\r\nx-api-key: k\r\n"
+    )
+    return [
+        b"POST /v1/completions HTTP/1.1\r\n" + fields + b"Content-Length: 2\r\n\r\n{}",
+        b"POST /v1/completions HTTP/1.1\r\n" + fields + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: keep-alive\r\nUpgrade: websocket\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTTP/1.0\r\n\r\n",
+    ]
 
 
 def _json(*objects: Any) -> list[bytes]:
@@ -362,6 +463,7 @@ def _decoders() -> dict[str, Decoder]:
         "answer": Decoder(
             prefill_answer, _json({"kv_transfer_params": _params_seed()}, {"kv_transfer_params": None}), "json"
         ),
+        "head": Decoder(head, _heads()),
         "keys": Decoder(key_file, keys),
     }
 

@@ -45,7 +45,11 @@ def main() -> None:
             "the attention executor may take no higher priority (it needs CAP_SYS_NICE, or ulimit -r 1): whatever else "
             "runs on its cores delays every layer of a decode step"
         )
-    server.serve()
+    try:
+        server.serve()
+    except SystemExit:
+        # At once: a thread that comes back from native code while the interpreter ends would abort the process.
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def request_id(scope: Scope) -> str:
     return str(scope["state"]["request_id"])
 
 
-def _name(headers: Headers) -> str:
+def name_of(headers: Headers) -> str:
     """Return the client's X-Request-Id, or a new one if that is unfit for engines."""
     given = headers.getlist(REQUEST_ID)
     fit = len(given) == 1 and 0 < len(given[0]) <= LONGEST_ID and given[0].isascii() and given[0].isprintable()
@@ -51,7 +51,7 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        name = scope.setdefault("state", {})["request_id"] = _name(headers)
+        name = scope.setdefault("state", {})["request_id"] = name_of(headers)
         if scope["path"] in OPEN:
             return await self._app(scope, receive, send)
         refusal = self._refusal(scope, headers)
