@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,16 @@ def test_the_first_is_never_the_busiest_of_several(engines: list[Candidate], see
     if len(there) > 1:
         first = engines[order(engines, draws(seed))[0]].outstanding
         assert sum(each >= first for each in there) > 1
+
+
+@given(candidates, seeds, st.lists(st.none() | st.integers(0, 200), min_size=8, max_size=8))
+def test_an_engine_without_room_comes_after_those_that_have_some(
+    engines: list[Candidate], seed: int, rooms: list[int | None]
+) -> None:
+    engines = [replace(each, room=room) for each, room in zip(engines, rooms, strict=False)]
+    found = [engines[index] for index in order(engines, draws(seed), tokens=100) if engines[index].available]
+    hold = [each.room is None or each.room >= 100 or not each.outstanding for each in found]
+    assert hold == sorted(hold, reverse=True)
 
 
 @given(candidates, seeds, cached)

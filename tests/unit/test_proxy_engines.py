@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from tests.unit.proxy_cases import BODY, FakeEngine, Slow, command, good_decode, good_prefill, with_many
-from vllm_adrenaline.proxy import upstream
+from vllm_adrenaline.proxy import room, upstream
 from vllm_adrenaline.system.ports import reserve_ports
 
 LONG = "x" * 1000
@@ -126,6 +126,40 @@ def test_the_decode_engine_with_less_to_do_gets_the_request() -> None:
             await asyncio.sleep(0.01)
 
     with_many([good_prefill], [good_decode] * 2, test)
+
+
+class Roomy(FakeEngine):
+    """A decode engine with 100 blocks of 16 tokens, half of them in use, and what prefill engines would lend it."""
+
+    def __init__(self, lendable: int) -> None:
+        super().__init__(good_decode().answer, wait=True)
+        self.lendable = lendable
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        if request.path != "/metrics":
+            return await super().handle(request)
+        info = 'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0'
+        lends = f"vllm:adrenaline_lendable_blocks {self.lendable}"
+        return web.Response(text=f"{info}\nvllm:kv_cache_usage_perc 0.5\n{lends}\n")
+
+
+def test_a_request_goes_where_executors_have_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "EVERY_S", 0.05)
+
+    async def test(client: Client, ps: Many, ds: Many) -> None:
+        under_way = [asyncio.create_task(complete(client, max_tokens=400)) for _ in range(2)]
+        while seen(ds) != [1, 1]:  # 800 tokens fit both
+            await asyncio.sleep(0.01)
+        for engine in ds:
+            engine.wait = False
+        for _ in range(2):
+            await asyncio.sleep(0.3)  # both have said how much room they have
+            await complete(client, max_tokens=1500)
+        assert seen(ds) == [1, 3]
+        for task in under_way:
+            task.cancel()
+
+    with_many([good_prefill], [lambda: Roomy(0), lambda: Roomy(100)], test)
 
 
 # When one fails

@@ -390,9 +390,12 @@ class RequestTable:
         """Return what placement believes at present, and what is held of the prefill engines' memory."""
         borrowed = sum(pool.borrowed for pool in self.pools)
         waiting = sum(pool.client.waiting for pool in self.pools)
+        mappable = [pool.executor for pool in self.pools if self.can_map(pool)]
+        executors = self.admission.pools(0, self.pools, self.unavailable, mappable).executors
         return self.admission.gauges | {
             "borrowed_blocks": borrowed,
             "waiting_blocks": waiting,
+            "lendable_blocks": sum(each.room for each in executors if each.available or each.mappable),
             "unavailable_executors": len(self.unavailable),
         }
 

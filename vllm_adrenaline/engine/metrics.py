@@ -73,6 +73,7 @@ GAUGES = {
     "If high: near all that prefill engines have, prompts wait there: give them more KV memory.",
     "waiting_blocks": "KV blocks of prefill engines that hold prompts which wait here to be placed. "
     "If high: the decode side is full.",
+    "lendable_blocks": "KV blocks of prefill engines that requests here could still get. If high: nothing to do.",
     "unavailable_executors": "Attention executors that failed and are not used, for they have not answered again. "
     "If high: above 0 for minutes, look at the prefill engine's log.",
     "local_rows": "Requests in the batch whose KV cache is the decode engine's own. If high: nothing to do.",

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from vllm_adrenaline.proxy import engine_file
+from vllm_adrenaline.proxy import engine_file, room
 from vllm_adrenaline.proxy.apis import APIS, FORWARDED
 from vllm_adrenaline.proxy.counts import Counts
 from vllm_adrenaline.proxy.engine_file import EngineLists
@@ -163,9 +163,11 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         have(engines)
-        watcher = asyncio.create_task(engine_file.watch(watched, engines, have)) if watched else None
+        watchers = [asyncio.create_task(room.watch(decode))]
+        if watched:
+            watchers.append(asyncio.create_task(engine_file.watch(watched, engines, have)))
         yield
-        if watcher:
+        for watcher in watchers:
             watcher.cancel()
         for each in kinds:
             await each.close()

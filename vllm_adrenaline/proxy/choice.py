@@ -4,6 +4,8 @@
   less busy one is taken. To look at all would send every request of a moment to the same engine.
 * A prefill engine that has seen a prompt's beginning need not compute it again, so the beginning's tokens count in its
   favour: it gets the prompt unless it is busier by more than it saves.
+* A decode engine that has no room for a request, neither in its own memory nor with executors, comes after one that
+  has: there it would wait, or push another one out.
 * Requests of one session go to one engine, as long as that is there.
 """
 
@@ -30,12 +32,18 @@ Beginnings = Sequence[tuple[int, Digest]]
 class Candidate:
     """An engine that could take a request. `key` is the same as long as it is the same engine.
 
-    `outstanding`: tokens of the requests that it has. `available`: it could be reached when it was last asked.
+    `outstanding`: tokens of the requests that it has. `available`: it could be reached when it was last asked. `room`:
+    tokens of KV that it could still have, as it said last; None: it did not say.
     """
 
     key: str
     outstanding: int = 0
     available: bool = True
+    room: int | None = None
+
+    def holds(self, tokens: int) -> bool:
+        """Say whether it has room for so many. One without any request of ours has: what it said last is old."""
+        return self.room is None or not self.outstanding or tokens <= self.room
 
 
 def order(
@@ -43,16 +51,19 @@ def order(
     draw: Callable[[int], int],
     cached: Mapping[str, int] | None = None,
     session: str | None = None,
+    tokens: int = 0,
 ) -> list[int]:
     """Return the indexes of the candidates in the order in which they should be asked.
 
     `draw(n)` returns a random number from 0 to n - 1. `cached` are the tokens of the prompt that engines have computed
-    before, by key. `session`: requests with the same one begin with the same engine. Unavailable engines come last.
+    before, by key. `session`: requests with the same one begin with the same engine. `tokens`: of the request.
+    Unavailable engines come last.
     """
     cached = cached or {}
 
-    def cost(index: int) -> int:
-        return candidates[index].outstanding - cached.get(candidates[index].key, 0)
+    def cost(index: int) -> tuple[bool, int]:
+        each = candidates[index]
+        return not each.holds(tokens), each.outstanding - cached.get(each.key, 0)
 
     def stays(index: int) -> bytes:
         return blake2b(f"{session}\0{candidates[index].key}".encode(errors="replace"), digest_size=8).digest()
@@ -64,9 +75,10 @@ def order(
         return sorted(there, key=stays) + sorted(away, key=stays)
     first: list[int] = []
     if there:
-        one = draw(len(there))
-        other = (one + 1 + draw(len(there) - 1)) % len(there) if len(there) > 1 else one
-        drawn = (there[one], there[other])
+        fit = [index for index in there if candidates[index].holds(tokens)] or there
+        one = draw(len(fit))
+        other = (one + 1 + draw(len(fit) - 1)) % len(fit) if len(fit) > 1 else one
+        drawn = (fit[one], fit[other])
         known = [index for index in there if candidates[index].key in cached]
         first = [min((*drawn, *known), key=cost)]
     return first + sorted((index for index in there if index not in first), key=cost) + away

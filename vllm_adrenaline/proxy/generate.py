@@ -215,7 +215,7 @@ class Generate:
         All that cannot be reached are passed over. Of those that fail after they had the request, one is: if it is the
         request that kills engines, it does not kill all of them.
         """
-        *others, last = self._decode.choose(session=prompt.session)
+        *others, last = self._decode.choose(session=prompt.session, tokens=prompt.tokens + prompt.answer_tokens)
         may_fail = True
         for engine in others:
             try:

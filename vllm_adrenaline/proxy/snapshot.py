@@ -97,6 +97,18 @@ class Snapshot:
         blocks = infos[0].get("num_gpu_blocks", "") if infos else ""
         return int(blocks) if blocks.isdecimal() else 0
 
+    def room(self) -> int | None:
+        """Return the tokens of KV that the engine has room for: its own memory, and what executors could attend.
+
+        None if it does not say how much memory it has.
+        """
+        infos = [labels for labels, _ in self.labelled("vllm:cache_config_info")]
+        size = infos[0].get("block_size", "") if infos else ""
+        if not size.isdecimal() or not self.blocks():
+            return None
+        own = self.blocks() * (1.0 - min(1.0, max(0.0, self.value(KV_USED))))
+        return int(size) * int(own + self.value(f"{OURS}lendable_blocks"))
+
     @property
     def has_plugin(self) -> bool:
         """Say whether the engine runs with the plugin."""

@@ -63,6 +63,7 @@ class Engine:
     `kind` is prefill or decode; `address` is http://host:port, or unix: and the path of a socket. Clients know it by
     its `name` only. `is_down`: it could not be reached when it was last asked to generate. Where others can do its
     work, it is not asked again before `rests_until` (time.monotonic). `requests` under way have `outstanding` tokens.
+    `room`: tokens of KV that it could still have (room.py); None: it does not say.
     """
 
     session: aiohttp.ClientSession
@@ -71,6 +72,7 @@ class Engine:
         self.kind, self.name, self.address = kind, name, address.rstrip("/")
         self.is_down, self.rests_until = False, 0.0
         self.outstanding = self.requests = 0
+        self.room: int | None = None
         self._url = "http://engine" if address.startswith(UNIX) else self.address
 
     def open(self) -> aiohttp.ClientSession:
@@ -140,11 +142,13 @@ class Engines:
         self._memory = choice.Memory()
         self._leaving: dict[Engine, asyncio.Task[None]] = {}
 
-    def choose(self, prompt: choice.Beginnings = (), session: str | None = None) -> list[Engine]:
+    def choose(self, prompt: choice.Beginnings = (), session: str | None = None, tokens: int = 0) -> list[Engine]:
         """Return all engines in the order in which they should be asked (choice.order)."""
         now = time.monotonic()
-        found = [choice.Candidate(each.address, each.outstanding, now >= each.rests_until) for each in self.all]
-        indexes = choice.order(found, random.randrange, self._memory.cached(prompt), session)
+        found = [
+            choice.Candidate(each.address, each.outstanding, now >= each.rests_until, each.room) for each in self.all
+        ]
+        indexes = choice.order(found, random.randrange, self._memory.cached(prompt), session, tokens)
         return [self.all[index] for index in indexes]
 
     def remember(self, prompt: choice.Beginnings, engine: Engine) -> None:

@@ -1,0 +1,30 @@
+"""How much room decode engines have for further requests, asked of them now and then: their own memory, and executors'."""
+
+from __future__ import annotations
+
+import asyncio
+
+from vllm_adrenaline.proxy.snapshot import Snapshot
+from vllm_adrenaline.proxy.upstream import Engine, EngineFailed, Engines
+
+EVERY_S = 2.0
+TIMEOUT_S = 2.0
+
+
+async def watch(engines: Engines) -> None:
+    """Keep the room of all engines up to date, for as long as there is a choice between them. Never ends."""
+    while True:
+        if len(engines.all) > 1:
+            await asyncio.gather(*(ask(engine) for engine in engines.all))
+        await asyncio.sleep(EVERY_S)
+
+
+async def ask(engine: Engine) -> None:
+    """Note how much room an engine says that it has; None if it does not."""
+    engine.room = None
+    try:
+        status, _, page = await engine.get("/metrics", [], TIMEOUT_S)
+        if status == 200:
+            engine.room = Snapshot(page.decode()).room()
+    except (EngineFailed, ValueError, OverflowError):  # it is away, or what is there is no engine
+        pass
