@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import random
 import shutil
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 
 from tests.engine.conftest import BLOCK, Engine, Wanted, eventually, executors_of, fleet, workload
 from tests.soak import faults
-from tests.soak.samples import Samples
+from tests.soak.samples import Samples, lasting
 from tests.soak.traffic import Traffic
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.launch import engine_command
@@ -49,6 +50,8 @@ ONEDNN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 """Else engines grow with each new length of a prompt, to a gigabyte (docs/vllm-notes.md)."""
 JUDGED = 10.0
 """A run of fewer minutes is not judged by what grows: engines still fill their caches."""
+SPARE = 4
+"""Descriptors that the proxy may have at the end beyond those at the beginning: what it keeps for a while."""
 SAMPLE_S, FAULT_S, DEADLY_S = 2.0, 20.0, 120.0
 """Between two samples, and on average between two faults of either kind (seconds)."""
 
@@ -87,11 +90,14 @@ class Soak:
         threads = [threading.Thread(target=self._until_done, args=(each,), daemon=True) for each in watchers]
         for thread in threads:
             thread.start()
+        before = self._connections()
         with Traffic(url, wanted, self.note_token, self.seed) as traffic:
             self._break()
         self.end = time.monotonic() - self.began
         if not eventually(self._is_at_rest, seconds=90, poll_s=1.0):
             self.wrong.append(f"blocks stay in use: {self._in_use()}")
+        if not eventually(lambda: self._connections() <= before + SPARE, seconds=30, poll_s=1.0):
+            self.wrong.append(f"the proxy has {self._connections()} descriptors at rest, and had {before} before")
         self._done.set()
         for thread in threads:
             thread.join()
@@ -136,6 +142,10 @@ class Soak:
         while not self._done.wait(SAMPLE_S):
             engines = {s.name: (self.groups()[s.name], s.url) for s in self.supervisor.specs if s.name in self.groups()}
             self.samples.take(time.monotonic() - self.began, engines)
+
+    def _connections(self) -> int:
+        """Return the proxy's descriptors: most are connections, so they say something only when nobody asks."""
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in lasting(self.groups()[engine_command.PROXY]))
 
     def _in_use(self) -> dict[str, float]:
         used = {}

@@ -68,7 +68,8 @@ class Samples:
                     descriptors += len(targets)
                     files += sum("memfd:" in target for target in targets)
             self.add("memory", name, group, at, pages * PAGE / MIB)
-            self.add("descriptors", name, group, at, descriptors)
+            if name != "proxy":  # its are connections of requests under way
+                self.add("descriptors", name, group, at, descriptors)
             self.add("threads", name, group, at, threads)
             self.add("memory files", name, group, at, files)
             if name != "proxy":

@@ -25,6 +25,7 @@ from vllm_adrenaline.proxy.errors import error_response
 from vllm_adrenaline.proxy.generate import Generate
 from vllm_adrenaline.proxy.guard import DRAINING, Guard, request_id
 from vllm_adrenaline.proxy.limits import Limits
+from vllm_adrenaline.proxy.shared import Shared
 from vllm_adrenaline.proxy.state import StatePages
 from vllm_adrenaline.proxy.upstream import Engine, EngineFailed, Engines, client_headers, engine_headers
 
@@ -40,7 +41,7 @@ class Pages:
     def __init__(self, prefill: Engines, decode: Engines, counts: Counts) -> None:
         self._prefill, self._decode = prefill, decode
         self._counts = counts
-        self._asking: asyncio.Task[list[tuple[Engine, bool]]] | None = None
+        self._health = Shared(self._ask)
         self.guard: Guard
 
     @property
@@ -53,7 +54,7 @@ class Pages:
 
     async def health(self, request: Request) -> Response:
         """Answer 200 when every engine is healthy, else 503 with the numbers of those that are not."""
-        ill = [engine.kind for engine, good in await self._healthy() if not good]
+        ill = [engine.kind for engine, good in await self._health.get() if not good]
         if not ill:
             return JSONResponse({"status": "ok"})
         names = ", ".join(f"{ill.count(kind)} {kind} engine(s)" for kind in dict.fromkeys(ill))
@@ -63,17 +64,13 @@ class Pages:
         """Answer 200 when requests can be answered: a decode engine is healthy, and the proxy is not about to end."""
         if self.guard.drains:
             return error_response(503, DRAINING, request_id(request.scope))
-        if any(good for engine, good in await self._healthy() if engine.kind == self._decode.kind):
+        if any(good for engine, good in await self._health.get() if engine.kind == self._decode.kind):
             return JSONResponse({"status": "ok"})
         return error_response(503, "no decode engine is healthy", request_id(request.scope))
 
-    async def _healthy(self) -> list[tuple[Engine, bool]]:
-        """Return all engines, and whether they are healthy. They are asked once for all who ask at the same time."""
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask(self._engines))
-        return await asyncio.shield(self._asking)
-
-    async def _ask(self, engines: Sequence[Engine]) -> list[tuple[Engine, bool]]:
+    async def _ask(self) -> list[tuple[Engine, bool]]:
+        """Return all engines, and whether they are healthy."""
+        engines = self._engines
         return list(zip(engines, await asyncio.gather(*(engine.is_healthy() for engine in engines)), strict=True))
 
     async def models(self, request: Request) -> Response:

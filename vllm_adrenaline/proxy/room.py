@@ -1,4 +1,4 @@
-"""How much room decode engines have for further requests, asked of them now and then: their own memory, and executors'."""
+"""How much room decode engines have for further requests, as they say now and then: own memory, and executors'."""
 
 from __future__ import annotations
 

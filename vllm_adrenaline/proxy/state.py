@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from vllm_adrenaline.proxy.counts import Counts
+from vllm_adrenaline.proxy.shared import Shared
 from vllm_adrenaline.proxy.snapshot import Recent, Snapshot
 from vllm_adrenaline.proxy.upstream import Engine, EngineFailed
 from vllm_adrenaline.system import web_page
@@ -29,8 +30,7 @@ class StatePages:
     def __init__(self, engines: Callable[[], Sequence[Engine]], counts: Counts) -> None:
         self._engines, self._counts = engines, counts
         self._recent: dict[str, Recent] = {}
-        self._asking: asyncio.Task[dict[str, Any]] | None = None
-        self._asked_at = 0.0
+        self._told = Shared(self._ask, KEPT_S)
         self._page = web_page.complete(Path(__file__).with_name("page.html").read_text())
         self._headers = {
             "Content-Security-Policy": web_page.content_security_policy(self._page),
@@ -44,10 +44,7 @@ class StatePages:
 
     async def state(self, _: Request) -> Response:
         """Answer with what the proxy and its engines do. Addresses are left out."""
-        if self._asking is None or (self._asking.done() and time.monotonic() - self._asked_at >= KEPT_S):
-            self._asked_at = time.monotonic()
-            self._asking = asyncio.create_task(self._ask())
-        return JSONResponse(await asyncio.shield(self._asking), headers={"Cache-Control": "no-store"})
+        return JSONResponse(await self._told.get(), headers={"Cache-Control": "no-store"})
 
     async def _ask(self) -> dict[str, Any]:
         engines = self._engines()
