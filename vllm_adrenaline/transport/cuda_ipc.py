@@ -17,6 +17,7 @@ import torch
 from vllm_adrenaline.native.cuda_channel import (
     ChannelEnd,
     ChannelKernels,
+    ChannelMessage,
     ChannelState,
     ChannelStatus,
     ChannelWork,
@@ -31,6 +32,9 @@ from vllm_adrenaline.transport.stamp import step_of
 PAGE = 4096
 BLOCKS = 64
 """Most blocks of a launch that copies rows: enough for the bandwidth of a link, and few beside local attention."""
+MOST_KEPT = 1 << 16
+"""Descriptions of launches that are kept, of some 300 bytes: of 64 layers, both ways, at 512 places."""
+NO_WORK = ChannelWork()
 Sizes = dict[str, tuple[int, int, int]]
 
 
@@ -172,11 +176,15 @@ class _End:
 
 
 class CudaDecodeChannel(_End):
-    """The decode worker's end."""
+    """The decode worker's end.
+
+    What describes a launch is kept: engines use the same memory for a layer again and again.
+    """
 
     def __init__(self, kernels: ChannelKernels, shape: Shape, epoch: int) -> None:
         """Allocate the inbox. Raises AdrenalineError if there is no memory."""
         super().__init__(kernels, shape, Inbox.allocate(answered_sizes(shape), shape.dtype), epoch)
+        self._messages: dict[tuple[int, ...], ChannelMessage] = {}
 
     def connect(self, theirs: DeviceMemory, timeout_s: float) -> None:
         """Take the executor's inbox. The outputs of a step are waited for so many seconds, all together."""
@@ -189,8 +197,12 @@ class CudaDecodeChannel(_End):
 
         Raises ValueError for tensors that the kernel cannot read.
         """
-        parts = [(x, self._theirs[name].data_ptr()) for name, x in (("q", q), ("k", k), ("v", v))]
-        message = message_of(self._end, layer, parts, tokens, rows, self._shape.max_tokens)
+        places = q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0)
+        key = layer, rows, 0 if tokens is None else tokens.data_ptr(), *places
+        message = self._messages.get(key)
+        if message is None:
+            parts = [(x, self._theirs[name].data_ptr()) for name, x in (("q", q), ("k", k), ("v", v))]
+            message = self._keep(key, message_of(self._end, layer, parts, tokens, rows, self._shape.max_tokens))
         self._kernels.send(message, BLOCKS, _stream())
 
     def receive(self, layer: int, out: torch.Tensor, tokens: torch.Tensor | None, rows: int) -> None:
@@ -198,11 +210,20 @@ class CudaDecodeChannel(_End):
 
         Raises ValueError for a tensor that the kernel cannot write.
         """
-        message = message_of(
-            self._end, layer, [(out, self.inbox.rows["out"].data_ptr())], tokens, rows, self._shape.max_tokens
-        )
-        self._kernels.await_layer(self._end, layer, ChannelWork(), _stream())
-        self._kernels.take(message, BLOCKS, _stream())
+        key = layer, rows, 0 if tokens is None else tokens.data_ptr(), out.data_ptr(), out.stride(0)
+        message = self._messages.get(key)
+        if message is None:
+            part = (out, self.inbox.rows["out"].data_ptr())
+            message = self._keep(key, message_of(self._end, layer, [part], tokens, rows, self._shape.max_tokens))
+        stream = _stream()
+        self._kernels.await_layer(self._end, layer, NO_WORK, stream)
+        self._kernels.take(message, BLOCKS, stream)
+
+    def _keep(self, key: tuple[int, ...], message: ChannelMessage) -> ChannelMessage:
+        if len(self._messages) >= MOST_KEPT:  # whoever allocates anew each time
+            self._messages.clear()
+        self._messages[key] = message
+        return message
 
 
 class CudaExecutorChannel(_End):
@@ -237,7 +258,7 @@ class CudaExecutorChannel(_End):
 
     def await_layer(self, layer: int, first_tile: torch.Tensor | None = None) -> None:
         """Wait for q, k and v of the layer. If the end fails, `first_tile`, the plan of the step, becomes empty."""
-        work = ChannelWork() if first_tile is None else ChannelWork(first_tile.data_ptr(), first_tile.numel())
+        work = NO_WORK if first_tile is None else ChannelWork(first_tile.data_ptr(), first_tile.numel())
         self._kernels.await_layer(self._end, layer, work, _stream())
 
     def publish(self, layer: int) -> None:

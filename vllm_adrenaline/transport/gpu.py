@@ -114,10 +114,11 @@ class GpuExecutorChannel:
 
 
 class Tokens:
-    """The positions of an executor's tokens in the batch, where kernels read them: int64 [max tokens].
+    """The positions of an executor's tokens in the batch, where kernels read them.
 
     Attributes:
         padded: how many there are in this step, with padding, which is -1.
+        view: those, int64 [padded].
     """
 
     def __init__(self, most: int) -> None:
@@ -126,6 +127,7 @@ class Tokens:
         self._pinned = [torch.empty(most, dtype=torch.int64, pin_memory=True) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
         self._turn, self.padded = 0, 0
+        self.view = self._here[:0]
 
     def set(self, tokens: list[int]) -> None:
         """Have these from now on, on the current stream."""
@@ -135,13 +137,9 @@ class Tokens:
         self.padded = min(1 << (len(tokens) - 1).bit_length(), len(pinned))
         pinned[: len(tokens)] = torch.tensor(tokens)
         pinned[len(tokens) : self.padded] = -1
-        self._here[: self.padded].copy_(pinned[: self.padded], non_blocking=True)
+        self.view = self._here[: self.padded]
+        self.view.copy_(pinned[: self.padded], non_blocking=True)
         copied.record()
-
-    @property
-    def view(self) -> torch.Tensor:
-        """Those of this step, with padding."""
-        return self._here[: self.padded]
 
 
 class GpuSteps:
