@@ -120,6 +120,14 @@ LEDGER = (
         "0.32 run",
     ),
     Patch(
+        "block_tables",
+        ("vllm.v1.worker.gpu.block_table:BlockTables.append_block_ids",),
+        "model runner V2 has its block tables on the GPU alone, so the host cannot split a batch by them",
+        "model runner V2 has them on the host, too",
+        "0.32, 0.33 read",
+        names=("self.block_tables: list", "self.num_blocks.np[i, req_index] = end"),
+    ),
+    Patch(
         "connector_metadata",
         (f"{NIXL}.metadata:NixlConnectorMetadata",),
         "a connector cannot send anything of its own to its workers beside NIXL's metadata",

@@ -168,15 +168,25 @@ class RemoteAttention:
         )
         if are_local:
             return common, None
-        self._first = table[:, 0]
-        self._mapped_rows += split.num_mapped
+        plan = self._begin(split, table[:, 0])
         local = common.replace(block_table_tensor=split.local_block_table, seq_lens=split.local_seq_lens)
+        return local, plan
+
+    def _begin(self, split: SplitRows, first: torch.Tensor) -> StepPlan | None:
+        """Begin a step whose rows are not all local; return the plan of the remote rows, None if there are none.
+
+        Args:
+            split: the step's batch.
+            first: the first block of each row, int32 [R], on the host.
+        """
+        self._first = first
+        self._mapped_rows += split.num_mapped
         if not split.executors and not split.lost:
-            return local, None
+            return None
         self._split = split
         for row in split.lost:
-            self._note(space.pool_of(int(table[row, 0])))
-        return local, StepPlan(self, split) if split.executors else None
+            self._note(space.pool_of(int(first[row])))
+        return StepPlan(self, split) if split.executors else None
 
     def _end_step(self) -> None:
         """Note which executors failed in this step, as far as that is known only now that it is over."""

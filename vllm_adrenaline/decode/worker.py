@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adrenaline.compat import weight_memory
@@ -50,7 +49,7 @@ class DecodeWorker(CPUWorker):
         settle_worker()
         allow_amx()
         # CPU_ATTN itself is overridden: vLLM's CPU platform takes no other backend (vllm/platforms/cpu.py).
-        register_backend(AttentionBackendEnum.CPU_ATTN, backend.QUALNAME)
+        backend.override("CPU_ATTN")
         super().__init__(*args, **kwargs)
         self.remote: remote_attention.RemoteAttention | None = None
         self._weights: list[Region] = []
@@ -133,7 +132,7 @@ class DecodeWorker(CPUWorker):
         for name, cache in caches.items():
             layer: Attention = config.compilation_config.static_forward_context[name]
             layer.bind_kv_cache(cache)
-            impl: backend.AdrenalineImpl = layer.impl
+            impl: backend.OffloadingLayer = layer.impl
             impl.open(layer, cache)  # now, not in the first request's first step
 
     def compile_or_warm_up_model(self) -> Any:

@@ -95,7 +95,9 @@ def subject(version: str | None, recorded: bool = True) -> Subject:
 
 def problems(checked: Subject) -> list[Finding]:
     """Return what a version lacks of what is needed."""
-    baseline = {path: fact for path, fact in records.load(RUN).items() if isinstance(fact, Fact)}
+    later = {path: checked.facts[path] for path in declared.REPLACED_LATER if path in checked.facts}
+    known = {**records.load(RUN), **later}
+    baseline = {path: fact for path, fact in known.items() if isinstance(fact, Fact)}
     return check(needs(), checked.facts, baseline, declared.MADE_BY_US, checked.elsewhere)
 
 

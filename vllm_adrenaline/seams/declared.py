@@ -31,16 +31,23 @@ ATTACHED = {
     f"{NIXL}.metadata:NixlConnectorMetadata.members": "decode/connector.py",
     f"{NIXL}.metadata:NixlConnectorMetadata.received": "decode/connector.py",
     f"{NIXL}.metadata:NixlConnectorMetadata.let_go": "prefill/connector.py",
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata.decode_length": "decode/backend.py",
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata.remote_plan": "decode/backend.py",
     "vllm.model_executor.layers.attention.attention:Attention.isa": "vLLM itself, cpu_attn.py: see TEXTS",
 }
 """Attributes that objects of vLLM's get and its classes do not have, and who sets them."""
 
+BACKENDS = "vllm.v1.attention.backends"
+CACHE_UPDATE = "forward_includes_kv_cache_update: bool = False"
+MASKING = "decode/remote_attention.py, decode/device_split.py: what is masked before a step's metadata is built"
 NIXL_PARAMS = ("remote_engine_id", "remote_request_id", "remote_host", "remote_port", "remote_block_ids", "tp_size")
 METRICS = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions")
 TEXTS = {
-    "vllm.v1.attention.backends.cpu_attn": {"layer.isa = ": "decode/backend.py, prefill/worker.py"},
+    f"{BACKENDS}.cpu_attn": {"layer.isa = ": "decode/backends/cpu.py, prefill/worker.py", CACHE_UPDATE: MASKING},
+    f"{BACKENDS}.flash_attn": {CACHE_UPDATE: MASKING},
+    f"{BACKENDS}.triton_attn": {CACHE_UPDATE: MASKING},
+    f"{BACKENDS}.flashinfer": {
+        CACHE_UPDATE: MASKING,
+        "seq_lens_cpu = common_attn_metadata.seq_lens_cpu_upper_bound": MASKING,
+    },
     "vllm.v1.worker.utils": {"torch.zeros(buf_size, dtype=torch.int8": "kv/sharing.py"},
     "vllm.plugins": {'"vllm.general_plugins"': "pyproject.toml, the entry point"},
     "vllm.v1.metrics.loggers": {f'"vllm:{name}"': "launch/engine_metrics.py, launch/status.py" for name in METRICS},
@@ -56,11 +63,15 @@ PLACES = {
     "vllm.entrypoints.openai.api_server:": "launch/engine_command.py",
     "vllm.v1.worker.utils:allocate_kv_cache": "kv/sharing.py",
     "vllm.v1.core.block_pool:BlockPool().blocks": "prefill/leases.py, prefill/connector.py",
+    "vllm.v1.attention.backend:CommonAttentionMetadata()._num_computed_tokens_cache": "decode/device_split.py",
     f"{NIXL}.base_worker:NixlBaseConnectorWorker()._nixl_handshake": "compat/side_channel.py, which answers it",
     f"{NIXL}.base_scheduler:NixlBaseConnectorScheduler()._nixl_handshake_listener": "compat/side_channel.py",
 } | {
     f"vllm.engine.arg_utils:EngineArgs().{flag}": "flags of launch/, bench/"
     for flag in ("gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_model_len", "dtype")
+} | {
+    f"{BACKENDS}.cpu_attn:CPUAttentionMetadata().{name}": "decode/backend.py"
+    for name in ("block_table", "seq_lens", "query_start_loc")
 }
 """What is used by name, or behaves as we count on, though no code of ours mentions it."""
 
@@ -78,6 +89,11 @@ REPLACED = {
         "(timeout_ms=None)",
         "compat/message_queue.py, sleeping",
     ),
+    "vllm.v1.worker.gpu.block_table:BlockTables().append_block_ids": (
+        "method",
+        "(req_index, new_block_ids, overwrite)",
+        "compat/block_tables.py",
+    ),
     "vllm.v1.worker.cpu_worker:CPUWorker().compile_or_warm_up_model": (
         "method",
         "()",
@@ -85,6 +101,17 @@ REPLACED = {
     ),
 }
 """What is replaced while vLLM runs: the kind and the signature of what takes its place, and where that is."""
+
+REPLACED_LATER = {
+    f"{BACKENDS}.{backend}().supports_kv_cache_update_bypass"
+    for backend in (
+        "cpu_attn:CPUAttentionBackend",
+        "flash_attn:FlashAttentionBackend",
+        "flashinfer:FlashInferBackend",
+        "triton_attn:TritonAttentionBackend",
+    )
+}
+"""What versions after the one that we run with have, and ours is meant to take the place of."""
 
 BLOCK_POOL = "vllm.v1.core.block_pool:BlockPool()"
 CALLED = {

@@ -1,7 +1,8 @@
 """What the plugin needs of vLLM, read from the plugin's own syntax trees. Pure.
 
 Followed are: imports from vLLM; parameters, attributes and results that are annotated with vLLM's classes; `self` and
-`super()` in subclasses of them; what is assigned to local variables; and names of environment variables.
+`super()` in subclasses of them; classes of ours that stand before one of vLLM's; what is assigned to local variables;
+and names of environment variables.
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ def derived(tree: Tree) -> set[Need]:
     return needs
 
 
+def file_of(module: Module) -> str:
+    """Return the file of a module of the plugin, as users of a seam are named."""
+    return module.name.removeprefix("vllm_adrenaline.").replace(".", "/") + ".py"
+
+
 class _Reader:
     """Reads one module."""
 
     def __init__(self, ours: Ours, module: Module) -> None:
         self.ours, self.module = ours, module
-        self.file = module.name.removeprefix("vllm_adrenaline.").replace(".", "/") + ".py"
+        self.file = file_of(module)
         self.needs: set[Need] = set()
 
     def read(self) -> set[Need]:
@@ -69,21 +75,27 @@ class _Reader:
             self._expression(each, names, None)
         if known is not None and known.foreign is not None:
             self._need(node, f"{known.foreign}().*")
-            for member, line, override in self._members(node):
-                if not member.startswith("__") or member == "__init__":
-                    self.needs.add(Need(f"{known.foreign}().{member}", f"{self.file}:{line}", None, override))
+            for each in (known, *self.ours.mixins(known)):
+                self._overrides(each, known.foreign)
         self._body(node.body, dict(names), known)
 
-    def _members(self, node: ast.ClassDef) -> Iterator[tuple[str, int, Override]]:
-        """Yield what a subclass of vLLM's binds itself, with the line."""
-        for name, bindings in self.module.members(node).items():
+    def _overrides(self, ours: OurClass, foreign: Path) -> None:
+        """Note what a class of ours, which stands before a class of vLLM's, has in place of what that one has."""
+        file = file_of(ours.module)
+        for member, line, override in self._members(ours):
+            if not member.startswith("__") or member == "__init__":
+                self.needs.add(Need(f"{foreign}().{member}", f"{file}:{line}", None, override))
+
+    def _members(self, ours: OurClass) -> Iterator[tuple[str, int, Override]]:
+        """Yield what a class binds itself, with the line."""
+        for name, bindings in ours.module.members(ours.node).items():
             first = bindings[0]
             if isinstance(first, Function):
                 kind = kind_of(first)
                 signature = signature_of(first.args, None, kind in ("method", "classmethod"))
                 yield name, first.lineno, Override(kind, None if kind == "property" else signature)
             elif name != "__init__":
-                yield name, node.lineno, Override("attribute", None)
+                yield name, ours.node.lineno, Override("attribute", None)
 
     def _function(self, node: Function, names: Names, within: OurClass | None) -> None:
         inner = dict(names)

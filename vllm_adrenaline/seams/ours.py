@@ -100,6 +100,11 @@ class Ours:
         node = owner.names.get(name) if owner is not None else None
         return self._add(owner, node) if owner is not None and isinstance(node, ast.ClassDef) else None
 
+    def mixins(self, ours: OurClass) -> list[OurClass]:
+        """Return the bases of a class of vLLM's that are none themselves: what they have comes before vLLM's."""
+        found = [self._class(parent) for parent in ours.parents]
+        return [each for each in found if each is not None and each.foreign is None]
+
     # Names
 
     def imported(self, module: Module, node: ast.Import | ast.ImportFrom) -> dict[str, Path]:
