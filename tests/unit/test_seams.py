@@ -52,6 +52,7 @@ class Fault:
 CALLS = "from vllm.a import f\nf(1, x=2)"
 EXTENDS = "from vllm.a import A\nclass B(A):\n    def go(self, x): return super().go(x)"
 READS = "from vllm.a import A\ndef f(a: A): return a.pool.free(1)"
+MIXES = "from vllm.a import A\nclass M:\n    def go(self, x): ...\nclass B(M, A): ..."
 POOL = "class Pool:\n    def free(self, n): ...\n"
 NO_POOL = "class Pool:\n    def release(self, n): ...\n"
 
@@ -99,6 +100,18 @@ FAULTS = {
     ),
     "an overridden method has another name": Fault(
         EXTENDS,
+        vllm(a="class A:\n    def go(self, x): ..."),
+        vllm(a="class A:\n    def run(self, x): ..."),
+        "has no go",
+    ),
+    "a method that a mixin overrides is given more": Fault(
+        MIXES,
+        vllm(a="class A:\n    def go(self, x): ..."),
+        vllm(a="class A:\n    def go(self, x, y=1): ..."),
+        "vLLM may pass `y`, which ours does not take",
+    ),
+    "a method that a mixin overrides has another name": Fault(
+        MIXES,
         vllm(a="class A:\n    def go(self, x): ..."),
         vllm(a="class A:\n    def run(self, x): ..."),
         "has no go",

@@ -59,20 +59,30 @@ TEXTS = {
 """What stands in the source of modules and is no name there: keys, metrics, environment variables' names, calls. By
 module, and by text who leans on it."""
 
-PLACES = {
-    "vllm.entrypoints.openai.api_server:": "launch/engine_command.py",
-    "vllm.v1.worker.utils:allocate_kv_cache": "kv/sharing.py",
-    "vllm.v1.core.block_pool:BlockPool().blocks": "prefill/leases.py, prefill/connector.py",
-    "vllm.v1.attention.backend:CommonAttentionMetadata()._num_computed_tokens_cache": "decode/device_split.py",
-    f"{NIXL}.base_worker:NixlBaseConnectorWorker()._nixl_handshake": "compat/side_channel.py, which answers it",
-    f"{NIXL}.base_scheduler:NixlBaseConnectorScheduler()._nixl_handshake_listener": "compat/side_channel.py",
-} | {
-    f"vllm.engine.arg_utils:EngineArgs().{flag}": "flags of launch/, bench/"
-    for flag in ("gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_model_len", "dtype")
-} | {
-    f"{BACKENDS}.cpu_attn:CPUAttentionMetadata().{name}": "decode/backend.py"
-    for name in ("block_table", "seq_lens", "query_start_loc")
-}
+PLACES = (
+    {
+        "vllm.entrypoints.openai.api_server:": "launch/engine_command.py",
+        "vllm.v1.worker.utils:allocate_kv_cache": "kv/sharing.py",
+        "vllm.v1.core.block_pool:BlockPool().blocks": "prefill/leases.py, prefill/connector.py",
+        "vllm.v1.attention.backend:CommonAttentionMetadata()._num_computed_tokens_cache": "decode/device_split.py",
+        f"{NIXL}.base_worker:NixlBaseConnectorWorker()._nixl_handshake": "compat/side_channel.py, which answers it",
+        f"{NIXL}.base_scheduler:NixlBaseConnectorScheduler()._nixl_handshake_listener": "compat/side_channel.py",
+    }
+    | {
+        f"vllm.engine.arg_utils:EngineArgs().{flag}": "flags of launch/, bench/"
+        for flag in (
+            "gpu_memory_utilization",
+            "kv_cache_memory_bytes",
+            "num_gpu_blocks_override",
+            "max_model_len",
+            "dtype",
+        )
+    }
+    | {
+        f"{BACKENDS}.cpu_attn:CPUAttentionMetadata().{name}": "decode/backend.py"
+        for name in ("block_table", "seq_lens", "query_start_loc")
+    }
+)
 """What is used by name, or behaves as we count on, though no code of ours mentions it."""
 
 ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
