@@ -14,7 +14,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.block_table import BlockTables
 
 from vllm_adrenaline.compat.block_tables import BlockTablesOnHost
-from vllm_adrenaline.decode.device_split import BatchTables, DeviceRemoteAttention, MaskedBatch, RequestTables
+from vllm_adrenaline.decode.device_split import BatchTables, DeviceRemoteAttention, RequestTables
+from vllm_adrenaline.decode.masked_batch import MaskedBatch
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.placement.patience import Patience
 

@@ -75,8 +75,8 @@ class _Reader:
             self._expression(each, names, None)
         if known is not None and known.foreign is not None:
             self._need(node, f"{known.foreign}().*")
-            for each in (known, *self.ours.mixins(known)):
-                self._overrides(each, known.foreign)
+            for ours in (known, *self.ours.mixins(known)):
+                self._overrides(ours, known.foreign)
         self._body(node.body, dict(names), known)
 
     def _overrides(self, ours: OurClass, foreign: Path) -> None:
