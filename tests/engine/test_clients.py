@@ -137,14 +137,15 @@ def test_streams_of_many_async_clients_with_usage_and_logprobs(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tools(cluster: Cluster, model: Path, offloaded: Callable[[], float], stream: bool) -> None:
-    # A named one: with "required" a model of random weights makes call after call.
-    choice: Any = {"type": "function", "function": {"name": "say"}}
+@pytest.mark.parametrize("choice", [{"type": "function", "function": {"name": "say"}}, "required"], ids=str)
+def test_tools(cluster: Cluster, model: Path, offloaded: Callable[[], float], stream: bool, choice: Any) -> None:
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    blank = [token for token in range(tokenizer.get_vocab_size()) if not tokenizer.decode([token]).strip()]
     asked: Any = {"model": "m", "messages": MESSAGES, "tools": [TOOL], "tool_choice": choice, "max_tokens": 120}
-    # The grammar of a call allows blanks without end, and random weights like them.
-    asked |= {"temperature": 0, "logit_bias": {str(token): -100 for token in blank}}
+    # The grammar of a call allows blanks, and that of several calls a comma after each, without end. Random weights
+    # like them. Where there must be a comma, nothing else is allowed.
+    words = {token: tokenizer.decode([token]) for token in range(tokenizer.get_vocab_size())}
+    endless = [token for token, word in words.items() if not word.strip() or "," in word]
+    asked |= {"temperature": 0, "logit_bias": {str(token): -100 for token in endless}}
     create = of_openai(cluster).chat.completions.create
     if stream:
         deltas = [delta for chunk in create(**asked, stream=True) for delta in chunk.choices[0].delta.tool_calls or []]
