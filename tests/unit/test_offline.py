@@ -6,10 +6,13 @@ import json
 import multiprocessing
 import os
 import queue
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -262,6 +265,39 @@ def test_when_the_prefill_engine_does_not_start_the_decode_engine_is_ended_and_t
     with pytest.raises(AdrenalineError, match="the prefill engine ended"):
         begin()
     assert child.exitcode != 0
+
+
+def _ignores_signals(folder: str) -> None:
+    """An engine that is starting: it and its worker hear no signal."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    worker = subprocess.Popen(["sh", "-c", "trap '' TERM; while true; do sleep 0.1; done"])
+    (Path(folder) / "worker").write_text(str(worker.pid))
+    time.sleep(60)
+
+
+def test_an_engine_that_hears_no_signal_is_ended_with_its_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "PATIENCE_S", 0.5)
+    child = multiprocessing.get_context("spawn").Process(target=_ignores_signals, args=(str(tmp_path),))
+    noted = tmp_path / "worker"
+
+    class Supervisor:
+        def check(self) -> None:
+            if noted.exists():
+                raise AdrenalineError("the prefill engine ended")
+
+    def begin() -> None:
+        with start.ending_with(Supervisor()):  # type: ignore[arg-type]
+            child.start()
+            child.join(30)
+            raise RuntimeError("Engine core initialization failed")
+
+    with pytest.raises(AdrenalineError, match="the prefill engine ended"):
+        begin()
+    assert child.exitcode == -signal.SIGKILL
+    worker = int(noted.read_text())
+    assert _eventually(lambda: not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text())
 
 
 def _eventually(check: Callable[[], bool]) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from vllm_adrenaline.compat import versions
 from vllm_adrenaline.compat.worker_cores import CORES_ENV
@@ -22,6 +26,8 @@ from vllm_adrenaline.system import cores
 from vllm_adrenaline.system.memory import read
 
 WATCH_S = 0.5
+PATIENCE_S = 5.0
+"""How long an engine may take to end when it is asked to."""
 MEMORY = "gpu_memory_utilization"
 
 
@@ -76,6 +82,18 @@ def environment(on_cores: str | None, peers_start_too: bool) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _end(pid: int | None, by_force: bool) -> None:
+    """End a child of this process, with what it has started. By force one that is starting, and hears no signal."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        child = psutil.Process(pid)
+        if not by_force:
+            child.terminate()
+            return
+        for each in [*child.children(recursive=True), child]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
 @contextmanager
 def ending_with(supervisor: Supervisor | None) -> Iterator[None]:
     """End what this process starts in the context as soon as an engine of the supervisor ends.
@@ -88,15 +106,17 @@ def ending_with(supervisor: Supervisor | None) -> Iterator[None]:
     before, is_done, failures = set(multiprocessing.active_children()), threading.Event(), list[AdrenalineError]()
 
     def watch() -> None:
+        kill_at = 0.0
         while not is_done.wait(WATCH_S):
             try:
                 if not failures:
                     supervisor.check()
             except AdrenalineError as error:
                 failures.append(error)
+                kill_at = time.monotonic() + PATIENCE_S
             if failures:  # also what starts only now
                 for child in set(multiprocessing.active_children()) - before:
-                    child.terminate()
+                    _end(child.pid, by_force=time.monotonic() > kill_at)
 
     watcher = threading.Thread(target=watch, name="adrenaline-watch", daemon=True)
     watcher.start()
