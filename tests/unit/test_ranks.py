@@ -33,7 +33,7 @@ class Ranks:
             )
             for e in range(3)
         ]
-        transport: Any = SimpleNamespace(send=None, receive=None, begin=lambda *_: None, times_ns=(0, 0))
+        transport: Any = SimpleNamespace(send=None, receive=None, begin=lambda *_: None, end=lambda: 0, times_ns=(0, 0))
         mapped: Any = SimpleNamespace(
             bases=[100, 200], use=lambda members: {engine: member != "gone" for engine, member in members.items()}
         )
