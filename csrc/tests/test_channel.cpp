@@ -210,26 +210,33 @@ void layers_are_answered_once_each_and_in_order() {
   End end(memory.data, 5, 2, true, kSecond / 100);
   auto* header = reinterpret_cast<Header*>(memory.data);
   EXPECT(end.next_layer(kBlock) == Status::ended);  // there is no step
+  EXPECT(decode.is_taken());  // there was no plan
   decode.begin(plan_of({0, 3}));
   EXPECT(end.next_plan() == Status::ready);
   EXPECT(end.next_layer(kBlock) == Status::ended);  // nor is there before its plan was taken
-  EXPECT(end.take_plan() && end.next_layer(kBlock) == Status::late && header->done == 0);
+  EXPECT(!decode.is_taken());
+  EXPECT(end.take_plan() && end.next_layer(kBlock) == Status::late && header->done == stamp(5, 1, 0));
+  EXPECT(decode.is_taken());
   for (uint64_t wrong : {stamp(5, 1, 2), stamp(5, 2, 1), stamp(6, 1, 1)}) {
     header->sent.store(wrong);
-    EXPECT(end.next_layer(kBlock) == Status::late && header->done == 0);
+    EXPECT(end.next_layer(kBlock) == Status::late && header->done == stamp(5, 1, 0));
   }
   header->sent.store(stamp(5, 1, 1));
-  EXPECT(end.next_layer(kBlock) == Status::ready && end.layer() == 0 && header->done == 0);
+  EXPECT(end.next_layer(kBlock) == Status::ready && end.layer() == 0 && header->done == stamp(5, 1, 0));
   EXPECT(end.next_layer(kBlock) == Status::late && header->done == stamp(5, 1, 1) && header->layers == 1);
   EXPECT(end.next_layer(kBlock) == Status::late && header->layers == 1);  // announced once
   header->sent.store(stamp(5, 1, 2));
   EXPECT(end.next_layer(kBlock) == Status::ready && end.layer() == 1);
   EXPECT(end.next_layer(kBlock) == Status::ended && header->done == stamp(5, 1, 2));  // that was the last
+  EXPECT(decode.is_taken());
   EXPECT(end.next_layer(kBlock) == Status::ended && header->layers == 2 && header->rows == 4 && header->busy_ns > 0);
   decode.begin(plan_of({0}));
   EXPECT(end.next_plan() == Status::ready && end.take_plan());
   decode.begin(plan_of({1}));
-  EXPECT(end.next_layer(kBlock) == Status::ended && header->done == stamp(5, 1, 2));  // left for another step
+  EXPECT(end.next_layer(kBlock) == Status::ended && header->done == stamp(5, 2, 0));  // left for another step
+  EXPECT(end.next_plan() == Status::ready && end.take_plan());
+  end.count_step(7);  // its layers went another way
+  EXPECT(header->layers == 4 && header->rows == 6 && end.next_layer(kBlock) == Status::ended);
 }
 
 void an_end_that_sleeps_can_be_stopped_at_any_moment() {
