@@ -565,6 +565,17 @@ def test_an_executor_that_has_not_the_key_of_its_prefill_engine_is_not_talked_to
                 link._find()
 
 
+def test_an_executor_that_a_worker_cannot_use_is_let_go_of(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def serving() -> set[threading.Thread]:
+        return {each for each in threading.enumerate() if isinstance(each, ChannelThread)}
+
+    before, link = serving(), Link("p", IDENTITY, "a", 0, ["another layer"], SHAPE, 5.0)
+    monkeypatch.setattr(link, "_find", lambda: address)
+    with pytest.raises(AdrenalineError, match="other layers"):
+        link.attach()
+    eventually(lambda: serving() <= before)
+
+
 def test_a_channel_that_was_not_passed_is_not_looked_for_anywhere_else(address: str) -> None:
     for token in (b"", b"t" * 16):
         attach = messages.Attach(IDENTITY, "a", 0, messages.MemoryFile(token, [0]), 1, 4, 4, 2)

@@ -174,6 +174,7 @@ class Link:
             else:
                 answer = self._ask_to_attach(executor, plans, channel.epoch)
         except BaseException as error:
+            channel.leave()  # it may have been attached, and would be served for as long as we live
             channel.close()
             if process is not None:
                 process.close()

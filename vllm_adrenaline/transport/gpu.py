@@ -38,7 +38,7 @@ class GpuDecodeChannel(ShmDecodeChannel):
         except BaseException:
             super().close()
             raise
-        self._device = torch.cuda.current_device()
+        self._device, self._is_connected = torch.cuda.current_device(), False
 
     @property
     def inbox(self) -> Handle:
@@ -48,6 +48,7 @@ class GpuDecodeChannel(ShmDecodeChannel):
     def connect(self, theirs: Handle) -> None:
         """Take the executor's inbox. Raises AdrenalineError if it cannot be opened, ValueError if it is too small."""
         self.layers.connect(device_memory.open_handle(theirs), 0)
+        self._is_connected = True
 
     def takes_plan(self, deadline: float) -> bool:
         """Wait until `deadline` (seconds, monotonic) for the executor to take the plan before; say whether it has."""
@@ -59,6 +60,8 @@ class GpuDecodeChannel(ShmDecodeChannel):
 
     def leave(self) -> None:
         super().leave()
+        if not self._is_connected:  # there is nowhere to say it, and nobody who waits for it
+            return
         with torch.cuda.device(self._device):
             self.layers.close()  # a wait that the executor is in ends
 

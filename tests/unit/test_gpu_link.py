@@ -1,0 +1,64 @@
+"""A decode worker's link to an executor on a GPU, as far as that shows without one: torch's part of CUDA is played here."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.test_link import SHAPE
+from vllm_adrenaline.transport import gpu
+from vllm_adrenaline.transport.gpu import GpuDecodeChannel
+
+DEVICE = 3
+
+
+class Cuda:
+    """What is asked of torch.cuda, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.asked: list[Any] = []
+        stream = SimpleNamespace(synchronize=lambda: self.asked.append("synchronize"))
+        fakes = {
+            "current_device": lambda: DEVICE,
+            "device": lambda _: contextlib.nullcontext(),
+            "current_stream": lambda: stream,
+            "Stream": lambda: "a new stream",
+            "set_device": self.asked.append,
+            "set_stream": self.asked.append,
+        }
+        for name, fake in fakes.items():
+            patch.setattr(torch.cuda, name, fake)
+
+
+class Layers:
+    """The end through which layers go."""
+
+    def __init__(self, asked: list[Any]) -> None:
+        self._asked = asked
+
+    def connect(self, memory: Any, timeout_s: float) -> None:
+        pass
+
+    def close(self) -> None:
+        self._asked.append("close")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    made = Cuda(monkeypatch)
+    monkeypatch.setattr(gpu, "CudaDecodeChannel", lambda *_: Layers(made.asked))
+    monkeypatch.setattr(gpu.device_memory, "open_handle", lambda _: None)
+    return made
+
+
+def test_a_channel_that_was_never_connected_is_left_without_a_launch(cuda: Cuda) -> None:
+    channel = GpuDecodeChannel(SHAPE, None)  # type: ignore[arg-type]
+    channel.leave()
+    assert cuda.asked == []
+    channel.connect(None)  # type: ignore[arg-type]
+    channel.leave()
+    assert "close" in cuda.asked
