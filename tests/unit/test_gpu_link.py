@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.unit.test_control import IDENTITY
 from tests.unit.test_link import SHAPE
+from vllm_adrenaline.decode import link
+from vllm_adrenaline.decode.link import Link
+from vllm_adrenaline.placement import breaker
 from vllm_adrenaline.transport import gpu
 from vllm_adrenaline.transport.gpu import GpuDecodeChannel
 
@@ -61,4 +66,17 @@ def test_a_channel_that_was_never_connected_is_left_without_a_launch(cuda: Cuda)
     assert cuda.asked == []
     channel.connect(None)  # type: ignore[arg-type]
     channel.leave()
-    assert "close" in cuda.asked
+    assert cuda.asked == ["close", "synchronize"], "another thread, on another stream, closes the memory after that"
+
+
+def test_an_executor_is_attached_anew_on_the_workers_gpu_and_off_the_stream_of_its_steps(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "RETRY_S", 0.01)
+    monkeypatch.setattr(breaker, "MIN_PAUSE_S", 0.01)
+    kernels: Any = SimpleNamespace()
+    lost, attached = Link("p", IDENTITY, "d", 0, ["a"], SHAPE, 1.0, kernels=kernels), threading.Event()
+    monkeypatch.setattr(lost, "attach", attached.set)
+    lost.fail()
+    assert attached.wait(5)
+    assert cuda.asked == [DEVICE, "a new stream"]

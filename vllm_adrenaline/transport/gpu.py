@@ -23,6 +23,20 @@ POLL_S = 20e-6
 """How often is looked whether an executor has taken the plan before."""
 
 
+def current_device() -> int:
+    """Return the number of the GPU that this thread uses."""
+    return torch.cuda.current_device()
+
+
+def use_apart(device: int) -> None:
+    """Have this thread use a GPU, by a stream of its own: what it waits for there holds no step up.
+
+    A thread begins with the first GPU, which may be another worker's, and with the stream that steps may be on.
+    """
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+
+
 class GpuDecodeChannel(ShmDecodeChannel):
     """The decode worker's end of a channel, on the current GPU.
 
@@ -64,6 +78,8 @@ class GpuDecodeChannel(ShmDecodeChannel):
             return
         with torch.cuda.device(self._device):
             self.layers.close()  # a wait that the executor is in ends
+            # What was launched stores into memory that another thread, on another stream, may close next.
+            torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
         with torch.cuda.device(self._device):
