@@ -16,7 +16,7 @@ from vllm_adrenaline.decode import link
 from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.placement import breaker
 from vllm_adrenaline.transport import gpu
-from vllm_adrenaline.transport.gpu import GpuDecodeChannel
+from vllm_adrenaline.transport.gpu import GpuDecodeChannel, GpuSteps, Tokens
 
 DEVICE = 3
 
@@ -80,3 +80,15 @@ def test_an_executor_is_attached_anew_on_the_workers_gpu_and_off_the_stream_of_i
     lost.fail()
     assert attached.wait(5)
     assert cuda.asked == [DEVICE, "a new stream"]
+
+
+def test_rows_of_an_executor_that_is_not_there_become_zero_without_a_look_at_the_device() -> None:
+    tokens: Any = object.__new__(Tokens)  # on `meta` there are no values: whoever reads one raises
+    tokens._here, tokens._turn = torch.empty(8, dtype=torch.int64, device="meta"), 0
+    tokens._pinned = [torch.empty(8, dtype=torch.int64) for _ in range(2)]
+    tokens._copied = [SimpleNamespace(synchronize=lambda: None, record=lambda: None) for _ in range(2)]
+    tokens.set([1, 4, 5])
+    assert (len(tokens.view), len(tokens.real)) == (4, 3), "padding is no row of the batch"
+    steps = GpuSteps(SHAPE, 1)
+    steps._absent = {0: tokens}
+    assert steps.receive(0, torch.empty(6, 2, 32, device="meta")) == 0

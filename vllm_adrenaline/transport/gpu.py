@@ -138,6 +138,7 @@ class Tokens:
     Attributes:
         padded: how many there are in this step, with padding, which is -1.
         view: those, int64 [padded].
+        real: those without padding.
     """
 
     def __init__(self, most: int) -> None:
@@ -146,7 +147,7 @@ class Tokens:
         self._pinned = [torch.empty(most, dtype=torch.int64, pin_memory=True) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
         self._turn, self.padded = 0, 0
-        self.view = self._here[:0]
+        self.view = self.real = self._here[:0]
 
     def set(self, tokens: list[int]) -> None:
         """Have these from now on, on the current stream."""
@@ -156,7 +157,7 @@ class Tokens:
         self.padded = min(1 << (len(tokens) - 1).bit_length(), len(pinned))
         pinned[: len(tokens)] = torch.tensor(tokens)
         pinned[len(tokens) : self.padded] = -1
-        self.view = self._here[: self.padded]
+        self.view, self.real = self._here[: self.padded], self._here[: len(tokens)]
         self.view.copy_(pinned[: self.padded], non_blocking=True)
         copied.record()
 
@@ -209,7 +210,7 @@ class GpuSteps:
             if layer == self._last:
                 channel.layers.look()
         for tokens in self._absent.values():
-            output.index_fill_(0, tokens.view[tokens.view >= 0], 0)
+            output.index_fill_(0, tokens.real, 0)
         return 0
 
     def end(self) -> int:
