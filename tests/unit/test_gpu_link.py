@@ -16,6 +16,7 @@ from vllm_adrenaline.decode import link
 from vllm_adrenaline.decode.link import Link
 from vllm_adrenaline.placement import breaker
 from vllm_adrenaline.transport import gpu
+from vllm_adrenaline.transport.cuda_ipc import Inbox, answered_sizes
 from vllm_adrenaline.transport.gpu import GpuDecodeChannel, GpuSteps, Tokens
 
 DEVICE = 3
@@ -92,3 +93,10 @@ def test_rows_of_an_executor_that_is_not_there_become_zero_without_a_look_at_the
     steps = GpuSteps(SHAPE, 1)
     steps._absent = {0: tokens}
     assert steps.receive(0, torch.empty(6, 2, 32, device="meta")) == 0
+
+
+@pytest.mark.parametrize(("offset", "size", "reason"), [(8, 1 << 20, "on a page"), (0, 1 << 12, "too few")])
+def test_memory_that_is_no_inbox_is_refused_before_a_kernel_stores_there(offset: int, size: int, reason: str) -> None:
+    memory: Any = SimpleNamespace(address=(1 << 30) + offset, size=size)
+    with pytest.raises(ValueError, match=reason):
+        Inbox(memory, answered_sizes(SHAPE), SHAPE.dtype)
