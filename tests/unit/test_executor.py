@@ -143,9 +143,7 @@ def test_a_step_that_cannot_be_served_costs_its_own_decode_engine_its_channel(ad
     assert other.step()
 
 
-def test_an_executor_that_cannot_let_go_of_a_decode_engine_ends(
-    address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_executor_that_cannot_let_go_of_a_decode_engine_ends(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def close(_: Any) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 

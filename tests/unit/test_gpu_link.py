@@ -1,4 +1,4 @@
-"""A decode worker's link to an executor on a GPU, as far as that shows without one: torch's part of CUDA is played here."""
+"""A decode worker's link to an executor on a GPU, as far as that shows without one: CUDA's part is played here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an executor on a GPU captures the layers of a step, as far as that shows without one: CUDA's part is played here."""
+"""How an executor on a GPU captures a step, as far as that shows without one: CUDA's part is played here."""
 
 from __future__ import annotations
 
