@@ -21,6 +21,7 @@ from tests.unit.test_control import IDENTITY, NESTED, eventually
 from vllm_adrenaline.attention.kernels import CpuAttention
 from vllm_adrenaline.attention.server import ChannelThread, Server
 from vllm_adrenaline.attention.spec import ExecutorSpec
+from vllm_adrenaline.attention.steps import CpuStepServer
 from vllm_adrenaline.control import addresses, messages, sockets
 from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
 from vllm_adrenaline.decode import link as link_module
@@ -140,6 +141,17 @@ def test_a_step_that_cannot_be_served_costs_its_own_decode_engine_its_channel(ad
     assert time.monotonic() - began < 2
     assert wrong.channel.is_closed, "nothing is written for it any more, so the executor need not be killed"
     assert other.step()
+
+
+def test_an_executor_that_cannot_let_go_of_a_decode_engine_ends(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def close(_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(CpuStepServer, "close", close)
+    Decode(address, "a").channel.leave()
+    eventually(lambda: ended == [1])
 
 
 class Kernel:
@@ -563,6 +575,17 @@ def test_an_executor_that_has_not_the_key_of_its_prefill_engine_is_not_talked_to
             patch.setattr(sockets, "ask_once", lambda *_, answer=welcome: answer)
             with pytest.raises(AdrenalineError, match="has not its key"):
                 link._find()
+
+
+def test_an_executor_that_a_worker_cannot_use_is_let_go_of(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def serving() -> set[threading.Thread]:
+        return {each for each in threading.enumerate() if isinstance(each, ChannelThread)}
+
+    before, link = serving(), Link("p", IDENTITY, "a", 0, ["another layer"], SHAPE, 5.0)
+    monkeypatch.setattr(link, "_find", lambda: address)
+    with pytest.raises(AdrenalineError, match="other layers"):
+        link.attach()
+    eventually(lambda: serving() <= before)
 
 
 def test_a_channel_that_was_not_passed_is_not_looked_for_anywhere_else(address: str) -> None:

@@ -93,6 +93,13 @@ def test_attention_that_the_kernel_does_not_have_is_refused_by_name(shared: GpuK
         describe(shared, caches, layers_of(caches, **unfit), torch.bfloat16, 0, [0])
 
 
+@pytest.mark.parametrize("shape", [(2, BLOCKS, BLOCK, HEADS, SIZE), (BLOCKS, BLOCK, 576), (BLOCKS, HEADS, BLOCK, 80)])
+def test_a_cache_of_another_form_is_refused_by_its_form(shared: GpuKVCache, shape: tuple[int, ...]) -> None:
+    caches = {"layer.0": torch.zeros(shape, dtype=torch.bfloat16)}
+    with pytest.raises(AdrenalineError, match=f"cannot read .*{shape[-1]}"):
+        describe(shared, caches, layers_of(caches), torch.bfloat16, 0, [0])
+
+
 def test_a_cache_that_lies_elsewhere_or_reaches_beyond_its_memory_is_refused(shared: GpuKVCache) -> None:
     caches = views(shared, False)
     elsewhere = {name: cache.clone() for name, cache in caches.items()}

@@ -162,6 +162,20 @@ def test_a_request_goes_where_executors_have_room_for_it(monkeypatch: pytest.Mon
     with_many([good_prefill], [lambda: Roomy(0), lambda: Roomy(100)], test)
 
 
+def test_what_an_engine_said_of_its_room_holds_until_it_answers_again() -> None:
+    while_asked: list[int | None] = []
+
+    class Slowly(upstream.Engine):
+        async def get(self, path: str, *_: Any) -> tuple[int, upstream.Headers, bytes]:
+            while_asked.append(self.room)
+            return 200, [], b'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0\n'
+
+    engine = Slowly("decode", "http://engine")
+    for _ in range(2):
+        asyncio.run(room.ask(engine))
+    assert (while_asked, engine.room) == ([None, 1600], 1600)
+
+
 # When one fails
 
 

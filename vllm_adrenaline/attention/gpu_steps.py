@@ -6,6 +6,8 @@ and announce it. Sizes are few, for plans are padded (csrc/shm/layout.h, bucket)
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from vllm_adrenaline.attention.gpu import GpuAttention
@@ -14,6 +16,9 @@ from vllm_adrenaline.transport.gpu import GpuExecutorChannel
 from vllm_adrenaline.transport.pair import Disconnected
 from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.shm import StepTensors, plan_sizes
+
+_CAPTURING = threading.Lock()
+"""torch allows one capture at a time in a process, and decode workers are attached by a thread each."""
 
 
 def _event() -> torch.cuda.Event:
@@ -87,19 +92,20 @@ class GpuStepServer:
         first_tile = work.first_tile[: len(view["seq_lens"]) + 1]
         stream = torch.cuda.current_stream().cuda_stream
         graph = torch.cuda.CUDAGraph()
-        # Not torch.cuda.graph(): that waits for the whole device, and so for decode workers that others serve.
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            layers.begin()
-            window = -1
-            for index, call in enumerate(calls):
-                if self._windows[index] != window:  # the division of the work depends on it
-                    window = self._windows[index]
-                    attention.plan(call, stream)
-                layers.await_layer(index, first_tile)
-                attention.attend(call, stream)
-                layers.publish(index)
-            layers.look()
-        finally:
-            graph.capture_end()
+        with _CAPTURING:
+            # Not torch.cuda.graph(): that waits for the whole device, and so for decode workers that others serve.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                layers.begin()
+                window = -1
+                for index, call in enumerate(calls):
+                    if self._windows[index] != window:  # the division of the work depends on it
+                        window = self._windows[index]
+                        attention.plan(call, stream)
+                    layers.await_layer(index, first_tile)
+                    attention.attend(call, stream)
+                    layers.publish(index)
+                layers.look()
+            finally:
+                graph.capture_end()
         return graph

@@ -106,9 +106,18 @@ class ChannelThread(threading.Thread):
             # The decode engine learns it at once and recomputes; it attaches anew. Others are served as before.
             logger.exception("a step of decode engine %s failed: its channel is closed", self.engine)
         finally:
+            self._let_go(steps)
+
+    def _let_go(self, steps: StepServer | None) -> None:
+        try:
             if steps is not None:
                 steps.close()
             self.channel.close()
+        except Exception:
+            # On a GPU an error of a kernel is one of the whole process, for good: nobody is served any more, and nobody
+            # could be told that nothing is written. The end of the process tells it at once, and another is started.
+            logger.exception("decode engine %s cannot be let go of: the attention executor ends", self.engine)
+            os._exit(1)
 
 
 def check_plan(step: dict[str, torch.Tensor], num_blocks: int, block_size: int) -> None:

@@ -26,7 +26,7 @@ from vllm_adrenaline.placement.breaker import Breaker
 from vllm_adrenaline.system import descriptors
 from vllm_adrenaline.system.process import PeerProcess
 from vllm_adrenaline.transport.collective import CollectiveDecodeChannel
-from vllm_adrenaline.transport.gpu import GpuDecodeChannel
+from vllm_adrenaline.transport.gpu import GpuDecodeChannel, current_device, use_apart
 from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.shm import ShmDecodeChannel
 
@@ -105,6 +105,7 @@ class Link:
         self.address, self.layers, self.shape, self.timeout_s = address, layers, shape, timeout_s
         self._identity, self._engine, self._rank = identity, engine, rank
         self._interface, self._kernels = interface, kernels
+        self._device = -1 if kernels is None else current_device()
         self.channel: ShmDecodeChannel | CollectiveDecodeChannel | None = None
         self.is_far = False
         self._process: PeerProcess | None = None
@@ -174,6 +175,7 @@ class Link:
             else:
                 answer = self._ask_to_attach(executor, plans, channel.epoch)
         except BaseException as error:
+            channel.leave()  # it may have been attached, and would be served for as long as we live
             channel.close()
             if process is not None:
                 process.close()
@@ -266,6 +268,8 @@ class Link:
         threading.Thread(target=self._recover, args=(left,), name="adrenaline-reattach", daemon=True).start()
 
     def _recover(self, left: ShmDecodeChannel | CollectiveDecodeChannel | None) -> None:
+        if self._device >= 0:
+            use_apart(self._device)
         if left is not None:
             self._let_go_of(left)
         while True:

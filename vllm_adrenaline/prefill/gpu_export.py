@@ -40,10 +40,10 @@ def describe(
         AdrenalineError: the kernels cannot read such a cache, or the layers' attention is of a kind they do not have.
     """
     first = next(iter(caches.values()))
+    if first.dim() != 4 or first.shape[3] // 2 not in HEAD_SIZES or first.shape[2] % 16 or first.stride(3) != 1:
+        raise AdrenalineError(f"executors on a GPU cannot read a KV cache of views {tuple(first.shape)}")
     blocks, heads, block_size, double = first.shape
     head_size = double // 2
-    if head_size not in HEAD_SIZES or block_size % 16 or first.stride(3) != 1:
-        raise AdrenalineError(f"executors on a GPU cannot read a KV cache of views {tuple(first.shape)}")
     specs = []
     for name, cache in caches.items():
         layer = layers[name]

@@ -20,11 +20,12 @@ async def watch(engines: Engines) -> None:
 
 
 async def ask(engine: Engine) -> None:
-    """Note how much room an engine says that it has; None if it does not."""
-    engine.room = None
+    """Note how much room an engine says that it has; None if it does not. Until it answers, what it said last holds."""
+    room = None
     try:
         status, _, page = await engine.get("/metrics", [], TIMEOUT_S)
         if status == 200:
-            engine.room = Snapshot(page.decode()).room()
+            room = Snapshot(page.decode()).room()
     except (EngineFailed, ValueError, OverflowError):  # it is away, or what is there is no engine
         pass
+    engine.room = room

@@ -70,9 +70,11 @@ class Inbox:
     """
 
     def __init__(self, memory: DeviceMemory, sizes: Sizes, dtype: torch.dtype) -> None:
-        """Lay the parts out. Raises ValueError if the memory is too small for them."""
+        """Lay the parts out. Raises ValueError if the memory is too small for them, or begins on no page."""
         self.memory, self.announcement = memory, memory.address
         spans, _ = spans_of(sizes, dtype)
+        if memory.address % PAGE:  # the other process says where it is, and a kernel that stores there would fail
+            raise ValueError("an inbox does not begin on a page")
         if any(span.stop > memory.size for span in spans.values()):
             raise ValueError(f"an inbox has {memory.size} bytes, too few for its rows")
         whole = memory.tensor()

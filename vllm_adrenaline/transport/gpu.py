@@ -23,6 +23,20 @@ POLL_S = 20e-6
 """How often is looked whether an executor has taken the plan before."""
 
 
+def current_device() -> int:
+    """Return the number of the GPU that this thread uses."""
+    return torch.cuda.current_device()
+
+
+def use_apart(device: int) -> None:
+    """Have this thread use a GPU, by a stream of its own: what it waits for there holds no step up.
+
+    A thread begins with the first GPU, which may be another worker's, and with the stream that steps may be on.
+    """
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+
+
 class GpuDecodeChannel(ShmDecodeChannel):
     """The decode worker's end of a channel, on the current GPU.
 
@@ -38,7 +52,7 @@ class GpuDecodeChannel(ShmDecodeChannel):
         except BaseException:
             super().close()
             raise
-        self._device = torch.cuda.current_device()
+        self._device, self._is_connected = torch.cuda.current_device(), False
 
     @property
     def inbox(self) -> Handle:
@@ -48,6 +62,7 @@ class GpuDecodeChannel(ShmDecodeChannel):
     def connect(self, theirs: Handle) -> None:
         """Take the executor's inbox. Raises AdrenalineError if it cannot be opened, ValueError if it is too small."""
         self.layers.connect(device_memory.open_handle(theirs), 0)
+        self._is_connected = True
 
     def takes_plan(self, deadline: float) -> bool:
         """Wait until `deadline` (seconds, monotonic) for the executor to take the plan before; say whether it has."""
@@ -59,8 +74,12 @@ class GpuDecodeChannel(ShmDecodeChannel):
 
     def leave(self) -> None:
         super().leave()
+        if not self._is_connected:  # there is nowhere to say it, and nobody who waits for it
+            return
         with torch.cuda.device(self._device):
             self.layers.close()  # a wait that the executor is in ends
+            # What was launched stores into memory that another thread, on another stream, may close next.
+            torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
         with torch.cuda.device(self._device):
@@ -119,6 +138,7 @@ class Tokens:
     Attributes:
         padded: how many there are in this step, with padding, which is -1.
         view: those, int64 [padded].
+        real: those without padding.
     """
 
     def __init__(self, most: int) -> None:
@@ -127,7 +147,7 @@ class Tokens:
         self._pinned = [torch.empty(most, dtype=torch.int64, pin_memory=True) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
         self._turn, self.padded = 0, 0
-        self.view = self._here[:0]
+        self.view = self.real = self._here[:0]
 
     def set(self, tokens: list[int]) -> None:
         """Have these from now on, on the current stream."""
@@ -137,7 +157,7 @@ class Tokens:
         self.padded = min(1 << (len(tokens) - 1).bit_length(), len(pinned))
         pinned[: len(tokens)] = torch.tensor(tokens)
         pinned[len(tokens) : self.padded] = -1
-        self.view = self._here[: self.padded]
+        self.view, self.real = self._here[: self.padded], self._here[: len(tokens)]
         self.view.copy_(pinned[: self.padded], non_blocking=True)
         copied.record()
 
@@ -190,7 +210,7 @@ class GpuSteps:
             if layer == self._last:
                 channel.layers.look()
         for tokens in self._absent.values():
-            output.index_fill_(0, tokens.view[tokens.view >= 0], 0)
+            output.index_fill_(0, tokens.real, 0)
         return 0
 
     def end(self) -> int:
