@@ -100,6 +100,21 @@ def test_rows_go_over_and_their_outputs_come_back() -> None:
     assert all(spent > 0 for spent in steps.times_ns)
 
 
+def test_a_plan_may_be_followed_by_another_once_it_is_taken_and_layers_that_go_another_way_are_counted() -> None:
+    """As on a GPU (transport/gpu.py): plans alone go through this memory."""
+    steps, decode, executor = channels(layers=3)
+    assert decode.end.is_taken(), "there is none yet"
+    for step in (1, 2):
+        steps.begin(batch({0: [4, 1]}).handle, {0: decode})
+        assert not decode.end.is_taken()
+        found = executor.next_step()
+        assert found is not None
+        assert found[0] == step
+        assert decode.end.is_taken()
+        executor.count_step(1000)
+        assert decode.counters == (step * 2 * 3, step * 3, step * 1000)
+
+
 def test_several_executors_are_all_sent_to_before_any_is_waited_for() -> None:
     steps, first, first_end = channels()
     _, second, second_end = channels()
