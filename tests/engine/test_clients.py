@@ -147,15 +147,20 @@ def test_tools(cluster: Cluster, model: Path, offloaded: Callable[[], float], st
     endless = [token for token, word in words.items() if not word.strip() or "," in word]
     asked |= {"temperature": 0, "logit_bias": {str(token): -100 for token in endless}}
     create = of_openai(cluster).chat.completions.create
+    calls: dict[int, list[str]] = {}  # name and arguments
     if stream:
-        deltas = [delta for chunk in create(**asked, stream=True) for delta in chunk.choices[0].delta.tool_calls or []]
-        arguments = "".join(delta.function.arguments or "" for delta in deltas if delta.function)
-        names = {delta.function.name for delta in deltas if delta.function and delta.function.name}
+        for chunk in create(**asked, stream=True):
+            for delta in chunk.choices[0].delta.tool_calls or []:
+                name, arguments = calls.setdefault(delta.index, ["", ""])
+                if delta.function:
+                    calls[delta.index] = [delta.function.name or name, arguments + (delta.function.arguments or "")]
     else:
-        (call,) = create(**asked).choices[0].message.tool_calls or []
-        arguments, names = call.function.arguments, {call.function.name}
-    assert names == {"say"}
-    assert isinstance(json.loads(arguments)["ok"], bool)
+        made = create(**asked).choices[0].message.tool_calls or []
+        calls = {index: [call.function.name, call.function.arguments] for index, call in enumerate(made)}
+    assert calls
+    for name, arguments in calls.values():
+        assert name == "say"
+        assert isinstance(json.loads(arguments)["ok"], bool)
 
 
 def test_structured_outputs(cluster: Cluster, offloaded: Callable[[], float]) -> None:

@@ -69,7 +69,7 @@ def folder(model: Path, tmp_path: Path) -> Path:
         (MAKES_ITS_MODEL, r'"completion_tokens":16(.|\n)*local +fits +1\n'),
         ("docs/up.md", r"/engines/decode-0: 0 running"),
         ("docs/by-hand.md", r'"completion_tokens":16'),
-        ("examples/README.md", r"\n'Once upon a time': '.+'\n'The capital of France is': '.+'"),
+        ("examples/README.md", r"\n'Once upon a time': ['\"].+['\"]\n'The capital of France is': ['\"].+['\"]"),
     ],
 )
 def test_the_commands_of_a_page_do_what_it_says(folder: Path, page: str, printed: str) -> None:
