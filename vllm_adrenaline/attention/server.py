@@ -44,9 +44,6 @@ REVOKE_POLL_MS = 2
 """How often a revocation under way is looked at: whether the last step has been left."""
 
 
-Channel = ExecutorChannel | GpuExecutorChannel
-
-
 def open_attention(spec: ExecutorSpec) -> CpuAttention | GpuAttention:
     """Return the attention over the KV cache that an executor is told of.
 
@@ -68,23 +65,21 @@ class ChannelThread(threading.Thread):
     def __init__(
         self,
         attention: CpuAttention | GpuAttention,
-        channel: Channel,
+        channel: ExecutorChannel,
         make_steps: Callable[[], StepServer],
         message: messages.Attach,
-        contact: messages.Contact | None = None,
     ) -> None:
         """Take what the thread needs.
 
         Args:
             attention: what is attended.
             channel: the decode worker's.
-            make_steps: makes in the thread what serves its steps.
+            make_steps: makes in the thread what serves its steps. Raises Disconnected if the decode worker is away.
             message: of the decode worker.
-            contact: of a decode worker on another host, to which the channel is to be connected first.
         """
         super().__init__(name="adrenaline-channel", daemon=True)
         self.channel, self.engine, self._epoch = channel, message.engine, message.epoch
-        self._attention, self._make_steps, self._contact = attention, make_steps, contact
+        self._attention, self._make_steps = attention, make_steps
 
     def is_meant(self, revoke: messages.Revoke) -> bool:
         """Whether a revocation is of this channel."""
@@ -93,8 +88,6 @@ class ChannelThread(threading.Thread):
     def run(self) -> None:
         attention, steps = self._attention, None
         try:
-            if self._contact is not None and not isinstance(self.channel, GpuExecutorChannel):
-                self.channel.connect(self._contact)
             steps = self._make_steps()
             while (found := self.channel.next_step()) is not None:
                 number, _, step = found
@@ -271,7 +264,7 @@ class Server:
 
     def _channel(
         self, fd: int, shape: Shape, epoch: int, memory: messages.MemoryFile | messages.GpuMemory
-    ) -> tuple[Channel, Callable[[], StepServer]]:
+    ) -> tuple[ExecutorChannel, Callable[[], StepServer]]:
         """Return a channel to a decode worker on this host, and what makes the server of its steps."""
         attention, count, timeout = self._attention, len(self._spec.kv.layers), self._spec.idle_timeout
         if isinstance(attention, GpuAttention):
@@ -299,8 +292,12 @@ class Server:
         layers, timeout = self._spec.kv.layers, self._spec.idle_timeout
         channel = CollectiveExecutorChannel(shape, self._spec.interface, message.epoch, len(layers), timeout)
         self._far += 1
-        steps = CpuStepServer(attention, channel)
-        self._begin(-self._far, ChannelThread(attention, channel, lambda: steps, message, group.contact))
+
+        def connected() -> StepServer:
+            channel.connect(group.contact)
+            return CpuStepServer(attention, channel)
+
+        self._begin(-self._far, ChannelThread(attention, channel, connected, message))
         return channel.contact
 
     def _begin(self, key: int, thread: ChannelThread) -> None:

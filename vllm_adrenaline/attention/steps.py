@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from vllm_adrenaline.transport.channel import ExecutorChannel
+from vllm_adrenaline.transport.channel import LayerChannel
 
 if TYPE_CHECKING:
     from vllm_adrenaline.attention.kernels import CpuAttention
@@ -28,7 +28,7 @@ class StepServer(Protocol):
 class CpuStepServer:
     """Attends one layer after the other, as they come."""
 
-    def __init__(self, attention: CpuAttention, channel: ExecutorChannel) -> None:
+    def __init__(self, attention: CpuAttention, channel: LayerChannel) -> None:
         self._attention, self._channel = attention, channel
 
     def serve(self, number: int, step: dict[str, torch.Tensor]) -> None:

@@ -12,8 +12,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from vllm_adrenaline.control.messages import Contact
-
 
 class DecodeChannel(Protocol):
     """The decode worker's end of the channel to one executor."""
@@ -36,21 +34,22 @@ class DecodeChannel(Protocol):
 class ExecutorChannel(Protocol):
     """The executor's end of the channel to one decode worker."""
 
-    def connect(self, contact: Contact) -> None:
-        """Connect to the decode worker, where the transport wants that. Raises Disconnected if it does not answer."""
-
     def next_step(self) -> tuple[int, int, dict[str, torch.Tensor]] | None:
         """Sleep until a step's plan comes; return its number, rows and tensors. None: the channel has ended."""
-
-    @property
-    def next_layer(self) -> Callable[[], int | None]:
-        """Gives back the output of the layer before, waits for the next, and returns its number. None: no more."""
 
     def stop(self) -> None:
         """End the waits of this end, from any thread."""
 
     def close(self) -> None:
         """Serve the decode worker no more. Only the thread that serves it may say so."""
+
+
+class LayerChannel(ExecutorChannel, Protocol):
+    """One whose layers the executor's host waits for. On a GPU kernels do (gpu.py)."""
+
+    @property
+    def next_layer(self) -> Callable[[], int | None]:
+        """Gives back the output of the layer before, waits for the next, and returns its number. None: no more."""
 
 
 Channel = TypeVar("Channel", bound=DecodeChannel, contravariant=True)

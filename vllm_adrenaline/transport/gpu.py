@@ -88,7 +88,7 @@ class GpuDecodeChannel(ShmDecodeChannel):
 
 
 class GpuExecutorChannel:
-    """The executor's end of a channel: an ExecutorChannel whose layers kernels wait for (attention/gpu_steps.py).
+    """The executor's end of a channel: an ExecutorChannel. Kernels wait for its layers (attention/gpu_steps.py).
 
     Attributes:
         plans, layers: the ends through which plans and layers go.

@@ -16,7 +16,6 @@ from typing import Protocol
 
 import torch
 
-from vllm_adrenaline.control.messages import Contact
 from vllm_adrenaline.native.library import library
 from vllm_adrenaline.system import memory_file
 from vllm_adrenaline.transport.shape import Shape
@@ -229,9 +228,6 @@ class ShmExecutorChannel:
             return None
         step, rows, padded_rows, padded_tokens = found
         return step, rows, self._tensors.view(padded_rows, padded_tokens)
-
-    def connect(self, contact: Contact) -> None:
-        """Nothing: who has the memory mapped is connected."""
 
     def stop(self) -> None:
         """End the waits of this end, from any thread."""
