@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from vllm_adrenaline.proxy.snapshot import Snapshot
-from vllm_adrenaline.proxy.upstream import Engine, EngineFailed, Engines
+from vllm_adrenaline.proxy.upstream import Engine, Engines
 
 EVERY_S = 2.0
-TIMEOUT_S = 2.0
 
 
 async def watch(engines: Engines) -> None:
@@ -23,9 +21,8 @@ async def ask(engine: Engine) -> None:
     """Note how much room an engine says that it has; None if it does not. Until it answers, what it said last holds."""
     room = None
     try:
-        status, _, page = await engine.get("/metrics", [], TIMEOUT_S)
-        if status == 200:
-            room = Snapshot(page.decode()).room()
-    except (EngineFailed, ValueError, OverflowError):  # it is away, or what is there is no engine
+        if (metrics := await engine.metrics()) is not None:
+            room = metrics.room()
+    except (ValueError, OverflowError):  # what is there is no engine
         pass
     engine.room = room

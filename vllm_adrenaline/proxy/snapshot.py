@@ -93,21 +93,24 @@ class Snapshot:
 
     def blocks(self) -> int:
         """Return how many KV blocks the engine has; 0 if it does not say."""
-        infos = [labels for labels, _ in self.labelled("vllm:cache_config_info")]
-        blocks = infos[0].get("num_gpu_blocks", "") if infos else ""
-        return int(blocks) if blocks.isdecimal() else 0
+        return self._cache_config("num_gpu_blocks") or 0
 
     def room(self) -> int | None:
         """Return the tokens of KV that the engine has room for: its own memory, and what executors could attend.
 
         None if it does not say how much memory it has.
         """
-        infos = [labels for labels, _ in self.labelled("vllm:cache_config_info")]
-        size = infos[0].get("block_size", "") if infos else ""
-        if not size.isdecimal() or not self.blocks():
+        size, blocks = self._cache_config("block_size"), self.blocks()
+        if size is None or not blocks:
             return None
-        own = self.blocks() * (1.0 - min(1.0, max(0.0, self.value(KV_USED))))
-        return int(size) * int(own + self.value(f"{OURS}lendable_blocks"))
+        own = blocks * (1.0 - min(1.0, max(0.0, self.value(KV_USED))))
+        return size * int(own + self.value(f"{OURS}lendable_blocks"))
+
+    def _cache_config(self, name: str) -> int | None:
+        """Return a number of vLLM's cache configuration; None if the engine does not say it."""
+        infos = [labels for labels, _ in self.labelled("vllm:cache_config_info")]
+        said = infos[0].get(name, "") if infos else ""
+        return int(said) if said.isdecimal() else None
 
     @property
     def has_plugin(self) -> bool:

@@ -13,13 +13,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from vllm_adrenaline.proxy.counts import Counts
 from vllm_adrenaline.proxy.shared import Shared
-from vllm_adrenaline.proxy.snapshot import Recent, Snapshot
-from vllm_adrenaline.proxy.upstream import Engine, EngineFailed
+from vllm_adrenaline.proxy.snapshot import Recent
+from vllm_adrenaline.proxy.upstream import Engine
 from vllm_adrenaline.system import web_page
 
 KEPT_S = 1.0
 """How long an answer is given again. So engines are asked once a second, however many look."""
-TIMEOUT_S = 2.0
 MOST_ENGINES = 32
 """Engines that are asked, so that the answer is bounded."""
 
@@ -59,12 +58,10 @@ class StatePages:
         found: dict[str, Any] = {"name": engine.name, "kind": engine.kind, "available": not engine.is_down}
         found |= {"outstanding_tokens": engine.outstanding, "state": None, "rates": None}
         try:
-            status, _, page = await engine.get("/metrics", [], TIMEOUT_S)
-            if status == 200:
-                metrics = Snapshot(page.decode())
+            if (metrics := await engine.metrics()) is not None:
                 recent = self._recent.setdefault(engine.name, Recent())
                 rates = recent.rates(time.monotonic(), metrics.counters())
                 found |= {"state": metrics.state(), "rates": rates}
-        except (EngineFailed, ValueError, KeyError):  # it is away, or what is there is no engine
+        except (ValueError, KeyError):  # what is there is no engine
             pass
         return found

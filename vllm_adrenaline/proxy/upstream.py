@@ -13,10 +13,12 @@ import aiohttp
 from starlette.datastructures import Headers as ClientHeaders
 
 from vllm_adrenaline.proxy import choice
+from vllm_adrenaline.proxy.snapshot import Snapshot
 from vllm_adrenaline.system.http_get import UNIX
 
 CONNECT_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 5.0
+METRICS_TIMEOUT_S = 2.0
 REST_S = 5.0
 LEAVE_S = 10.0
 # vLLM closes idle connections after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE); a request on one being closed would fail.
@@ -118,6 +120,17 @@ class Engine:
                 return answer.status, list(answer.headers.items()), await answer.read()
         except UNREACHABLE as error:
             raise unreachable(self, error) from error
+
+    async def metrics(self) -> Snapshot | None:
+        """Return the engine's metrics; None if it does not answer with any within two seconds.
+
+        Raises UnicodeDecodeError, and what is read of it raises ValueError, if they are something else.
+        """
+        try:
+            status, _, page = await self.get("/metrics", [], METRICS_TIMEOUT_S)
+        except EngineFailed:
+            return None
+        return Snapshot(page.decode()) if status == 200 else None
 
     async def is_healthy(self) -> bool:
         """Say whether the engine answers /health with 200 within five seconds."""
