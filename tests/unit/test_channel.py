@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv import space
 from vllm_adrenaline.system import memory_file
+from vllm_adrenaline.system.arithmetic import bucket
 from vllm_adrenaline.transport.shape import Shape
 from vllm_adrenaline.transport.shm import ShmDecodeChannel, ShmExecutorChannel, ShmSteps
 from vllm_adrenaline.transport.split import SplitRows, split_rows
@@ -628,3 +629,13 @@ def test_a_batch_that_contradicts_itself_is_refused() -> None:
         split_rows(table.long(), starts, one, slots, [], BLOCK)
     with pytest.raises(ValueError, match="contiguous"):
         split_rows(torch.ones((2, 1), dtype=torch.int32).expand(2, 2).T.T[:1].expand(1, 2), starts, one, slots, [], 32)
+
+
+def test_plans_are_padded_to_the_sizes_that_python_counts_with() -> None:
+    steps, decode, executor = channels()
+    for rows in range(1, SHAPE.max_rows + 1):
+        steps.begin(batch({0: [*range(rows)]}).handle, {0: decode})
+        found = executor.next_step()
+        assert found is not None
+        lens, slots = len(found[2]["seq_lens"]), len(found[2]["slot_mapping"])
+        assert (lens, slots) == (bucket(rows, SHAPE.max_rows), bucket(rows, SHAPE.max_tokens))

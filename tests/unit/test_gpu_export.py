@@ -12,10 +12,10 @@ import msgspec
 import pytest
 import torch
 
-from vllm_adrenaline.attention import gpu
 from vllm_adrenaline.attention.gpu import _layer_of
 from vllm_adrenaline.control.kv_export import GpuKVExport
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.kv.memory import dtype_of
 from vllm_adrenaline.kv.sharing import GpuKVCache
 from vllm_adrenaline.prefill.gpu_export import describe
 from vllm_adrenaline.system import device_memory
@@ -112,4 +112,4 @@ def test_a_cache_that_lies_elsewhere_or_reaches_beyond_its_memory_is_refused(sha
     with pytest.raises(AdrenalineError, match="not inside the memory"):
         _layer_of(msgspec.structs.replace(found.layers[0], memory=1), found, half, torch.bfloat16)
     with pytest.raises(ValueError, match="no dtype"):
-        gpu.dtype_of("nn")
+        dtype_of("nn")

@@ -8,6 +8,7 @@ import torch
 
 from vllm_adrenaline.control.kv_export import GpuKVExport, GpuLayerSpec
 from vllm_adrenaline.errors import AdrenalineError
+from vllm_adrenaline.kv.memory import dtype_of
 from vllm_adrenaline.native.cuda import Call, CudaLibrary, Layer, Workspace, call_of, kind_of
 from vllm_adrenaline.native.cuda_channel import ChannelKernels
 from vllm_adrenaline.system import device_memory
@@ -91,14 +92,6 @@ class GpuAttention:
     def attend(self, call: Call, stream: int) -> None:
         """Write k and v of the step into the layer's cache, then attend q."""
         self.library.attend(call, self.kind, self.blocks, stream)
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """Return torch's dtype of this name. Raises ValueError if there is none."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name} is no dtype")
-    return dtype
 
 
 def _layer_of(spec: GpuLayerSpec, kv: GpuKVExport, memories: Sequence[torch.Tensor], dtype: torch.dtype) -> Layer:

@@ -12,6 +12,7 @@ import torch
 
 from vllm_adrenaline.attention.gpu import GpuAttention
 from vllm_adrenaline.native.cuda_channel import ChannelStatus
+from vllm_adrenaline.system.arithmetic import bucket
 from vllm_adrenaline.transport.gpu import GpuExecutorChannel
 from vllm_adrenaline.transport.pair import Disconnected
 from vllm_adrenaline.transport.shape import Shape
@@ -44,10 +45,9 @@ class GpuStepServer:
         self._began, self._ended = (_event() for _ in range(2))
         torch.cuda.current_stream().synchronize()
         # Steps of one token a row come in these sizes. To capture them now costs no step anything.
-        size, most = 1, min(shape.max_rows, shape.max_tokens)
-        while size < 2 * most:
-            self._graph(min(size, most), min(size, most))
-            size *= 2
+        most = min(shape.max_rows, shape.max_tokens)
+        for size in sorted({bucket(rows, most) for rows in range(1, most + 1)}):
+            self._graph(size, size)
 
     def serve(self, number: int, step: dict[str, torch.Tensor]) -> None:
         """Attend a step whose plan was checked.

@@ -12,7 +12,7 @@ import torch
 from vllm_adrenaline.attention import native_decode, operators
 from vllm_adrenaline.compat.cpu_attention import allow_amx
 from vllm_adrenaline.control.kv_export import KVExport
-from vllm_adrenaline.kv.memory import map_kv
+from vllm_adrenaline.kv.memory import dtype_of, map_kv
 from vllm_adrenaline.system import memory_file
 
 
@@ -79,9 +79,7 @@ class CpuAttention:
             AdrenalineError: the file has another size, or can shrink.
             ValueError: `kv.dtype` is the name of something else.
         """
-        dtype = getattr(torch, kv.dtype)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{kv.dtype} is no dtype")
+        dtype = dtype_of(kv.dtype)
         memory_file.check(fd, kv.size, "the prefill worker's KV cache")
         flat = torch.frombuffer(map_kv(fd, kv.size), dtype=dtype)
         caches = [flat.as_strided(kv.shape, kv.strides, layer.offset // dtype.itemsize) for layer in kv.layers]

@@ -1,7 +1,9 @@
-"""The mapping of a prefill worker's KV cache, a memory file, in the worker itself and in its attention executor."""
+"""How a prefill worker's KV cache is read, in the worker itself and in its attention executor: mapping and type."""
 
 import contextlib
 import mmap
+
+import torch
 
 
 def map_kv(fd: int, size: int) -> mmap.mmap:
@@ -15,3 +17,11 @@ def map_kv(fd: int, size: int) -> mmap.mmap:
     with contextlib.suppress(OSError):
         mapped.madvise(mmap.MADV_HUGEPAGE)
     return mapped
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return torch's dtype of this name. Raises ValueError if there is none."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name} is no dtype")
+    return dtype

@@ -15,6 +15,11 @@ def cdiv(a: int, b: int) -> int:
     return -(a // -b)
 
 
+def bucket(count: int, most: int) -> int:
+    """Return the smallest power of two that is `count` or more, but `most` at most: as csrc/shm/layout.h pads plans."""
+    return min(1 << (count - 1).bit_length(), most)
+
+
 def neighbours(points: Sequence[Point], x: float) -> tuple[Point, Point]:
     """Return the two points, of at least two ascending ones, between which x lies; the outermost two beyond them."""
     at = bisect.bisect_left(points, x, key=lambda point: point[0])

@@ -161,14 +161,17 @@ class _End:
     @property
     def seen(self) -> Health:
         """How the end was at the last `look`, which must be done."""
-        state = ChannelState.from_buffer_copy(bytes(self._seen.tolist()))
+        state = self._seen_state()
         return Health(ChannelStatus(state.status), state.step, state.failed_at)
 
     @property
     def step_ns(self) -> tuple[int, int]:
         """Nanoseconds of the step at the last `look`: between sends and waits, and in waits."""
-        state = ChannelState.from_buffer_copy(bytes(self._seen.tolist()))
+        state = self._seen_state()
         return state.local_ns, state.waited_ns
+
+    def _seen_state(self) -> ChannelState:
+        return ChannelState.from_buffer_copy(bytes(self._seen.tolist()))
 
     def health(self) -> Health:
         """Return how the end is when what was launched on the current stream is done. Waits for that."""

@@ -14,6 +14,7 @@ import torch
 from vllm_adrenaline.native.cuda_channel import ChannelKernels, ChannelStatus
 from vllm_adrenaline.native.library import library
 from vllm_adrenaline.system import device_memory
+from vllm_adrenaline.system.arithmetic import bucket
 from vllm_adrenaline.system.device_handle import Handle
 from vllm_adrenaline.transport.cuda_ipc import CudaDecodeChannel, CudaExecutorChannel
 from vllm_adrenaline.transport.shape import Shape
@@ -154,7 +155,7 @@ class Tokens:
         self._turn = 1 - self._turn
         pinned, copied = self._pinned[self._turn], self._copied[self._turn]
         copied.synchronize()
-        self.padded = min(1 << (len(tokens) - 1).bit_length(), len(pinned))
+        self.padded = bucket(len(tokens), len(pinned))
         pinned[: len(tokens)] = torch.tensor(tokens)
         pinned[len(tokens) : self.padded] = -1
         self.view, self.real = self._here[: self.padded], self._here[: len(tokens)]
