@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 import gpu_timing
+import mps
 import report
 import torch
-from transport_gpu import under_mps
 
 from tests.gpu.executor_world import BLOCK, Batch, Decode, Prefill, address_in, executor_at
 from vllm_adrenaline.native import cuda, cuda_library
@@ -113,14 +113,9 @@ def measure(decode: Decode, prefill: Prefill, rows: int, own: torch.Tensor, repe
 
 
 def main() -> None:
-    parser = report.parser(__doc__ or "", "under 30 seconds, with fewer repeats")
-    parser.add_argument("library", type=Path)
-    parser.add_argument("--mps", action="store_true", help="have both processes on the GPU at once")
-    options = parser.parse_args()
-    if options.mps:
-        raise SystemExit(under_mps([argument for argument in sys.argv[1:] if argument != "--mps"], __file__))
+    options = mps.options_of(__file__, __doc__ or "", "under 30 seconds, with fewer repeats")
     os.environ[cuda_library.PATH] = str(options.library.resolve())
-    has_mps = "ADRENALINE_MPS" in os.environ
+    has_mps = mps.is_on()
     prefill, points = Prefill(SHAPE, LAYERS, BLOCKS), []
     own = torch.randn(prefill.cache.shape, device="cuda", dtype=SHAPE.dtype)
     names = ("local_ms", "all_local_ms", "replayed_ms", "launched_ms", "waited_ms", "executor_ms")

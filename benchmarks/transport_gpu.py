@@ -12,10 +12,7 @@ of its own, for both; it sets nothing on the GPU.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gpu_timing
+import mps
 import report
 import torch
 
@@ -218,31 +216,9 @@ def other_process(path: Path) -> Iterator[Connection]:
         process.join()
 
 
-def under_mps(arguments: list[str], program: str = __file__) -> int:
-    """Run a program, this one, again, with an MPS daemon of its own; return its exit status."""
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
-        try:
-            subprocess.run(["nvidia-cuda-mps-control", "-d"], env=environment, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise SystemExit(f"no MPS: {error}") from None
-        try:
-            command = [sys.executable, program, *arguments]
-            return subprocess.run(command, env={**environment, "ADRENALINE_MPS": "1"}, check=False).returncode
-        finally:
-            subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", env=environment, check=False)
-
-
 def main() -> None:
-    parser = report.parser(__doc__ or "", "under 20 seconds, with fewer rows and repeats")
-    parser.add_argument("library", type=Path)
-    parser.add_argument("--mps", action="store_true", help="have both processes on the GPU at once")
-    options = parser.parse_args()
-    if options.mps:
-        raise SystemExit(under_mps([argument for argument in sys.argv[1:] if argument != "--mps"]))
-    if not torch.cuda.is_available():
-        raise SystemExit("needs a GPU, and torch with CUDA")
-    points, path, has_mps = [], options.library.resolve(), "ADRENALINE_MPS" in os.environ
+    options = mps.options_of(__file__, __doc__ or "", "under 20 seconds, with fewer rows and repeats")
+    points, path, has_mps = [], options.library.resolve(), mps.is_on()
     print(f"{torch.cuda.get_device_name()}; us a layer; {'MPS' if has_mps else 'no MPS'}")
     print(f"{'ends':<12}{'rows':>6}{'round trip':>12}{'and attention':>15}{'that alone':>12}")
     with other_process(path) as pipe:

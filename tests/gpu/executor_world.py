@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import torch
 
 if find_spec("vllm") is None:  # one class of it is a base of ours
@@ -103,7 +104,7 @@ class Prefill:
 def executor_at(address: str, prefill: Prefill, share: float = 1.0) -> Iterator[ExecutorProcess]:
     """An executor process that serves until the context ends."""
     cpus = sorted(os.sched_getaffinity(0))
-    identity = replace_identity(prefill)
+    identity = identity_of(prefill)
     process = ExecutorProcess(ExecutorSpec(0, address, identity, prefill.export(), -1, cpus, 1, 5.0, share))
     try:
         process.wait_ready()
@@ -112,11 +113,10 @@ def executor_at(address: str, prefill: Prefill, share: float = 1.0) -> Iterator[
         process.stop()
 
 
-def replace_identity(prefill: Prefill) -> messages.Identity:
+def identity_of(prefill: Prefill) -> messages.Identity:
     """Return the identity of engines with this KV cache."""
     heads = {"num_heads": prefill.shape.num_heads, "num_kv_heads": prefill.shape.num_kv_heads}
-    fields = {name: getattr(IDENTITY, name) for name in IDENTITY.__struct_fields__}
-    return messages.Identity(**{**fields, **heads, "num_layers": prefill.layers})
+    return msgspec.structs.replace(IDENTITY, num_layers=prefill.layers, **heads)
 
 
 class Direct(Link):
@@ -134,7 +134,7 @@ class Decode:
         kernels = ChannelKernels(cuda_library.load().path)
         names = [str(index) for index in range(prefill.layers)]
         self.prefill, self.shape = prefill, prefill.shape
-        self.link = Direct(address, replace_identity(prefill), engine, 0, names, self.shape, TIMEOUT_S, kernels=kernels)
+        self.link = Direct(address, identity_of(prefill), engine, 0, names, self.shape, TIMEOUT_S, kernels=kernels)
         self.link.attach((60.0, 60.0))
         steps = GpuSteps(self.shape, prefill.layers)
         self.remote = RemoteAttention([self.link], steps, None, names, BLOCK, True, Patience(TIMEOUT_S))
