@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import report
 
+from vllm_adrenaline.bench.conditions import ITEM_BYTES, default_dtype
 from vllm_adrenaline.bench.figures import tpot_ms, ttft_ms
 from vllm_adrenaline.bench.workloads import BLOCK, MAX_LENGTH, MODELS, VOCABULARY, folder_of
 from vllm_adrenaline.launch.cluster import Cluster
@@ -144,14 +145,14 @@ def main() -> None:
     args = parser.parse_args()
     seconds = args.seconds or (60 if args.quick else 120)
     fixed = FIXED[1::2] if args.quick else FIXED
-    size = MODELS["mha"]
+    size, dtype = MODELS["mha"], default_dtype()
     least = MAX_LENGTH // BLOCK + 1  # the decode engine has memory for one request of its own
     memory = {
-        role: ["--kv-cache-memory-bytes", str(blocks * size.block_bytes)]
+        role: ["--kv-cache-memory-bytes", str(blocks * size.block_bytes(ITEM_BYTES[dtype]))]
         for role, blocks in {"prefill": 96 - least, "decode": least}.items()
     }
     objectives = ["--adrenaline-ttft-slo-ms", f"{args.ttft:g}", "--adrenaline-tpot-slo-ms", f"{args.tpot:g}"]
-    flags = ["--served-model-name", "m", "--enforce-eager", "--max-num-batched-tokens", "2048"]
+    flags = ["--dtype", dtype, "--served-model-name", "m", "--enforce-eager", "--max-num-batched-tokens", "2048"]
     runs: dict[str, dict[str, Any]] = {}
     for name, more in {"controller": objectives, "fixed": []}.items():
         with ExitStack() as stack:

@@ -13,12 +13,15 @@ import pytest
 
 from vllm_adrenaline import cli
 from vllm_adrenaline.bench import figures, page, report, systems
+from vllm_adrenaline.bench.command import QUICK_COUNTS
+from vllm_adrenaline.bench.conditions import Conditions, default_dtype
 from vllm_adrenaline.bench.run import Plan, Run, groups_of
 from vllm_adrenaline.bench.sampler import Sampler
 from vllm_adrenaline.bench.systems import engines_of
-from vllm_adrenaline.bench.workloads import LOADS, MODELS
+from vllm_adrenaline.bench.workloads import LOADS, MODELS, RATES, at_rate
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.proxy.snapshot import Snapshot
+from vllm_adrenaline.system import machine
 from vllm_adrenaline.workload.client import Answer
 
 ANSWERS = [
@@ -149,7 +152,7 @@ def test_systems_take_turns_and_the_order_is_reversed_every_second_time() -> Non
     plan = Plan(["mha"], ["light"], ["a", "b"], 2)
     assert [(repeat, system) for repeat, _, system in plan.wanted("mha")] == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
     assert plan.runs == 4
-    assert Plan(["mha"], ["light", "ramp"], ["a", "b"], 2).runs == 4 + 2 * 3, "a search among seven rates takes three"
+    assert Plan(["mha"], ["light", "ramp"], ["a", "b"], 2).runs == 4 + 2 * 6, "a search among forty rates takes six"
 
 
 def test_systems_run_in_groups_whose_engines_fit_beside_each_other() -> None:
@@ -183,10 +186,57 @@ def test_what_is_known_already_is_not_run_again(tmp_path: Path, capsys: pytest.C
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(msgspec.json.encode(made(system, 0, 100 if system == systems.BASELINE else 168)))
     (tmp_path / "runs" / "mha-ceiling.json").write_text(json.dumps(CEILING))
+    Conditions(default_dtype(), counts=QUICK_COUNTS).keep(tmp_path)
     assert cli.main(["bench", "--quick", "--workloads", "light", "--out", str(tmp_path), "--json"]) == 0
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last["cells"][0]["ratios"]["adrenaline_auto_over_vllm_pd"]["output_tok_s"]["ratio"] == 1.68
     assert {"report.json", "report.md", "report.html"} <= {path.name for path in tmp_path.iterdir()}
+    assert cli.main(["bench", "--quick", "--workloads", "light", "--out", str(tmp_path), "--tpot-slo-ms", "50"]) == 1
+    assert "has results with tpot_slo_ms 40.0 (not 50.0): name another folder" in capsys.readouterr().err
+
+
+def test_a_processor_that_does_not_multiply_bfloat16_is_measured_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, dtype in (({"avx2"}, "float32"), ({"avx512f", "avx512_bf16"}, "bfloat16"), ({"bf16"}, "bfloat16")):
+        monkeypatch.setattr(machine, "cpu_flags", lambda flags=flags: flags)
+        assert default_dtype() == dtype
+    assert MODELS["gqa"].block_bytes(Conditions("float32").item_bytes) == 2 * 12 * 2 * 64 * 128 * 4
+
+
+def test_as_many_requests_are_sent_as_a_workload_has_unless_fewer_are_asked_for() -> None:
+    chat, light = LOADS["chat"], LOADS["light"]
+    assert Conditions().count(chat) == 32
+    assert Conditions(most=16).count(chat) == 16
+    assert Conditions(most=16).count(light) == 10
+    assert Conditions(most=16, counts={"light": 5}).count(light) == 5
+
+
+def test_objectives_are_told_to_engines_on_one_device_if_that_is_asked_for() -> None:
+    assert Conditions().flags == []
+    told = Conditions(tpot_slo_ms=50, are_told=True)
+    assert told.flags == ["--adrenaline-ttft-slo-ms", "2000", "--adrenaline-tpot-slo-ms", "50"]
+    assert "a TPOT of at most 50 ms" in told.about_ramp
+
+
+def test_one_device_is_compared_with_the_best_other_system() -> None:
+    speeds = {"vllm_one": (100, 110, 90), "vllm_two": (80, 120, 85), "semi_pd": (97, 121, 81)}
+    runs = [made(name, i, speed) for name, each in speeds.items() for i, speed in enumerate(each)]
+    runs += [made("vllm_one", 0, 100, load="chat"), made("semi_pd", 0, 108, load="chat")]
+    found = report.summary(runs, {})
+    light, chat = found["cells"]
+    assert light["over_best"] == {"semi_pd": {"best": "vllm_one", "ratio": 0.97, "ratios": [0.97, 1.1, 0.9]}}
+    assert chat["over_best"]["semi_pd"]["ratio"] == 1.08
+    assert found["geometric_means"] == {"semi_pd": pytest.approx((0.97 * 1.08) ** 0.5, abs=1e-3)}
+    said = report.markdown(found)
+    assert "| light, mha | semi_pd | vllm_one | 0.97 (0.97, 1.10, 0.90) |" in said
+    assert "| geometric mean | semi_pd | | 1.024 |" in said
+
+
+def test_mean_latency_is_told_for_every_rate_of_the_ramp() -> None:
+    rates = [at_rate(RATES[step]).name for step in (1, 0)]
+    runs = [made(name, 0, 100, load=rate) for rate in rates for name in ("vllm_one", "semi_pd")][:-1]
+    found = report.summary(runs, {})
+    assert found["latencies_s"] == {"mha": {"0.5": {"vllm_one": 0.001}, "0.55": {"vllm_one": 0.001, "semi_pd": 0.001}}}
+    assert "| 0.5 | 0.0 |  |" in report.markdown(found)
 
 
 class Engine:

@@ -125,16 +125,39 @@ def test_on_one_device_prompts_and_steps_take_the_device_from_each_other_and_not
     (two,) = run(Setup(MODEL, pool="remote", ratio=1.0), [alone]).done
     assert one.first_at == pytest.approx(two.first_at, abs=1e-3), "nobody is in the way"
     decoding = [Arrival(0.0, 32, 400), Arrival(1.0, 512, 1)]  # steps of 12 ms, and then the prompt
-    shared, apart = (run(Setup(MODEL, pool=pool, ratio=1.0), decoding) for pool in ("mapped", "remote"))
+    objective = {"pool": "mapped", "ratio": 1.0, "tpot_slo": 10.0}  # one that is met, by which nothing moves
+    shared, apart = (run(Setup(MODEL, **each), decoding) for each in (objective, {"ratio": 1.0}))  # type: ignore[arg-type]
     prompt, free = (next(row for row in each.done if row.prompt == 512) for each in (shared, apart))
     assert prompt.first_at - free.first_at == pytest.approx(0.2, abs=0.03), "each has half of the device"
+    first = run(Setup(MODEL, pool="mapped", ratio=1.0), decoding)
+    (prompt,) = (row for row in first.done if row.prompt == 512)
+    assert prompt.first_at - free.first_at == pytest.approx(0.2 * 0.15 / 0.85, abs=0.02), "prompts come first"
     undisturbed = run(Setup(MODEL, pool="mapped", ratio=1.0), decoding[:1])
     later = shared.done[-1].last_at - undisturbed.done[-1].last_at
     assert later == pytest.approx(0.2, abs=0.03), "the prompt's work is done, once"
 
 
+def test_shares_of_a_device_follow_the_objectives_as_they_do_in_real_engines() -> None:
+    # Steps of 60 ms beside prompts all the time: only with most of the device do they take less than 90 ms.
+    steady = msgspec.structs.replace(COSTS, step=[(1, 0.055), (64, 0.06)])
+    model = Model(steady, MODEL.prefill, overhead=0.002)
+    load = [Arrival(i * 0.25, 512, 1) for i in range(200)] + [Arrival(0.0, 32, 500) for _ in range(4)]
+    found = {}
+    for objective in (None, 0.09):
+        setup = Setup(model, pool="mapped", ratio=1.0, tpot_slo=objective)
+        simulation = run(setup, sorted(load, key=lambda each: each.at))
+        found[objective] = max(row.last_at for row in simulation.done if row.output > 1)
+        shares = [decode for _, _, decode in simulation.shares]
+        if objective is None:
+            assert len(shares) == 1
+        else:
+            assert len(shares) > 1
+            assert simulation.tuners[0].shares.part(Phase.DECODE) > 0.5  # type: ignore[union-attr]
+    assert found[0.09] < found[None]
+
+
 def test_a_shared_device_gives_each_phase_its_part_while_both_want_it() -> None:
-    device = Device(prefill_part=0.25)
+    device = Device(lambda: 0.0, prefill_part=0.25)
     device.start(Phase.PREFILL, 1.0, now=0.0)
     assert device.next_end() == pytest.approx(1.0)
     device.start(Phase.DECODE, 0.3, now=0.5)

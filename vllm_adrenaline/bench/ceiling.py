@@ -1,6 +1,6 @@
 """The ceiling of what offloading could gain on this machine: bare operators on two cores, with no engine in the way.
 
-    python -m vllm_adrenaline.bench.ceiling MODEL ROWS CONTEXT     (MODEL: mha or gqa; prints one JSON object)
+    python -m vllm_adrenaline.bench.ceiling MODEL ROWS CONTEXT DTYPE     (MODEL: mha or gqa; prints one JSON object)
 
 The decode side runs the four GEMMs of every layer, cold, and vLLM's attention operators on its KV. The other side runs
 the same operators on its own KV when a flag in shared memory is raised. Two kinds of steps take turns: ROWS rows, all
@@ -28,13 +28,17 @@ SENT, DONE, STOP, NATIVE = 0, 1, 2, 3
 REPEATS = 15
 
 
-def _attention(shape: dict[str, int], rows: int, context: int, core: int) -> tuple[Any, Any]:
-    """Return torch, kept on one core, and attend(layer, native): attention of all rows over a KV cache of its own."""
+def _attention(shape: dict[str, int], rows: int, context: int, dtype: str, core: int) -> tuple[Any, Any]:
+    """Return torch, kept on one core, and attend(layer, native): attention of all rows over a KV cache of its own.
+
+    What torch makes is of `dtype` from then on.
+    """
     os.sched_setaffinity(0, {core})
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)
+    torch.set_default_dtype(getattr(torch, dtype))
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
@@ -45,10 +49,10 @@ def _attention(shape: dict[str, int], rows: int, context: int, core: int) -> tup
     layers, heads, kv_heads = shape["layers"], shape["heads"], shape["kv_heads"]
     head = shape["head_dim"]
     width = context // BLOCK + 1
-    isa = _get_attn_isa(torch.bfloat16, BLOCK, head, "auto")
-    caches = [torch.randn(rows * width, kv_heads, 2 * BLOCK, head).bfloat16() for _ in range(layers)]
+    isa = _get_attn_isa(torch.get_default_dtype(), BLOCK, head, "auto")
+    caches = [torch.randn(rows * width, kv_heads, 2 * BLOCK, head) for _ in range(layers)]
     kinds = [CpuAttention(caches, [head**-0.5] * layers, heads, isa, split_kv=True, native=n) for n in (False, True)]
-    step = {name: torch.randn(rows, n, head).bfloat16() for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
+    step = {name: torch.randn(rows, n, head) for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
     step |= {
         "out": torch.empty_like(step["q"]),
         "query_start_loc": torch.arange(rows + 1, dtype=torch.int32),
@@ -60,8 +64,10 @@ def _attention(shape: dict[str, int], rows: int, context: int, core: int) -> tup
     return torch, lambda layer, native: kinds[native].layer(layer, step, schedules[native])
 
 
-def _executor(page: mmap.mmap, shape: dict[str, int], rows: int, context: int, core: int, ready: Event) -> None:
-    _, attend = _attention(shape, rows, context, core)
+def _executor(
+    page: mmap.mmap, shape: dict[str, int], rows: int, context: int, dtype: str, core: int, ready: Event
+) -> None:
+    _, attend = _attention(shape, rows, context, dtype, core)
     flags = memoryview(page).cast("q")
     ready.set()
     seen = 0
@@ -74,26 +80,27 @@ def _executor(page: mmap.mmap, shape: dict[str, int], rows: int, context: int, c
         flags[DONE] = seen
 
 
-def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
+def measure(shape: dict[str, int], rows: int, context: int, dtype: str) -> dict[str, float]:
     """Return milliseconds of a step of each kind, and of attention in the first, and the ratios of rows per second."""
     cores = physical_cores()
     page = mmap.mmap(-1, mmap.PAGESIZE)
     flags = memoryview(page).cast("q")
     forked = multiprocessing.get_context("fork")
     ready = forked.Event()
-    peer = forked.Process(target=_executor, args=(page, shape, rows, context, cores[-1], ready), daemon=True)
+    args = (page, shape, rows, context, dtype, cores[-1], ready)
+    peer = forked.Process(target=_executor, args=args, daemon=True)
     peer.start()
     ready.wait(120)
-    torch, attend = _attention(shape, rows, context, cores[0])
+    torch, attend = _attention(shape, rows, context, dtype, cores[0])
     hidden, inner = shape["hidden"], shape["inner"]
     qkv = (shape["heads"] + 2 * shape["kv_heads"]) * shape["head_dim"]
     sizes = ((qkv, hidden), (hidden, shape["heads"] * shape["head_dim"]), (2 * inner, hidden), (hidden, inner))
-    weights = [[torch.randn(*size).bfloat16() * 0.02 for size in sizes] for _ in range(shape["layers"])]
+    weights = [[torch.randn(*size) * 0.02 for size in sizes] for _ in range(shape["layers"])]
     linear = torch.nn.functional.linear
 
     def step(batch: int, offload: bool, native: bool = False) -> tuple[float, float]:
         flags[NATIVE] = native
-        x = torch.randn(batch, hidden).bfloat16()
+        x = torch.randn(batch, hidden)
         attention, began = 0.0, time.perf_counter()
         for layer, (into, out, up, down) in enumerate(weights):
             q = linear(x, into)[:, : out.shape[1]]
@@ -105,7 +112,7 @@ def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
                 pass
             attention += time.perf_counter() - at
             x = linear(linear(linear(q, out), up)[:, :inner].contiguous(), down)
-            x = x / x.float().std().bfloat16()
+            x = x / x.float().std().to(x.dtype)
         return time.perf_counter() - began, attention
 
     with torch.inference_mode():
@@ -128,5 +135,5 @@ def measure(shape: dict[str, int], rows: int, context: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    found = measure(MODELS[sys.argv[1]].shape, int(sys.argv[2]), int(sys.argv[3]))
+    found = measure(MODELS[sys.argv[1]].shape, int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     print(json.dumps({name: round(value, 3) for name, value in found.items()}))

@@ -10,7 +10,6 @@ from typing import Any
 
 from vllm_adrenaline.bench import systems
 from vllm_adrenaline.bench.report import NOT_ALIKE, PAPER, SHOWN, about_ceiling, shown, told
-from vllm_adrenaline.bench.workloads import ABOUT_RAMP
 from vllm_adrenaline.system import web_page
 
 COMPARED = {"output_tok_s": True, "tpot_ms_p50": False, "ttft_ms_p50": False, "kv_prefill_used_share": None}
@@ -75,7 +74,7 @@ def _goodput(report: dict[str, Any]) -> str:
     if not rows:
         return ""
     table = _table(["model", "system", "requests a second"], rows, words=2)
-    return f"<h3>Goodput</h3><p>{html.escape(ABOUT_RAMP)}.</p>{table}"
+    return f"<h3>Goodput</h3><p>{html.escape(report['about_goodput'])}.</p>{table}"
 
 
 def _figures(cell: dict[str, Any]) -> str:

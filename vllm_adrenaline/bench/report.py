@@ -7,10 +7,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_adrenaline.bench import systems
+from vllm_adrenaline.bench import best, systems
+from vllm_adrenaline.bench.conditions import Conditions
 from vllm_adrenaline.bench.figures import same_tokens
 from vllm_adrenaline.bench.run import Run
-from vllm_adrenaline.bench.workloads import ABOUT_RAMP, LOADS, MODELS, rate_of
+from vllm_adrenaline.bench.workloads import LOADS, MODELS, rate_of
 
 SHOWN = {
     "output_tok_s": "output tok/s",
@@ -18,6 +19,7 @@ SHOWN = {
     "ttft_ms_p90": "TTFT p90, ms",
     "tpot_ms_p50": "TPOT p50, ms",
     "tpot_ms_p99": "TPOT p99, ms",
+    "e2e_ms_mean": "latency mean, ms",
     "goodput_share": "within objectives",
     "kv_prefill_used_share": "KV used, prefill",
     "kv_decode_used_share": "KV used, decode",
@@ -45,7 +47,10 @@ which is proportional to output tokens per second: the same ratio as throughput 
 
 
 def summary(
-    results: Sequence[Run], machine: dict[str, Any], ceilings: dict[str, dict[str, float]] | None = None
+    results: Sequence[Run],
+    machine: dict[str, Any],
+    ceilings: dict[str, dict[str, float]] | None = None,
+    conditions: Conditions = Conditions(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """Return the report as plain data. It has one cell, with `systems` and `ratios`, per model and workload.
 
@@ -61,7 +66,7 @@ def summary(
     for (model, load), found in by_place.items():
         baseline = found.get(systems.BASELINE, {})
         cell: dict[str, Any] = {"model": model, "workload": load, "about": LOADS[load].about}
-        cell |= {"systems": {}, "ratios": {}, "usage": {}, "placements": {}}
+        cell |= {"systems": {}, "ratios": {}, "usage": {}, "placements": {}, "over_best": best.over_best(found)}
         for name, runs in found.items():
             shown = next(iter(runs.values()))
             figures = {key: statistics.median(run.figures[key] for run in runs.values()) for key in shown.figures}
@@ -81,7 +86,15 @@ def summary(
                 }
         cells.append(cell)
     models = {model: {"about": MODELS[model].about} | _ceiling(ceilings, model, cells) for model in _models(results)}
-    return {"cells": cells, "models": models, "goodput_req_s": _goodput(results), "machine": machine}
+    return {
+        "cells": cells,
+        "models": models,
+        "goodput_req_s": _goodput(results),
+        "geometric_means": best.geometric_means(cells),
+        "latencies_s": best.latencies(results),
+        "about_goodput": conditions.about_ramp,
+        "machine": machine | {"dtype": conditions.dtype},
+    }
 
 
 def _models(results: Sequence[Run]) -> list[str]:
@@ -152,7 +165,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [f"## Model {model}", "", f"{about['about']}.", *about_ceiling(about), ""]
         if goodput := report["goodput_req_s"].get(model):
             rates = ", ".join(f"{name} {rate:g}" for name, rate in goodput.items())
-            lines += [f"{ABOUT_RAMP}: {rates}.", ""]
+            lines += [f"{report['about_goodput']}: {rates}.", ""]
     for cell in report["cells"]:
         lines += [
             f"## {cell['workload']}, {cell['model']}",
@@ -172,6 +185,7 @@ def markdown(report: dict[str, Any]) -> str:
                 decided = ", ".join(f"{what} {count:.0f}" for what, count in sorted(placements.items()))
                 lines.append(f"* {name} decided: {decided}")
         lines += ["", *_beside_the_paper(cell)]
+    lines += best.markdown(report)
     names = sorted({name for cell in report["cells"] for name in cell["systems"]})
     lines += [f"* `{name}`: {systems.about(name)}" for name in names]
     return "\n".join(lines) + "\n"

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from vllm_adrenaline.bench import figures
+from vllm_adrenaline.bench.conditions import Conditions
 from vllm_adrenaline.bench.sampler import Sampler, cpu_seconds
 from vllm_adrenaline.bench.systems import Budget, System, Systems, engines_of
 from vllm_adrenaline.bench.workloads import (
@@ -25,8 +26,6 @@ from vllm_adrenaline.bench.workloads import (
     MODELS,
     RAMP,
     RATES,
-    TPOT_SLO_MS,
-    TTFT_SLO_MS,
     VOCABULARY,
     at_rate,
     folder_of,
@@ -75,17 +74,13 @@ class Run(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What is to be run.
-
-    Without `loads`, each model has its own. `counts` has the number of requests of a workload where fewer than all are
-    wanted.
-    """
+    """What is to be run. Without `loads`, each model has its own."""
 
     models: list[str]
     loads: list[str]
     systems: list[str]
     repeats: int
-    counts: dict[str, int] = {}
+    conditions: Conditions = Conditions()
 
     def wanted(self, model: str) -> Iterator[tuple[int, Load, str]]:
         """Yield (repeat, workload, system), systems in turns and every second time backwards.
@@ -111,21 +106,22 @@ class Plan(msgspec.Struct, frozen=True):
         return self.loads or MODELS[model].loads
 
 
-def budget(model: str) -> Budget:
+def budget(model: str, conditions: Conditions) -> Budget:
     """Return what every system gets on this machine for a model."""
     size = MODELS[model]
     decode, prefill = split_cores(physical_cores())
     least = MAX_LENGTH // BLOCK + 1  # and vLLM's null block
-    decode_bytes, prefill_bytes = size.decode_blocks * size.block_bytes, size.prefill_blocks * size.block_bytes
-    return Budget(decode_bytes, prefill_bytes, least * size.block_bytes, decode, prefill)
+    block = size.block_bytes(conditions.item_bytes)
+    return Budget(size.decode_blocks * block, size.prefill_blocks * block, least * block, decode, prefill)
 
 
 def run(plan: Plan, folder: Path, say: Callable[[str], None], logs: Path | None = None) -> list[Run]:
     """Run what `folder` does not hold yet, and return all results of the plan.
 
     Engines start only when something is missing, those of a group at once. Raises AdrenalineError when they do not
-    start or answer badly.
+    start or answer badly, or when the folder has results under other conditions.
     """
+    plan.conditions.keep(folder)
     progress = Progress(plan.runs, say)
     results: list[Run] = []
     for model in plan.models:
@@ -199,6 +195,7 @@ class _Bench:
         file.parent.mkdir(parents=True, exist_ok=True)
         rows, context = MODELS[self._model].saturated()
         command = [sys.executable, "-m", "vllm_adrenaline.bench.ceiling", self._model, str(rows), str(context)]
+        command.append(self._plan.conditions.dtype)
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode:
             raise AdrenalineError(f"the ceiling cannot be measured: {done.stderr[-2000:]}")
@@ -214,8 +211,7 @@ class _Bench:
             self.stop()
             self._systems = self._start(next(group for group in groups_of(self._plan.systems) if name in group))
             self._progress.leave_out_start()
-        count = self._plan.counts.get(load.name, load.count)
-        result = _once(self._systems.running[name], self._model, load, repeat, count)
+        result = _once(self._systems.running[name], self._model, load, repeat, self._plan.conditions)
         file.write_bytes(msgspec.json.encode(result))
         self._progress.add(result)
         return result
@@ -232,15 +228,16 @@ class _Bench:
     def _start(self, names: Sequence[str]) -> Systems:
         args = [
             "--dtype",
-            "bfloat16",
+            self._plan.conditions.dtype,
             "--enforce-eager",
             "--max-model-len",
             str(MAX_LENGTH),
             "--served-model-name",
             MODEL_NAME,
         ]
-        path, kv = folder_of(MODELS[self._model]), budget(self._model)
-        systems = Systems(self._stack, names, path, kv, args, self._logs)
+        conditions = self._plan.conditions
+        path, kv = folder_of(MODELS[self._model]), budget(self._model, conditions)
+        systems = Systems(self._stack, names, path, kv, args, conditions.flags, self._logs)
         for system in systems.running.values():
             client.send(system.url, MODEL_NAME, WARM_UP.requests(VOCABULARY, 99, count=4))
         return systems
@@ -255,7 +252,8 @@ def _file(folder: Path, model: str, repeat: int, load: Load, system: str) -> Pat
     return folder / "runs" / f"{model}-{load.name}-{repeat}-{system}.json"
 
 
-def _once(system: System, model: str, load: Load, repeat: int, count: int) -> Run:
+def _once(system: System, model: str, load: Load, repeat: int, conditions: Conditions) -> Run:
+    count = conditions.count(load)
     requests = load.requests(VOCABULARY, repeat, count)
     prompts = [len(request.prompt) for request in requests]
     first, last = next(iter(system.engines)), list(system.engines)[-1]
@@ -264,7 +262,7 @@ def _once(system: System, model: str, load: Load, repeat: int, count: int) -> Ru
     with Sampler(system.metrics(last), system.metrics(first)) as sampler:
         answers = client.send(system.url, MODEL_NAME, requests)
     found = figures.of(answers, sum(prompts))
-    found["goodput_share"] = figures.goodput_share(answers, TTFT_SLO_MS, TPOT_SLO_MS)
+    found["goodput_share"] = figures.goodput_share(answers, conditions.ttft_slo_ms, conditions.tpot_slo_ms)
     for side, name in {"prefill": first, "decode": last}.items():
         found[f"kv_{side}_used_share"] = sampler.mean(side)
         found[f"busy_{side}_share"] = (cpu_seconds(system.pids[name]) - cpu[name]) / found["seconds"]
@@ -272,9 +270,9 @@ def _once(system: System, model: str, load: Load, repeat: int, count: int) -> Ru
     for name, metric in COUNTED.items():
         found[name] = sum(after[engine].value(metric) - before[engine].value(metric) for engine in system.engines)
     attended = figures.attended_tokens(answers, prompts)
-    remote = found["remote_attention_tokens"]
+    remote, block = found["remote_attention_tokens"], MODELS[model].block_bytes(conditions.item_bytes)
     for side, tokens in {"prefill": remote, "decode": attended - remote}.items():
-        found[f"attention_gb_s_{side}"] = tokens * MODELS[model].block_bytes / BLOCK / found["seconds"] / 1e9
+        found[f"attention_gb_s_{side}"] = tokens * block / BLOCK / found["seconds"] / 1e9
     return Run(
         model,
         load.name,

@@ -84,7 +84,8 @@ def engines_of(names: Sequence[str]) -> int:
 class Systems:
     """All systems of a run, `running` by name. Their engines start at once, and stop with `stack`.
 
-    `args` are flags of vLLM for all engines; `logs` is the folder for their logs, None for one in the user's cache.
+    `args` are flags of vLLM for all engines, `objectives` flags for those on one device; `logs` is the folder for their
+    logs, None for one in the user's cache.
     """
 
     def __init__(
@@ -94,8 +95,10 @@ class Systems:
         model: Path,
         budget: Budget,
         args: Sequence[str],
+        objectives: Sequence[str],
         logs: Path | None,
     ) -> None:
+        self._objectives = objectives
         self._model, self._budget, self._args, self._runtime = str(model), budget, args, runtime_folder()
         stack.callback(shutil.rmtree, self._runtime, ignore_errors=True)
         for name in (*POOLS, ELASTIC):
@@ -127,8 +130,8 @@ class Systems:
             rest, cores = b.decode_bytes + b.prefill_bytes - b.least_bytes, f"{b.decode_cores},{b.prefill_cores}"
             flags = engine_command.adrenaline_args(self._runtime / name, "auto", POOLS[name])
             return [
-                self._spec(f"adrenaline_{name}_prefill", rest, cores, flags["prefill"]),
-                self._spec(f"adrenaline_{name}_decode", b.least_bytes, cores, flags["decode"]),
+                self._spec(f"adrenaline_{name}_prefill", rest, cores, [*flags["prefill"], *self._objectives]),
+                self._spec(f"adrenaline_{name}_decode", b.least_bytes, cores, [*flags["decode"], *self._objectives]),
             ]
         if name == ELASTIC:
             flags = engine_command.adrenaline_args(self._runtime / name, "auto")

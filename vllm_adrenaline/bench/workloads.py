@@ -45,20 +45,16 @@ LOADS = {
         ),
     )
 }
-TTFT_SLO_MS, TPOT_SLO_MS, GOODPUT = 2000.0, 40.0, 0.9
-"""Objectives in milliseconds, and the share of requests that must meet both for goodput."""
-RAMP, RATES = "ramp", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+GOODPUT = 0.9
+"""The share of requests that must meet both objectives for goodput."""
+RAMP, RATES = "ramp", tuple(0.5 * 1.1**step for step in range(40))
 """The ramp: the trace at these rates in requests a second, among which the highest that has its goodput is searched."""
-ABOUT_RAMP = (
-    f"Highest rate of the ramp ({', '.join(f'{rate:g}' for rate in RATES)} requests a second) at which "
-    f"{100 * GOODPUT:.0f} % have their first token in {TTFT_SLO_MS:.0f} ms and a TPOT of at most {TPOT_SLO_MS:.0f} ms"
-)
 
 
 def at_rate(rate: float) -> Load:
     """Return the workload that is one step of the ramp, at `rate` requests a second."""
     arrivals = from_trace(rate, 0.3, (32, 512), 1.0, (32, 384), first=200)
-    return Load(f"{RAMP}@{rate:g}", f"the trace at {rate:g} requests a second", count=24, arrivals=arrivals)
+    return Load(f"{RAMP}@{rate:.3g}", f"the trace at {rate:.3g} requests a second", count=100, arrivals=arrivals)
 
 
 def rate_of(name: str) -> float | None:
@@ -80,11 +76,10 @@ class ModelSize:
     prefill_blocks: int
     loads: tuple[str, ...]
 
-    @property
-    def block_bytes(self) -> int:
-        """Return the bytes of a KV block: keys and values of all layers in bfloat16."""
+    def block_bytes(self, item_bytes: int) -> int:
+        """Return the bytes of a KV block: keys and values of all layers, in numbers of so many bytes."""
         s = self.shape
-        return 2 * s["layers"] * s["kv_heads"] * s["head_dim"] * BLOCK * 2
+        return 2 * s["layers"] * s["kv_heads"] * s["head_dim"] * BLOCK * item_bytes
 
     def saturated(self) -> tuple[int, int]:
         """Return how many rows of the decode-heavy workload fill the decode side, and their mean context in tokens."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from vllm_adrenaline.colocation.controller import Change, Limits, Objectives, ShareController, Shares
 from vllm_adrenaline.colocation.model import smallest_prefill_share
@@ -17,6 +17,9 @@ logger = logging.getLogger("vllm.adrenaline")
 
 TYPICAL_PROMPT = 512
 """Tokens of the prompt by which the first shares are chosen."""
+BESIDE_PROMPTS = 0.15
+"""Decode's part of a device that both engines have all of, while prompts want it, without an objective for the TPOT.
+Prompts that are done sooner join the batch sooner, and every step less is one fixed cost less (docs/performance.md)."""
 PARTS = tuple(part / 20 for part in range(1, 21))
 """Parts of the device from which prefill's first one is chosen."""
 
@@ -77,7 +80,7 @@ class ShareTuner:
             device: what is shared.
             limits: of the controller.
             settle: updates after a change until what is observed counts. What a decode engine says of its steps is of
-                the last 64 (decode/admission.py). Steps of 50 ms are 3 s then, and two updates are a second.
+                the last 64 (recent_steps.py). Steps of 50 ms are 3 s then, and two updates are a second.
             divides: whether the first shares are carried out without an objective, too.
         """
         self.shares: Shares | None = None
@@ -87,6 +90,15 @@ class ShareTuner:
         self._settle, self._settling = settle, 0
         self._has_begun = False
         self._ttft: deque[float] = deque(maxlen=4096)
+
+    @classmethod
+    def of_two_engines(cls, objectives: Objectives, prefill: Sequence[tuple[int, float]], device: Device) -> Self:
+        """Return the tuner of a device that a prefill and a decode engine have all of.
+
+        It is divided from the beginning. Without an objective for the TPOT, prompts come first.
+        """
+        decode = 0.5 if objectives.tpot is not None else BESIDE_PROMPTS
+        return cls(objectives, decode, prefill, device, divides=True)
 
     def observe_ttft(self, seconds: float) -> None:
         """Note that a prompt was done so many seconds after its request came. The scheduler's thread calls this."""

@@ -6,14 +6,13 @@ What is decided, and when, is in placement/admission.py. The scheduler is the on
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from vllm_adrenaline.colocation.recent_steps import RecentSteps
 from vllm_adrenaline.placement.admission import Admission, Settings
 from vllm_adrenaline.placement.batch import Batch
 from vllm_adrenaline.placement.pools import ExecutorPool, LocalPool, Pools
-from vllm_adrenaline.system.statistics import percentile
 
 if TYPE_CHECKING:
     from vllm_adrenaline.config import Options
@@ -21,15 +20,13 @@ if TYPE_CHECKING:
     from vllm_adrenaline.decode.report import Report
     from vllm_adrenaline.placement.costs import Costs
 
-TPOT_STEPS = 64
-"""Steps over which the time per output token is told to prefill engines."""
-
 
 class EngineAdmission(Admission):
     """Admission with the eyes of a decode engine, and with the metrics that it reports.
 
     Attributes:
         maps: whether this engine maps the memory of prefill engines.
+        recent_steps: the lengths of the last steps.
     """
 
     def __init__(self, options: Options, costs: Costs, local_blocks: int, block_size: int, max_rows: int) -> None:
@@ -37,7 +34,7 @@ class EngineAdmission(Admission):
         super().__init__(settings, costs, options.ratio)
         self._local_blocks = local_blocks
         self.maps, self._uses_executors = options.maps, options.uses_executors
-        self._step_seconds: deque[float] = deque(maxlen=TPOT_STEPS)
+        self.recent_steps = RecentSteps()
         self._last_batch = Batch()
         self._remote_tokens = 0
 
@@ -69,12 +66,6 @@ class EngineAdmission(Admission):
             for pool in remote
         ]
         return Pools(LocalPool(self._local_blocks, free), executors)
-
-    def note_step(self, seconds: float) -> float:
-        """Note the length of a step of decodes; return the 90th percentile of the last TPOT_STEPS."""
-        if seconds > 0:
-            self._step_seconds.append(seconds)
-        return percentile(self._step_seconds, 0.9)
 
     @property
     def gauges(self) -> dict[str, float]:

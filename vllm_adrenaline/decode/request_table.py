@@ -377,7 +377,7 @@ class RequestTable:
     def observe_step(self, batch: Batch, report: Report | None, seconds: float) -> None:
         """Take what a step took; `seconds` is 0 when it computed prompts as well."""
         self.admission.observe(batch, report, seconds, len(self.pools))
-        tpot = self.admission.note_step(seconds)
+        tpot = self.admission.recent_steps.note(seconds)
         for pool in self.pools:
             pool.client.tpot = tpot
 

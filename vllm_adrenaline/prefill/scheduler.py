@@ -43,11 +43,6 @@ if TYPE_CHECKING:
     from vllm_adrenaline.prefill.connector import PrefillConnector
 
 
-BESIDE_PROMPTS = 0.15
-"""Decode's part of a device that both engines have all of, while prompts want it, without an objective for the TPOT.
-Prompts that are done sooner join the batch sooner, and every step less is one fixed cost less (docs/performance.md)."""
-
-
 class PrefillScheduler(Scheduler):
     """vLLM's scheduler with a lease manager and a control server.
 
@@ -119,8 +114,7 @@ class PrefillScheduler(Scheduler):
             executors = ExecutorShares(self._executors.set_share)
             return ShareTuner(objectives, options.executor_share, prefill, executors)
         workers = WorkerShares(self._executors.worker_pids, self.lending.mappers.pids)
-        decode = 0.5 if objectives.tpot is not None else BESIDE_PROMPTS
-        return ShareTuner(objectives, decode, prefill, workers, divides=True)
+        return ShareTuner.of_two_engines(objectives, prefill, workers)
 
     def _welcome(self, member: str) -> messages.Welcome:
         nixl, executors = self.connector.connector_scheduler, self._executors

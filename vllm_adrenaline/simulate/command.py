@@ -106,6 +106,10 @@ def run(options: argparse.Namespace) -> int:
     model, arrivals = model_of(options), arrivals_of(options)
     largest = max(arrival.prompt + arrival.output for arrival in arrivals)
     blocks = min(options.decode_blocks, options.prefill_blocks) if options.prefill else options.decode_blocks
+    if options.pool == "both" and (options.tpot_slo_ms or options.ttft_slo_ms):
+        raise AdrenalineError(
+            "with --pool both, objectives move the executors' share, which is not simulated: use --pool mapped"
+        )
     if largest > blocks * options.block_size:
         raise AdrenalineError(f"a request of {largest} tokens fits into no engine: more blocks, or shorter requests")
     print(

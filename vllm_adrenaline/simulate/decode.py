@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from vllm_adrenaline.colocation.recent_steps import RecentSteps
 from vllm_adrenaline.control.messages import Slack
 from vllm_adrenaline.decode.own_prompts import OwnPrompts
 from vllm_adrenaline.placement.admission import Admission, Settings
@@ -31,7 +32,8 @@ IDLE_S = 0.001
 class Decode:
     """A decode engine in simulated time.
 
-    `pull(now, row, remote_blocks)` starts a transfer; `pulled` tells of its end.
+    `pull(now, row, remote_blocks)` starts a transfer; `pulled` tells of its end. `tpot` is what it last told prefill
+    engines of its steps, in seconds.
     """
 
     def __init__(self, setup: Setup, prefills: Sequence[Prefill], pull: Callable[[float, Row, int], None]) -> None:
@@ -41,7 +43,8 @@ class Decode:
         self.free = setup.decode_blocks
         self.stepping = False
         self.preemptions = self.moved = self.steps = self.row_steps = 0
-        self.exposed = 0.0
+        self.exposed = self.tpot = 0.0
+        self._recent_steps, self._began = RecentSteps(), 0.0
         self._pending: dict[Row, None] = {}  # an ordered set
         self._waiting: deque[Row] = deque()
         self._pulling: list[Row] = []
@@ -105,7 +108,7 @@ class Decode:
         if not self.computes:
             self.stepping = bool(self._running or self._received)
             return IDLE_S if self.stepping else 0.0
-        self.stepping = True
+        self.stepping, self._began = True, now
         self._batch = self._load()
         return self._seconds()
 
@@ -130,6 +133,9 @@ class Decode:
             self._running = [row for row in self._running if row.made < row.output]
         if self._active and self.prefills:
             total, local, remote, exposed = self._took
+            # As a real engine, it sees how long a step took from its start to its end, on a shared device as well.
+            total = now - self._began if total else 0.0
+            self.tpot = self._recent_steps.note(total)
             self.admission.observe_step(self._batch, total, local, remote, exposed)
         return done
 

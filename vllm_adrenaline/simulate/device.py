@@ -1,10 +1,14 @@
-"""A device that a prefill and a decode engine share, in simulation: both go on, each at its part of the speed."""
+"""A device that a prefill and a decode engine share, in simulation: both go on, each at its part of the speed.
+
+The parts are those that the tuner of real engines decides (colocation/tuner.py).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from vllm_adrenaline.colocation.controller import Phase
+from vllm_adrenaline.colocation.controller import Phase, Shares
 
 DONE_S = 1e-9
 """What may be left of work that is done, in seconds: sums of times are not exact."""
@@ -17,10 +21,13 @@ class Device:
     While one phase alone has work it gets all of the device. While both have, prefill gets `prefill_part` of it.
 
     Attributes:
+        clock: Returns the simulated time.
         prefill_part: 0 to 1.
-        version: grows with every start and end of work: who foresaw an end before that was wrong.
+        version: Grows with every start and end of work, and with every change of the parts: who foresaw an end before
+            that was wrong.
     """
 
+    clock: Callable[[], float]
     prefill_part: float = 0.5
     version: int = 0
     _left: dict[Phase, float] = field(default_factory=dict)  # seconds of work, alone on the device
@@ -40,6 +47,17 @@ class Device:
             del self._left[phase]
         self.version += 1
         return done
+
+    def take(self, shares: Shares) -> str:
+        """Give each phase its part from now on."""
+        self._advance(self.clock())
+        self.prefill_part = shares.part(Phase.PREFILL)
+        self.version += 1
+        return "simulated"
+
+    def advance(self) -> bool:
+        """Say that the shares taken last are in force."""
+        return True
 
     def next_end(self) -> float | None:
         """Return when the next work is done if none begins before, None if there is none."""

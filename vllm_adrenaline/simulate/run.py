@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from vllm_adrenaline.colocation.controller import Phase
+from vllm_adrenaline.colocation.controller import Objectives, Phase
+from vllm_adrenaline.colocation.tuner import ShareTuner
 from vllm_adrenaline.simulate.decode import Decode
 from vllm_adrenaline.simulate.device import Device
 from vllm_adrenaline.simulate.elastic import Elastic
@@ -19,6 +20,9 @@ from vllm_adrenaline.simulate.row import Row
 from vllm_adrenaline.simulate.setup import Setup
 from vllm_adrenaline.system.statistics import percentile
 from vllm_adrenaline.workload.trace import Arrival
+
+UPDATE_S = 0.5
+"""Between two updates of the shares of a device (control/server.py, POLL_MS)."""
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -59,7 +63,10 @@ class Simulation:
                 engine.elastic = Elastic(setup, lambda: self._now, lambda: [decode.slack for decode in self.decodes])
         # On one device: the decode engine of a number shares it with the prefill engine of the same number.
         pairs = min(setup.prefill, setup.decode) if setup.pool != "remote" else 0
-        self._devices = [Device() for _ in range(pairs)]
+        self._devices = [Device(lambda: self._now) for _ in range(pairs)]
+        objectives = Objectives(setup.ttft_slo, setup.tpot_slo)
+        self.tuners = [ShareTuner.of_two_engines(objectives, setup.model.prefill, device) for device in self._devices]
+        self.shares: list[tuple[float, float, float]] = []  # seconds, prefill's and decode's, of the first device
         self.done: list[Row] = []
         self._pull_seconds = setup.model.pull
         self._order = itertools.count()
@@ -72,6 +79,8 @@ class Simulation:
 
     def run(self) -> Result:
         """Let everything happen."""
+        if self._devices:
+            self._at(0.0, self._divide)
         while self._events:
             self._now, _, happen, arguments = heapq.heappop(self._events)
             happen(self._now, *arguments)
@@ -79,6 +88,17 @@ class Simulation:
 
     def _at(self, when: float, happen: Callable[..., None], *arguments: Any) -> None:
         heapq.heappush(self._events, (when, next(self._order), happen, arguments))
+
+    def _divide(self, now: float) -> None:
+        """Let the tuners adjust the shares of the devices, now and as long as anything else happens."""
+        for number, tuner in enumerate(self.tuners):
+            tuner.update(decode.tpot for decode in self.decodes if decode.tpot)
+            self._foresee(number)
+        shares = self.tuners[0].shares
+        if shares is not None and (not self.shares or self.shares[-1][1:] != (shares.prefill, shares.decode)):
+            self.shares.append((now, shares.prefill, shares.decode))
+        if self._events:
+            self._at(now + UPDATE_S, self._divide)
 
     def _arrive(self, now: float, row: Row) -> None:
         if not self.prefills:
@@ -129,7 +149,10 @@ class Simulation:
         done = engine.end(now)
         self.done += engine.finished
         engine.finished = []
+        number = self.prefills.index(engine)
         for row in done:
+            if number < len(self.tuners):
+                self.tuners[number].observe_ttft(now - row.arrived)
             self.decodes[row.decode].arrive(row)
             self._step(now, self.decodes[row.decode])
         self._compute(now, engine)
