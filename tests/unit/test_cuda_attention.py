@@ -50,10 +50,12 @@ FAULTS = {
     "keys in another order": Fault("fragments.h", "token + lane / 16 * 8", "token + lane / 8 % 2 * 8", "wrong by"),
     "values not transposed": Fault("fragments.h", "matrices_transposed(four", "matrices(four", "wrong by"),
     "a maximum of half a row": Fault(
-        "softmax.h", "greatest = fmaxf(greatest, device::shuffle_xor(greatest, 2));", "", "wrong by"
+        "softmax.h", "greatest[half] = fmaxf(x, device::shuffle_xor(x, 2));", "greatest[half] = x;", "wrong by"
     ),
-    "a token less": Fault("softmax.h", "position > last[half]", "position >= last[half]", "wrong by"),
-    "a window one too wide": Fault("softmax.h", "<= last[half] - window", "< last[half] - window", "wrong by"),
+    "a token less": Fault("softmax.h", "position <= last[half] &&", "position < last[half] &&", "wrong by"),
+    "a window one too wide": Fault(
+        "softmax.h", "position > last[half] - window", "position >= last[half] - window", "wrong by"
+    ),
     "no sinks": Fault("merge.h", "+ rescale(sink, maximum)", "", "wrong by"),
     "parts are merged as if alike": Fault(
         "merge.h", "theirs = rescale(sums.first, greatest)", "theirs = 1", "wrong by"
