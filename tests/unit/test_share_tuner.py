@@ -8,7 +8,7 @@ import pytest
 
 from vllm_adrenaline.colocation.controller import Limits, Objectives, Phase, Shares
 from vllm_adrenaline.colocation.delayed_switch import DelayedSwitch, State
-from vllm_adrenaline.colocation.tuner import ShareTuner, first_shares
+from vllm_adrenaline.colocation.tuner import BESIDE_PROMPTS, ShareTuner, first_shares
 
 LIMITS = Limits(low=0.1, step=0.05, max_steps=3, window=4)
 BOTH = Objectives(ttft=0.5, tpot=0.05)
@@ -200,3 +200,20 @@ def test_the_tuner_waits_for_a_delayed_switch() -> None:
     tuner.update([])
     assert tuner.shares == Shares(1.0, workers.serving[Phase.DECODE])
     assert workers.serving[Phase.DECODE] < 1
+
+
+@pytest.mark.parametrize(
+    ("objectives", "part"),
+    [
+        (Objectives(), BESIDE_PROMPTS),
+        (Objectives(ttft=0.5), BESIDE_PROMPTS),
+        (Objectives(ttft=0.5, tpot=0.05), BESIDE_PROMPTS),
+        (Objectives(tpot=0.05), 0.5),
+    ],
+)
+def test_on_a_device_of_two_engines_prompts_come_first_until_that_is_seen_to_be_wrong(
+    objectives: Objectives, part: float
+) -> None:
+    device = Device()
+    ShareTuner.of_two_engines(objectives, [], device).update([])
+    assert [shares.part(Phase.DECODE) for shares in device.taken] == [pytest.approx(part, abs=1e-3)]

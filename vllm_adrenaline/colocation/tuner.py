@@ -18,8 +18,8 @@ logger = logging.getLogger("vllm.adrenaline")
 TYPICAL_PROMPT = 512
 """Tokens of the prompt by which the first shares are chosen."""
 BESIDE_PROMPTS = 0.15
-"""Decode's part of a device that both engines have all of, while prompts want it, without an objective for the TPOT.
-Prompts that are done sooner join the batch sooner, and every step less is one fixed cost less (docs/performance.md)."""
+"""Decode's part, to begin with, of a device that both engines have all of, while prompts want it. Prompts that are done
+sooner join the batch sooner, and every step less is one fixed cost less (docs/performance.md)."""
 PARTS = tuple(part / 20 for part in range(1, 21))
 """Parts of the device from which prefill's first one is chosen."""
 
@@ -95,9 +95,11 @@ class ShareTuner:
     def of_two_engines(cls, objectives: Objectives, prefill: Sequence[tuple[int, float]], device: Device) -> Self:
         """Return the tuner of a device that a prefill and a decode engine have all of.
 
-        It is divided from the beginning. Without an objective for the TPOT, prompts come first.
+        It is divided from the beginning, and prompts come first. If that is too little for the TPOT, one window tells.
+        What is too little for prompts is seen only when they have piled up. So decode begins with half only where the
+        TPOT alone has an objective.
         """
-        decode = 0.5 if objectives.tpot is not None else BESIDE_PROMPTS
+        decode = 0.5 if objectives.tpot is not None and objectives.ttft is None else BESIDE_PROMPTS
         return cls(objectives, decode, prefill, device, divides=True)
 
     def observe_ttft(self, seconds: float) -> None:
