@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adrenaline.placement.costs import Costs
-from vllm_adrenaline.placement.feedback import LARGEST, WINDOW, Feedback, Step
+from vllm_adrenaline.placement.feedback import DEADBAND, LARGEST, WINDOW, Feedback, Step
 from vllm_adrenaline.placement.output_length import OutputLengths
 
 COSTS = Costs(step=[(1, 0.010), (64, 0.050)], local=2e-6, remote=[2e-6, 3e-6])
@@ -57,6 +57,46 @@ def test_steps_that_compute_prompts_say_nothing_of_decoding() -> None:
     for _ in range(WINDOW):
         feedback.observe(Step(4, 4_000, [0, 0], 0.0, 0.0, [0.0, 0.0], 0.0))
     assert feedback.corrections == 0
+
+
+FAR = Costs(step=[(1, 0.010), (64, 0.050)], local=2e-6, remote=[2e-6, 3e-6], link=[0.003, 0.0])
+
+
+def far_step(link: float) -> Step:
+    """Return a step with rows of the far executor alone."""
+    local, remote = 2e-6 * 4_000, 2e-6 * 2_000
+    exposed = max(0.0, remote + link - local)
+    return Step(12, 4_000, [2_000, 0], FAR.other(12) + local + exposed, local, [remote, 0.0], exposed)
+
+
+def test_a_link_that_becomes_slower_is_noticed_and_one_that_is_fast_again_as_well() -> None:
+    feedback = Feedback(FAR)
+    for _ in range(10 * WINDOW):
+        feedback.observe(far_step(link=0.003))
+    assert feedback.costs.link == FAR.link, "it hides, as it did"
+    for _ in range(10 * WINDOW):
+        feedback.observe(far_step(link=0.020))
+    assert feedback.costs.link == [pytest.approx(0.020, rel=0.06), 0.0]
+    for _ in range(10 * WINDOW):
+        feedback.observe(far_step(link=0.001))
+    assert feedback.costs.link[0] <= 0.004 * (1 + DEADBAND), "what hides it is all that is known"
+
+
+def test_a_link_over_which_nothing_is_sent_any_more_is_tried_again_one_day() -> None:
+    feedback = Feedback(FAR)
+    for _ in range(10 * WINDOW):
+        feedback.observe(far_step(link=0.020))
+    believed = feedback.costs.link
+    for _ in range(10 * WINDOW):
+        feedback.observe(Step(12, 4_000, [2_000, 2_000], 0.05, 0.008, [0.004, 0.006], 0.016))
+    assert feedback.costs.link == believed, "whose link was waited for is not known"
+    windows = 0
+    while feedback.costs.link[0] > FAR.link[0]:
+        windows += 1
+        for _ in range(WINDOW):
+            feedback.observe(Step(12, 4_000, [0, 0], 0.03, 0.0, [0.0, 0.0], 0.0))
+    assert 100 < windows < 300, "which takes minutes"
+    assert feedback.costs.link == FAR.link
 
 
 def test_growth_is_learned_from_answers_that_ended() -> None:

@@ -2,6 +2,10 @@
 
 Every `WINDOW` steps the observed cost is compared with the assumed one. Within `DEADBAND` nothing changes, so that
 noise moves nothing; beyond it the assumption follows, by at most a factor `LARGEST`: one odd window moves little.
+
+How long a link to another host takes can be seen where decode steps wait for one executor. Where they do not wait, it
+takes no longer than what hides it. Over a link that became too slow nothing is sent any more, so its cost goes back to
+what was measured at the start, by a factor `FORGOTTEN` each window, until somebody tries again.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from vllm_adrenaline.placement.costs import Costs
 WINDOW = 16
 DEADBAND = 0.05
 LARGEST = 1.25
+FORGOTTEN = 1.01
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -36,6 +41,7 @@ class Feedback:
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.corrections = 0
+        self._links = list(costs.link)  # as they were measured at the start
         self._begin()
 
     def observe(self, step: Step) -> None:
@@ -46,6 +52,7 @@ class Feedback:
         for executor, tokens in enumerate(step.remote_tokens):
             if tokens and step.remote_seconds[executor] > 0:
                 self._remote[executor].add(step.remote_seconds[executor], costs.remote[executor] * tokens)
+        self._observe_link(step)
         if step.total > 0 and step.rows:
             measured = step.local_seconds + step.exposed
             attention = measured + costs.plan if measured else costs.local * step.local_tokens
@@ -55,10 +62,22 @@ class Feedback:
             self._correct()
             self._begin()
 
+    def _observe_link(self, step: Step) -> None:
+        """Take what a step with rows of one executor says of the link to it."""
+        used = [executor for executor, tokens in enumerate(step.remote_tokens) if tokens]
+        self._used.update(used)
+        if len(used) != 1 or not (assumed := self.costs.link_seconds(used[0])) or not step.remote_seconds[used[0]]:
+            return
+        whole = step.local_seconds + step.exposed
+        most = max(whole - step.remote_seconds[used[0]], 1e-9)
+        if step.exposed > DEADBAND * whole or most < assumed:
+            self._link[used[0]].add(most, assumed)
+
     def _begin(self) -> None:
         self._steps = 0
         self._local, self._other = _Sums(), _Sums()
         self._remote = [_Sums() for _ in self.costs.remote]
+        self._link, self._used = [_Sums() for _ in self.costs.link], set[int]()
 
     def _correct(self) -> None:
         old = self.costs
@@ -69,9 +88,15 @@ class Feedback:
             remote=[each * sums.factor() for each, sums in zip(old.remote, self._remote, strict=True)],
             exchange=old.exchange,
             plan=old.plan,
-            link=old.link,
+            link=[self._link_after(e, seconds) for e, seconds in enumerate(old.link)],
         )
         self.corrections += self.costs != old
+
+    def _link_after(self, executor: int, assumed: float) -> float:
+        """Return what a link is believed to take after this window."""
+        if executor not in self._used:
+            return max(assumed / FORGOTTEN, min(assumed, self._links[executor]))
+        return assumed * self._link[executor].factor()
 
 
 class _Sums:
