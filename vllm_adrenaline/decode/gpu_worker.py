@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.adrenaline")
 
 
+def _v2(runner: Any) -> GPUModelRunner:
+    """Return a model runner that is V2. vLLM's worker says of both that they are V1."""
+    return runner
+
+
 class GpuDecodeWorker(OffloadingWorker):
     """vLLM's GPU worker whose attention runs partly in attention executors. It maps no memory of prefill engines."""
 
@@ -72,19 +77,13 @@ class GpuDecodeWorker(OffloadingWorker):
         if not self.use_v2_model_runner:
             width: int = self.model_runner.input_batch.block_table[0].max_num_blocks_per_req
             return BatchTables(self.model_runner), width
-        on_host = BlockTablesOnHost(self._runner_v2.block_tables)
+        on_host = BlockTablesOnHost(_v2(self.model_runner).block_tables)
         return RequestTables(on_host), on_host.ids.shape[1]
-
-    @property
-    def _runner_v2(self) -> GPUModelRunner:
-        """The model runner, if it is V2. vLLM calls it V1 in its annotations, too."""
-        runner: Any = self.model_runner
-        return runner
 
     def row_of(self) -> dict[str, int]:
         if not self.use_v2_model_runner:
             return super().row_of()
-        rows: dict[str, int] = self._runner_v2.req_states.req_id_to_index
+        rows: dict[str, int] = _v2(self.model_runner).req_states.req_id_to_index
         return rows
 
     def _check_graphs(self) -> None:
@@ -98,8 +97,10 @@ class GpuDecodeWorker(OffloadingWorker):
         """
         mode = self.vllm_config.compilation_config.cudagraph_mode
         if mode.has_full_cudagraphs():
-            raise AdrenalineError(f"attention would be in CUDA graphs (cudagraph_mode {mode.name}): give PIECEWISE")
+            raise AdrenalineError(
+                f"attention would be in CUDA graphs (cudagraph_mode {cuda.name_of(mode)}): give PIECEWISE"
+            )
         logger.info(
             "CUDA graphs: %s, without attention: in each step it sends other rows to executors (docs/gpu-engine.md)",
-            mode.name,
+            cuda.name_of(mode),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.worker.utils import AttentionGroup
 
 FLAG = "--adrenaline-experimental-cuda"
@@ -29,6 +31,11 @@ be compared with other engines. All three backends take it as it is."""
 MPS_FOLDER = "CUDA_MPS_PIPE_DIRECTORY"
 """Environment variable with the folder of the MPS daemon's pipes, and below where they are without it."""
 DEFAULT_MPS_FOLDER = "/tmp/nvidia-mps"
+
+
+def name_of(member: Enum) -> str:
+    """Return how vLLM calls a backend or a mode of CUDA graphs."""
+    return member.name
 
 
 def check_platform(platform: Any, options: Options) -> None:
@@ -96,7 +103,7 @@ def unsupported(config: VllmConfig, options: Options) -> Iterator[tuple[str, boo
     from vllm_adrenaline.native.cuda import HEAD_SIZES
 
     model, attention, compilation = config.model_config, config.attention_config, config.compilation_config
-    backend = attention.backend.name if attention.backend is not None else ""
+    backend = name_of(attention.backend) if attention.backend is not None else ""
     yield f"the attention backend {backend} on CUDA (--attention-backend)", bool(backend) and backend not in BACKENDS
     yield "attention backends by kind of layer (backend_per_kind)", bool(attention.backend_per_kind)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -107,7 +114,13 @@ def unsupported(config: VllmConfig, options: Options) -> Iterator[tuple[str, boo
         mode = compilation.cudagraph_mode
         splits = compilation.splitting_ops_contain_attention() or compilation.use_inductor_graph_partition
         is_captured = mode.has_full_cudagraphs() or (mode.has_piecewise_cudagraphs() and not splits)
-        yield f"CUDA graphs with attention in them (cudagraph_mode {mode.name})", is_captured
+        yield f"CUDA graphs with attention in them (cudagraph_mode {name_of(mode)})", is_captured
+
+
+def _path_of(backend: AttentionBackendEnum) -> str:
+    """Return the module and the name of the class that vLLM takes for a backend, in this process."""
+    path: str = backend.get_path()
+    return path
 
 
 def check_cache(groups: Sequence[Sequence[AttentionGroup]], caches: Iterable[torch.Tensor], block_size: int) -> None:
@@ -124,7 +137,7 @@ def check_cache(groups: Sequence[Sequence[AttentionGroup]], caches: Iterable[tor
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     # In a decode worker the paths of ours, which have taken the place of the stock ones.
-    known = {AttentionBackendEnum[name].get_path() for name in BACKENDS}
+    known = {_path_of(AttentionBackendEnum[name]) for name in BACKENDS}
     sizes = {cache.shape[2] for cache in caches}
     for group in (group for several in groups for group in several):
         path = ".".join(group.backend.full_cls_name())
