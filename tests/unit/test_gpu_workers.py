@@ -199,6 +199,16 @@ def test_steps_are_split_by_what_the_model_runner_has(make: Any, monkeypatch: py
 
 
 @pytest.mark.usefixtures("cuda_parts")
+def test_the_log_says_why_attention_is_in_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(gpu_worker.logger, "info", lambda text, *words: said.append(text % words))
+    decode_worker(monkeypatch, RunnerV2()).initialize_from_config(kv_cache_config())
+    assert [text.split(" (")[0] for text in said] == [
+        "CUDA graphs: PIECEWISE, without attention: in each step it sends other rows to executors"
+    ]
+
+
+@pytest.mark.usefixtures("cuda_parts")
 @pytest.mark.parametrize("make", RUNNERS)
 def test_steps_with_which_vllm_warms_up_are_not_the_schedulers(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = decode_worker(monkeypatch, make())
