@@ -50,7 +50,7 @@ def check_platform(platform: Any, options: Options) -> None:
     if not options.experimental_cuda:
         raise AdrenalineError(
             f"{here}: no engine of it has run on a GPU, only the executor and the way to it, with tests in the place "
-            f"of vLLM (docs/gpu-status.md). {FLAG} serves all the same"
+            f"of vLLM (docs/gpu-status.md). {FLAG} tries it all the same"
         )
 
 
@@ -138,7 +138,7 @@ def check_cache(groups: Sequence[Sequence[AttentionGroup]], caches: Iterable[tor
 
     # In a decode worker the paths of ours, which have taken the place of the stock ones.
     known = {_path_of(AttentionBackendEnum[name]) for name in BACKENDS}
-    sizes = {cache.shape[2] for cache in caches}
+    sizes = set()
     for group in (group for several in groups for group in several):
         path = ".".join(group.backend.full_cls_name())
         if path not in known:
@@ -148,6 +148,7 @@ def check_cache(groups: Sequence[Sequence[AttentionGroup]], caches: Iterable[tor
             )
         if group.kernel_block_size is not None:
             sizes.add(group.kernel_block_size)
+    sizes |= {cache.shape[2] for cache in caches}
     if sizes != {block_size}:
         others = ", ".join(map(str, sorted(sizes - {block_size})))
         raise AdrenalineError(
