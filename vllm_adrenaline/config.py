@@ -96,6 +96,13 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "NAME",
         ),
     ] = ""
+    experimental_cuda: Annotated[
+        bool,
+        _option(
+            "Serve on CUDA, which is refused otherwise: no engine has run on a GPU. The way to executors has, without "
+            "vLLM (docs/gpu-status.md). Of no use on CPU, where it is refused."
+        ),
+    ] = False
     pool: Annotated[
         Literal["remote", "mapped", "both"],
         _option(
@@ -217,7 +224,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _option(
             "Prefill engine: what its attention executors get of their device when the prefill engine wants it too. On "
             "CPU: so many of the prefill workers' cores, and of a core that both use, so much time; 1 is real-time "
-            "priority. With --adrenaline-ttft-slo-ms or --adrenaline-tpot-slo-ms it is where the controller begins.",
+            "priority. On CUDA: so many of the GPU's multiprocessors, at most. With --adrenaline-ttft-slo-ms or "
+            "--adrenaline-tpot-slo-ms it is where the controller begins.",
             "SHARE",
             ge=0.05,
             le=1,

@@ -69,7 +69,7 @@ def _create_config(args: EngineArgs, usage_context: Any, create: Callable[[], An
         options = config.Options.parse(dict(args.additional_config[PLUGIN]))
         setup.apply(args, options)
         vllm_config = create()
-        setup.check_supported(vllm_config)
+        setup.check_supported(vllm_config, options)
         setup.check_resources(options, vllm_config, logger.warning)
         setup.check_peers(options, vllm_config, logger.info)
     except AdrenalineError as error:

@@ -24,6 +24,7 @@ from vllm_adrenaline.errors import AdrenalineError
 
 VALUES: dict[str, tuple[str, str, Any]] = {
     "role": ("decode", "decode", "decode"),
+    "experimental_cuda": ("decode", "", True),
     "pool": ("decode", "both", "both"),
     "listen": ("prefill", "ipc:///x", "ipc:///x"),
     "peers": ("decode", "ipc:///x,ipc:///y", "ipc:///x,ipc:///y"),

@@ -53,6 +53,8 @@ CALLS = "from vllm.a import f\nf(1, x=2)"
 EXTENDS = "from vllm.a import A\nclass B(A):\n    def go(self, x): return super().go(x)"
 READS = "from vllm.a import A\ndef f(a: A): return a.pool.free(1)"
 MIXES = "from vllm.a import A\nclass M:\n    def go(self, x): ...\nclass B(M, A): ..."
+BETWEEN = "from vllm.a import A\nfrom vllm.b import B\nclass M(A):\n    def go(self, x): ...\nclass C(M, B): ..."
+ABOVE, BELOW = "class A:\n    def go(self, x): ...", "from vllm.a import A\nclass B(A):\n    def go(self, x): ..."
 POOL = "class Pool:\n    def free(self, n): ...\n"
 NO_POOL = "class Pool:\n    def release(self, n): ...\n"
 
@@ -115,6 +117,12 @@ FAULTS = {
         vllm(a="class A:\n    def go(self, x): ..."),
         vllm(a="class A:\n    def run(self, x): ..."),
         "has no go",
+    ),
+    "a method that is overridden between two classes of vLLM is given more below": Fault(
+        BETWEEN,
+        vllm(a=ABOVE, b=BELOW),
+        vllm(a=ABOVE, b=BELOW.replace("x", "x, y=1")),
+        "vllm.b:B().go vLLM may pass `y`, which ours does not take",
     ),
     "an overridden method is given more": Fault(
         EXTENDS,

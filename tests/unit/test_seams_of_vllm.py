@@ -47,7 +47,7 @@ SEAMS = (
     "vllm.v1.core.sched.scheduler:Scheduler().schedule",
     "vllm.v1.core.sched.scheduler:Scheduler()._pause_state",
     "vllm.v1.core.sched.scheduler:Scheduler().kv_cache_manager.block_pool.get_num_free_blocks",
-    "vllm.v1.worker.cpu_worker:CPUWorker().model_runner.input_batch.generators",
+    "vllm.v1.worker.gpu_worker:Worker().model_runner.input_batch.generators",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl().forward",
     "vllm.v1.worker.cpu_worker:CPUWorker().vllm_config.compilation_config.static_forward_context",
     "vllm:_custom_ops.cpu_attention_with_kv_cache",

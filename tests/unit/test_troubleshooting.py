@@ -59,7 +59,8 @@ def cuda_torchvision(patch: Patch, _: Path) -> None:
 def on_cuda(patch: Patch, tmp_path: Path) -> None:
     from vllm import platforms
 
-    patch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: False, device_name="cuda"))
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, device_name="cuda")
+    patch.setattr(platforms, "current_platform", platform)
     setup.apply(None, Options.parse({"role": "decode"}))  # type: ignore[arg-type]
 
 
@@ -91,8 +92,8 @@ def other_connector(_: Patch, __: Path) -> None:
 
 
 def unsupported(patch: Patch, _: Path) -> None:
-    patch.setattr(setup, "_unsupported", lambda _: [("sliding-window attention", True), ("MLA attention", False)])
-    setup.check_supported(None)  # type: ignore[arg-type]
+    patch.setattr(setup, "_unsupported", lambda *_: [("sliding-window attention", True), ("MLA attention", False)])
+    setup.check_supported(None, Options.parse({"role": "decode"}))  # type: ignore[arg-type]
 
 
 def nobody_answers(patch: Patch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 import msgspec
 
 from vllm_adrenaline.attention.spec import ExecutorSpec
+from vllm_adrenaline.control.kv_export import KVExport
 from vllm_adrenaline.system import priority
 from vllm_adrenaline.system.bounded_log import bound
 
@@ -38,7 +39,8 @@ def main() -> None:
     sockets.use_keys(Keys.load(spec.key, spec.allow) if spec.key else None)
     server = Server(spec)
     # Not before: imports take seconds, and one that is started again would keep its cores from whoever works there.
-    taken = priority.take_share(os.getpid(), spec.share)
+    # A share of a GPU is one of its multiprocessors (attention/gpu.py): whoever launches there comes first.
+    taken = priority.take_share(os.getpid(), spec.share if isinstance(spec.kv, KVExport) else 1.0)
     logger.info("attention executor %d: %d thread(s) on cores %s, %s", spec.rank, spec.threads, spec.cpus, taken)
     if taken == priority.ORDINARY:
         logger.warning(

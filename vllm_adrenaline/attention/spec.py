@@ -22,7 +22,7 @@ class ExecutorSpec(msgspec.Struct, frozen=True):
         cpus, threads: the executor's own cores, and the number of its threads.
         idle_timeout: how long it waits for the next layer of a step before it drops the step, in seconds. On a GPU: for
             all layers of a step together.
-        share: of its cores' time, when others want them as well (system/priority.py).
+        share: of its cores' time, when others want them as well (system/priority.py). On a GPU: of its multiprocessors.
         key, allow: files with the keys of its prefill engine (control/keys.py); empty for none.
         interface: over which decode workers on other hosts are served; empty for none.
     """

@@ -86,6 +86,11 @@ class DecodeConnector(AdrenalineConnector):
         """Whether our own KV cache is to lie in a memory file: to map others' behind it."""
         return Options.of(self._vllm_config).maps
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Have vLLM capture what is between attention layers only (decode/backend.py). On CPU it captures nothing."""
+        return True
+
     def build_connector_worker_meta(self) -> Any:
         remote = self.connector_worker.remote
         return remote.take_report() if remote is not None else None

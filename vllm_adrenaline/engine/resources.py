@@ -123,7 +123,9 @@ def warnings(wanted: Wanted, found: Found) -> list[str]:
 
 
 def wanted(options: Options, config: VllmConfig) -> Wanted:
-    """Return what an engine with this configuration takes."""
+    """Return what an engine with this configuration takes of this machine. On CUDA vLLM checks the GPU's memory."""
+    if options.experimental_cuda:
+        return Wanted(0, 0, 0.0, moves_priorities=False)
     cache, model, parallel = config.cache_config, config.model_config, config.parallel_config
     kv = parallel.tensor_parallel_size * (cache.kv_cache_memory_bytes or 0)
     if cache.num_gpu_blocks_override:

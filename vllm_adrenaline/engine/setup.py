@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_adrenaline.compat import versions
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import addresses, messages, sockets
-from vllm_adrenaline.engine import resources
+from vllm_adrenaline.engine import cuda, resources
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.space import MAX_EXECUTORS
@@ -71,10 +71,7 @@ def apply(args: EngineArgs, options: Options) -> None:
     from vllm.platforms import current_platform
 
     versions.check_vllm(versions.installed_vllm())
-    if not current_platform.is_cpu():
-        raise AdrenalineError(
-            f"vllm-adrenaline serves on CPU so far, and this vLLM runs on {current_platform.device_name}"
-        )
+    cuda.check_platform(current_platform, options)
     check_nixl()
     loader.load()
     cores.check(options.executor_cores, args.tensor_parallel_size)
@@ -91,10 +88,13 @@ def apply(args: EngineArgs, options: Options) -> None:
     for flag, given in taken.items():
         if given:
             raise AdrenalineError(f"{flag} does not go together with --plugin adrenaline, which sets or excludes it")
+    if options.experimental_cuda:
+        cuda.prepare(args, options)
     prefill = options.role == "prefill"
     package = "vllm_adrenaline.prefill" if prefill else "vllm_adrenaline.decode"
     args.scheduler_cls = f"{package}.scheduler.{'Prefill' if prefill else 'Decode'}Scheduler"
-    args.worker_cls = f"{package}.worker.{'Prefill' if prefill else 'Decode'}Worker"
+    worker = "gpu_worker.Gpu" if options.experimental_cuda else "worker."
+    args.worker_cls = f"{package}.{worker}{'Prefill' if prefill else 'Decode'}Worker"
     if prefill:
         args.distributed_executor_backend = "vllm_adrenaline.prefill.executor.PrefillExecutor"
     args.kv_transfer_config = _kv_transfer_config(args.kv_transfer_config, options)
@@ -136,14 +136,14 @@ def _kv_transfer_config(given: KVTransferConfig | None, options: Options) -> KVT
         kv_connector=CONNECTOR,
         kv_connector_module_path=f"vllm_adrenaline.{options.role}.connector",
         kv_role=role,
-        kv_buffer_device="cpu",
+        kv_buffer_device="cuda" if options.experimental_cuda else "cpu",
         kv_load_failure_policy="recompute",
         kv_connector_extra_config=extra,
         **engine,
     )
 
 
-def _unsupported(config: VllmConfig) -> Iterator[tuple[str, bool]]:
+def _unsupported(config: VllmConfig, options: Options) -> Iterator[tuple[str, bool]]:
     """Yield what the plugin does not support, in words, and whether the configuration asks for it."""
     model, parallel = config.model_config, config.parallel_config
     text = model.hf_text_config
@@ -164,12 +164,15 @@ def _unsupported(config: VllmConfig) -> Iterator[tuple[str, bool]]:
     yield "priority scheduling (--scheduling-policy priority)", config.scheduler_config.policy != "fcfs"
     yield "asynchronous scheduling (--async-scheduling)", bool(config.scheduler_config.async_scheduling)
     yield "dual-batch overlap (--enable-dbo)", parallel.enable_dbo
-    yield "vLLM's V2 model runner (VLLM_USE_V2_MODEL_RUNNER)", config.use_v2_model_runner
+    if options.experimental_cuda:
+        yield from cuda.unsupported(config, options)
+    else:
+        yield "vLLM's V2 model runner (VLLM_USE_V2_MODEL_RUNNER)", config.use_v2_model_runner
 
 
-def check_supported(config: VllmConfig) -> None:
+def check_supported(config: VllmConfig, options: Options) -> None:
     """Raise AdrenalineError naming everything in `config` that the plugin does not support."""
-    refused = [name for name, present in _unsupported(config) if present]
+    refused = [name for name, present in _unsupported(config, options) if present]
     if refused:
         raise AdrenalineError(f"vllm-adrenaline does not support {', '.join(refused)} yet")
 
@@ -212,6 +215,8 @@ def check_peers(options: Options, config: VllmConfig, say: Any) -> None:
             raise no_executors(address)
         if is_far(address, welcome) and options.maps:
             raise cannot_be_mapped(address, welcome)
+        if is_far(address, welcome) and options.experimental_cuda:
+            raise too_far_for_gpu(address, welcome)
         if is_far(address, welcome) and not options.interface:
             raise out_of_sight(address, welcome)
         sockets.check_welcome(welcome, address, listens_beyond_loopback())
@@ -247,6 +252,14 @@ def cannot_be_mapped(address: str, welcome: messages.Welcome) -> AdrenalineError
         f"the prefill engine at {address} is {addresses.where_is(welcome.vicinity)}, and its memory cannot be mapped "
         "here: start both with --adrenaline-pool remote, and without --adrenaline-share-weights"
         f"{addresses.how_to_share_memory(welcome.vicinity)}"
+    )
+
+
+def too_far_for_gpu(address: str, welcome: messages.Welcome) -> AdrenalineError:
+    """Return the error of a decode engine on a GPU whose prefill engine is far: nothing goes from a GPU to there."""
+    return AdrenalineError(
+        f"the prefill engine at {address} is {addresses.where_is(welcome.vicinity)}, and from a GPU executors of this "
+        f"host alone are used{addresses.how_to_share_memory(welcome.vicinity)}"
     )
 
 

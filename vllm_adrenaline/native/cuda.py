@@ -1,6 +1,6 @@
 """Calls of the CUDA kernels (csrc/cuda): their arguments as C structures, made of tensors.
 
-Nothing uses the kernels yet but tests and a benchmark (docs/gpu-status.md). The same structures serve the emulator of
+No engine has run with them yet (docs/gpu-status.md). The same structures serve the emulator of
 tests/unit, so what describes a call is tested without a GPU.
 """
 

@@ -13,11 +13,17 @@ PATH = "ADRENALINE_CUDA_LIBRARY"
 BESIDE = Path(__file__).parent / "libadrenaline_cuda.so"
 
 
-def load() -> CudaLibrary:
-    """Return the library. Raises AdrenalineError if it is not there, or does not fit."""
+def find() -> Path:
+    """Return the file of the library, without loading it. Raises AdrenalineError if it is not there."""
     path = Path(os.environ.get(PATH, BESIDE))
     if not path.exists():
         raise AdrenalineError(f"there is no CUDA library at {path}: python tools/build_cuda.py library {path}")
+    return path
+
+
+def load() -> CudaLibrary:
+    """Return the library. Raises AdrenalineError if it is not there, or does not fit."""
+    path = find()
     try:
         return CudaLibrary(path)
     except (OSError, RuntimeError) as error:

@@ -15,7 +15,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm_adrenaline.attention.spec import ExecutorSpec
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.control import addresses, sockets
-from vllm_adrenaline.control.kv_export import KVExport
+from vllm_adrenaline.control.kv_export import GpuKVExport, KVExport
 from vllm_adrenaline.control.messages import WorkerExport, offer_of
 from vllm_adrenaline.engine.identity import identity_of
 from vllm_adrenaline.errors import AdrenalineError
@@ -25,6 +25,20 @@ from vllm_adrenaline.system import descriptors, priority
 from vllm_adrenaline.system.cores import parse
 
 logger = logging.getLogger("vllm.adrenaline")
+
+
+def _cores_of(export: KVExport | GpuKVExport, share: float) -> list[int]:
+    """Return an executor's cores: its share of those of its prefill worker. On a GPU the share is not one of cores."""
+    if not isinstance(export, KVExport):
+        return export.cpus
+    return export.cpus[-priority.threads_of(share, len(export.cpus)) :]
+
+
+def _threads_of(export: KVExport | GpuKVExport, options: Options, cores: int) -> int:
+    """Return how many threads an executor has on so many cores. On a GPU it needs one, which launches."""
+    if not isinstance(export, KVExport):
+        return 1
+    return options.executor_threads or (cores if options.executor_cores else min(cores, export.threads))
 
 
 class PrefillExecutor(MultiprocExecutor):
@@ -40,20 +54,19 @@ class PrefillExecutor(MultiprocExecutor):
         told = [msgspec.msgpack.decode(each, type=WorkerExport) for each in self.collective_rpc("export_memory")]
         exports, weights = [each.kv for each in told], [each.weights for each in told]
         for rank, each in enumerate(told):
-            passing.offers[offer_of(rank)] = passing.take(each.descriptors, 2 if each.weights is None else 3)
-        cores = parse(options.executor_cores) or [
-            export.cpus[-priority.threads_of(options.executor_share, len(export.cpus)) :] for export in exports
-        ]
+            # Its process; the memory files of the KV cache, which is none in GPU memory, and of the weights.
+            count = 1 + isinstance(each.kv, KVExport) + (each.weights is not None)
+            passing.offers[offer_of(rank)] = passing.take(each.descriptors, count)
+        cores = parse(options.executor_cores) or [_cores_of(export, options.executor_share) for export in exports]
         specs = [
             ExecutorSpec(
                 rank=rank,
                 address=addresses.sibling(options.listen_address, f"executor{rank}"),
                 identity=identity,
                 kv=export,
-                kv_file=passing.offers[offer_of(rank)][1],
+                kv_file=passing.offers[offer_of(rank)][1] if isinstance(export, KVExport) else -1,
                 cpus=cores[rank],
-                threads=options.executor_threads
-                or (len(cores[rank]) if options.executor_cores else min(len(cores[rank]), export.threads)),
+                threads=_threads_of(export, options, len(cores[rank])),
                 idle_timeout=options.lease_seconds,
                 share=options.executor_share,
                 key=options.key,

@@ -1,4 +1,4 @@
-"""The prefill engine's worker: vLLM's CPU worker, which can tell where its KV cache and its weights are.
+"""The prefill engine's worker on CPU: vLLM's CPU worker, which can tell where its KV cache and its weights are.
 
 Checked against vllm/v1/worker/cpu_worker.py of 0.32 (run) and 0.33 (read).
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
-from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adrenaline.compat import weight_memory
@@ -18,24 +16,20 @@ from vllm_adrenaline.compat.cpu_attention import allow_amx
 from vllm_adrenaline.compat.sampling import without_generators
 from vllm_adrenaline.compat.worker_cores import settle_worker
 from vllm_adrenaline.config import Options
-from vllm_adrenaline.control import addresses
 from vllm_adrenaline.control.kv_export import KVExport, LayerSpec
-from vllm_adrenaline.control.messages import SharedWeights, WorkerExport
+from vllm_adrenaline.control.messages import SharedWeights
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.prefill import offered_weights, profiling
-from vllm_adrenaline.system import descriptors
+from vllm_adrenaline.prefill.worker_base import ExportingWorker
 from vllm_adrenaline.system.priority import come_first
 from vllm_adrenaline.weights import sharing
 from vllm_adrenaline.weights.regions import regions_of
 
 if TYPE_CHECKING:
-    from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-    from vllm_adrenaline.prefill.connector import PrefillConnector
 
-
-class PrefillWorker(CPUWorker):
+class PrefillWorker(ExportingWorker, CPUWorker):
     """vLLM's CPU worker with one more remote call, `export_memory`.
 
     It also stays on its cores (compat/worker_cores.py), measures a profile when it starts, and samples as described in
@@ -70,37 +64,20 @@ class PrefillWorker(CPUWorker):
             return super().sample_tokens(grammar_output)
 
     def export_memory(self) -> bytes:
-        """Return the WorkerExport of this worker as msgpack, for it crosses vLLM's own worker RPC.
-
-        The engine core has the descriptors by then.
-
-        Raises:
-            AdrenalineError: the model's attention or its KV cache is of a kind that executors cannot attend, or nobody
-                takes the descriptors.
-        """
         settle_worker()
         kv, files = self._export_kv()
         weights = None
         if (moved := self._weights) is not None:
             weights = SharedWeights(moved.size, moved.table)
             files.append(moved.fd)
-        address = addresses.for_descriptors(Options.of(self.vllm_config).listen_address)
-        token, theirs = descriptors.introduce(address, files)
-        descriptors.close(theirs)
-        return msgspec.msgpack.encode(WorkerExport(kv, weights, token))
+        return self.introduce(kv, weights, files)
 
     def _export_kv(self) -> tuple[KVExport, list[int]]:
         """Return how this worker's KV cache is read, and its memory file."""
-        connector: PrefillConnector = get_kv_transfer_group()
+        connector, layers, caches = self.attention()
         shared = connector.shared_kv
         assert shared is not None, "vLLM has allocated the KV cache"
-        config = self.model_runner.kv_cache_config
-        if len(config.kv_cache_groups) != 1:
-            raise AdrenalineError(f"the model has {len(config.kv_cache_groups)} KV cache groups; one is supported")
-        context = self.vllm_config.compilation_config.static_forward_context
-        names = config.kv_cache_groups[0].layer_names
-        layers: list[Attention] = [context[name] for name in names]
-        for layer in layers:
+        for layer in layers.values():
             impl: CPUAttentionBackendImpl = layer.impl
             if (
                 impl.alibi_slopes is not None
@@ -111,20 +88,17 @@ class PrefillWorker(CPUWorker):
                 raise AdrenalineError(
                     f"{layer.layer_name} uses ALiBi, sinks, soft-capping or a window: not supported yet"
                 )
-        caches = [connector.connector_worker.kv_caches[name] for name in names]
-        blocks, heads, block_size, double = caches[0].shape
-        view = caches[0].view(blocks, heads, 2 * block_size, double // 2)
+        first, cache = next(iter(layers.values())), next(iter(caches.values()))
+        blocks, heads, block_size, double = cache.shape
+        view = cache.view(blocks, heads, 2 * block_size, double // 2)
         export = KVExport(
             size=shared.size,
             shape=list(view.shape),
             strides=list(view.stride()),
             dtype=str(view.dtype).removeprefix("torch."),
-            isa=layers[0].isa,
-            num_heads=layers[0].impl.num_heads,
-            layers=[
-                LayerSpec(name, shared.offset(cache), layer.impl.scale)
-                for name, cache, layer in zip(names, caches, layers, strict=True)
-            ],
+            isa=first.isa,
+            num_heads=first.impl.num_heads,
+            layers=[LayerSpec(name, shared.offset(caches[name]), layer.impl.scale) for name, layer in layers.items()],
             cpus=sorted(os.sched_getaffinity(0)),
             threads=torch.get_num_threads(),
         )

@@ -49,6 +49,8 @@ TEXTS = {
         "seq_lens_cpu = common_attn_metadata.seq_lens_cpu_upper_bound": MASKING,
     },
     "vllm.v1.worker.utils": {"torch.zeros(buf_size, dtype=torch.int8": "kv/sharing.py"},
+    "vllm.config.vllm": {"requires_piecewise_for_cudagraph(": "decode/connector.py"},
+    "vllm.config.cache": {"user_specified_block_size": "engine/cuda.py, BLOCK_SIZE: what is given is not changed"},
     "vllm.plugins": {'"vllm.general_plugins"': "pyproject.toml, the entry point"},
     "vllm.v1.metrics.loggers": {f'"vllm:{name}"': "launch/engine_metrics.py, launch/status.py" for name in METRICS},
     f"{NIXL}.pull_scheduler": {f'"{name}"': "decode/request.py, pull" for name in NIXL_PARAMS[:-1]}
@@ -65,6 +67,9 @@ PLACES = (
         "vllm.v1.worker.utils:allocate_kv_cache": "kv/sharing.py",
         "vllm.v1.core.block_pool:BlockPool().blocks": "prefill/leases.py, prefill/connector.py",
         "vllm.v1.attention.backend:CommonAttentionMetadata()._num_computed_tokens_cache": "decode/device_split.py",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner().attn_groups": "engine/cuda.py, check_cache, with runner V2",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner().kv_cache_config": "prefill/worker_base.py, with runner V2",
+        "vllm.v1.worker.gpu.sample.gumbel:gumbel_sample": "decode/worker_base.py, sample_tokens: by seed and position",
         f"{NIXL}.base_worker:NixlBaseConnectorWorker()._nixl_handshake": "compat/side_channel.py, which answers it",
         f"{NIXL}.base_scheduler:NixlBaseConnectorScheduler()._nixl_handshake_listener": "compat/side_channel.py",
     }

@@ -83,12 +83,11 @@ class Ours:
         if path not in self.classes:
             bases = [self._of_expression(module, each) for each in node.bases]
             parents = tuple(each for each in bases if each is not None)
-            foreign = None
+            # What is named itself first: the other one may be a base of it, as vLLM's GPU worker is of its CPU worker.
+            foreign = next((parent for parent in parents if parent.startswith(VLLM)), None)
             for parent in parents:
-                if parent.startswith(VLLM):
-                    foreign = foreign or parent
-                elif known := self._class(parent):
-                    foreign = foreign or known.foreign
+                if foreign is None and (known := self._class(parent)):
+                    foreign = known.foreign
             self.classes[path] = OurClass(module, node, parents, foreign)
         return self.classes[path]
 
@@ -101,9 +100,9 @@ class Ours:
         return self._add(owner, node) if owner is not None and isinstance(node, ast.ClassDef) else None
 
     def mixins(self, ours: OurClass) -> list[OurClass]:
-        """Return the bases of a class of vLLM's that are none themselves: what they have comes before vLLM's."""
+        """Return the bases of a class of vLLM's that are none of its themselves: what they have comes before vLLM's."""
         found = [self._class(parent) for parent in ours.parents]
-        return [each for each in found if each is not None and each.foreign is None]
+        return [each for each in found if each is not None and each.foreign != ours.foreign]
 
     # Names
 
