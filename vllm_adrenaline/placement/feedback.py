@@ -4,7 +4,7 @@ Every `WINDOW` steps the observed cost is compared with the assumed one. Within 
 noise moves nothing; beyond it the assumption follows, by at most a factor `LARGEST`: one odd window moves little.
 
 How long a link to another host takes can be seen where decode steps wait for one executor. Where they do not wait, it
-takes no longer than what hides it. Over a link that became too slow nothing is sent any more, so its cost goes back to
+takes no longer than what hides it, and what is believed of it stands unless that is less. Over a link that became too slow nothing is sent any more, so its cost goes back to
 what was measured at the start, by a factor `FORGOTTEN` each window, until somebody tries again.
 """
 
@@ -24,7 +24,8 @@ FORGOTTEN = 1.01
 
 class Step(msgspec.Struct, frozen=True):
     """One decode step as it was. Seconds; `total` is 0 for a step that also computed prompts. `local_seconds` and
-    `exposed` are 0 in steps with no offloaded row, where nobody measures them."""
+    `exposed` are 0 in steps with no offloaded row, where nobody measures them. `remote_seconds` are those that executors
+    computed, without the way to them and back. `remote_rows`: by executor, empty if nobody says."""
 
     rows: int
     local_tokens: int
@@ -33,6 +34,7 @@ class Step(msgspec.Struct, frozen=True):
     local_seconds: float
     remote_seconds: Sequence[float]
     exposed: float
+    remote_rows: Sequence[int] = ()
 
 
 class Feedback:
@@ -69,9 +71,11 @@ class Feedback:
         if len(used) != 1 or not (assumed := self.costs.link_seconds(used[0])) or not step.remote_seconds[used[0]]:
             return
         whole = step.local_seconds + step.exposed
-        most = max(whole - step.remote_seconds[used[0]], 1e-9)
-        if step.exposed > DEADBAND * whole or most < assumed:
-            self._link[used[0]].add(most, assumed)
+        # What rows take on the way has a cost of its own, and counts once.
+        rows = self.costs.exchange * (step.remote_rows[used[0]] if step.remote_rows else 0)
+        most = max(whole - step.remote_seconds[used[0]] - rows, 1e-9)
+        waits = step.exposed > DEADBAND * whole
+        self._link[used[0]].add(most if waits else min(most, assumed), assumed)
 
     def _begin(self) -> None:
         self._steps = 0
