@@ -4,8 +4,9 @@ Every `WINDOW` steps the observed cost is compared with the assumed one. Within 
 noise moves nothing; beyond it the assumption follows, by at most a factor `LARGEST`: one odd window moves little.
 
 How long a link to another host takes can be seen where decode steps wait for one executor. Where they do not wait, it
-takes no longer than what hides it, and what is believed of it stands unless that is less. Over a link that became too slow nothing is sent any more, so its cost goes back to
-what was measured at the start, by a factor `FORGOTTEN` each window, until somebody tries again.
+takes no longer than what hides it: what is believed of it then stands, unless it is more than that. Over a link that
+became too slow nothing is sent any more, so its cost goes back to what was measured at the start, by a factor
+`FORGOTTEN` each window, until somebody tries again.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ FORGOTTEN = 1.01
 
 class Step(msgspec.Struct, frozen=True):
     """One decode step as it was. Seconds; `total` is 0 for a step that also computed prompts. `local_seconds` and
-    `exposed` are 0 in steps with no offloaded row, where nobody measures them. `remote_seconds` are those that executors
-    computed, without the way to them and back. `remote_rows`: by executor, empty if nobody says."""
+    `exposed` are 0 in steps with no offloaded row, where nobody measures them. `remote_seconds` are those that each
+    executor computed. `remote_rows` has the rows of each, and is empty if nobody says."""
 
     rows: int
     local_tokens: int
