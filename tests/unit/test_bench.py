@@ -15,10 +15,10 @@ from vllm_adrenaline import cli
 from vllm_adrenaline.bench import figures, page, report, systems
 from vllm_adrenaline.bench.command import QUICK_COUNTS
 from vllm_adrenaline.bench.conditions import Conditions, default_dtype
-from vllm_adrenaline.bench.run import Plan, Run, groups_of
+from vllm_adrenaline.bench.run import Plan, Run, groups_of, in_turns
 from vllm_adrenaline.bench.sampler import Sampler
 from vllm_adrenaline.bench.systems import engines_of
-from vllm_adrenaline.bench.workloads import LOADS, MODELS, RATES, at_rate
+from vllm_adrenaline.bench.workloads import LOADS, MODELS, RATES, VOCABULARY, at_rate, seed_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.proxy.snapshot import Snapshot
 from vllm_adrenaline.system import machine
@@ -270,7 +270,21 @@ def test_mean_latency_is_told_for_every_rate_of_the_ramp() -> None:
     runs = [made(name, 0, 100, load=rate) for rate in rates for name in ("vllm_one", "semi_pd")][:-1]
     found = report.summary(runs, {})
     assert found["latencies_s"] == {"mha": {"0.5": {"vllm_one": 0.001}, "0.55": {"vllm_one": 0.001, "semi_pd": 0.001}}}
-    assert "| 0.5 | 0.0 |  |" in report.markdown(found)
+    assert "| 0.5 | 0.00 |  |" in report.markdown(found)
+
+
+def test_searches_for_goodput_take_turns_whatever_the_number_of_their_rates() -> None:
+    searches = [iter([made(name, 0, 1)] * count) for name, count in (("a", 1), ("b", 3), ("c", 2))]
+    assert [run.system for run in in_turns(searches)] == list("abcbcb")
+
+
+def test_each_rate_of_the_ramp_has_prompts_of_its_own_and_all_have_the_same_lengths() -> None:
+    loads = [at_rate(rate) for rate in RATES]
+    assert len({load.name for load in loads}) == len({seed_of(load, 0) for load in loads}) == len(RATES)
+    one, other = (load.requests(VOCABULARY, seed_of(load, 0)) for load in loads[:2])
+    assert [(len(a.prompt), a.tokens) for a in one] == [(len(a.prompt), a.tokens) for a in other]
+    assert not any(a.prompt[:16] == b.prompt[:16] for a, b in zip(one, other, strict=True))
+    assert seed_of(LOADS["light"], 1) == 1
 
 
 class Engine:
