@@ -263,6 +263,9 @@ def test_one_device_is_compared_with_the_best_other_system() -> None:
     said = report.markdown(found)
     assert "| light, mha | semi_pd | vllm_one | 0.97 (0.97, 1.10, 0.90) |" in said
     assert "| geometric mean | semi_pd | | 1.024 |" in said
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", page.page(found))]
+    assert ["light, mha", "semi_pd", "vllm_one", "0.97 (0.97, 1.10, 0.90)"] in rows
+    assert ["geometric mean", "semi_pd", "", "1.024"] in rows
 
 
 def test_mean_latency_is_told_for_every_rate_of_the_ramp() -> None:
@@ -271,6 +274,7 @@ def test_mean_latency_is_told_for_every_rate_of_the_ramp() -> None:
     found = report.summary(runs, {})
     assert found["latencies_s"] == {"mha": {"0.5": {"vllm_one": 0.001}, "0.55": {"vllm_one": 0.001, "semi_pd": 0.001}}}
     assert "| 0.5 | 0.00 |  |" in report.markdown(found)
+    assert '<tr><td>0.5</td><td class="n">0.00</td><td class="n"></td></tr>' in page.page(found)
 
 
 def test_searches_for_goodput_take_turns_whatever_the_number_of_their_rates() -> None:
