@@ -15,10 +15,10 @@ from vllm_adrenaline import cli
 from vllm_adrenaline.bench import figures, page, report, systems
 from vllm_adrenaline.bench.command import QUICK_COUNTS
 from vllm_adrenaline.bench.conditions import Conditions, default_dtype
-from vllm_adrenaline.bench.run import Plan, Run, groups_of
+from vllm_adrenaline.bench.run import Plan, Run, groups_of, in_turns
 from vllm_adrenaline.bench.sampler import Sampler
 from vllm_adrenaline.bench.systems import engines_of
-from vllm_adrenaline.bench.workloads import LOADS, MODELS, RATES, at_rate
+from vllm_adrenaline.bench.workloads import LOADS, MODELS, RATES, VOCABULARY, at_rate, seed_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.proxy.snapshot import Snapshot
 from vllm_adrenaline.system import machine
@@ -181,18 +181,46 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_what_is_known_already_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Conditions(default_dtype(), counts=QUICK_COUNTS).keep(tmp_path)
     for system in (systems.BASELINE, "adrenaline_auto"):
         file = tmp_path / "runs" / f"mha-light-0-{system}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(msgspec.json.encode(made(system, 0, 100 if system == systems.BASELINE else 168)))
     (tmp_path / "runs" / "mha-ceiling.json").write_text(json.dumps(CEILING))
-    Conditions(default_dtype(), counts=QUICK_COUNTS).keep(tmp_path)
     assert cli.main(["bench", "--quick", "--workloads", "light", "--out", str(tmp_path), "--json"]) == 0
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last["cells"][0]["ratios"]["adrenaline_auto_over_vllm_pd"]["output_tok_s"]["ratio"] == 1.68
     assert {"report.json", "report.md", "report.html"} <= {path.name for path in tmp_path.iterdir()}
     assert cli.main(["bench", "--quick", "--workloads", "light", "--out", str(tmp_path), "--tpot-slo-ms", "50"]) == 1
-    assert "has results with tpot_slo_ms 40.0 (not 50.0): name another folder" in capsys.readouterr().err
+    assert "has results made with --tpot-slo-ms 40.0 (not 50.0): name another folder" in capsys.readouterr().err
+    assert cli.main(["bench", "--workloads", "light", "--out", str(tmp_path)]) == 1
+    assert "has results made with --quick: name another folder" in capsys.readouterr().err
+
+
+def test_results_of_a_version_that_noted_no_conditions_are_not_taken_for_ours(tmp_path: Path) -> None:
+    Conditions(tpot_slo_ms=50).keep(tmp_path)
+    Conditions().keep(tmp_path)  # nothing was measured under the others
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mha-light-0-vllm_pd.json").write_bytes(b"{}")
+    Conditions().keep(tmp_path)
+    for noted in (None, b"{", b'{"seed":1}'):
+        if noted is None:
+            (tmp_path / "conditions.json").unlink()
+        else:
+            (tmp_path / "conditions.json").write_bytes(noted)
+        with pytest.raises(AdrenalineError, match="has results of another version"):
+            Conditions().keep(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "mistake", [["--requests", "-1"], ["--repeats", "-1"], ["--ttft-slo-ms", "0"], ["--tpot-slo-ms", "nan"]]
+)
+def test_numbers_that_make_no_sense_are_refused_before_anything_starts(
+    mistake: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "--out", str(tmp_path / "out"), *mistake]) == 1
+    assert mistake[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_processor_that_does_not_multiply_bfloat16_is_measured_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +230,18 @@ def test_a_processor_that_does_not_multiply_bfloat16_is_measured_in_float32(monk
     assert MODELS["gqa"].block_bytes(Conditions("float32").item_bytes) == 2 * 12 * 2 * 64 * 128 * 4
 
 
+def test_processors_of_arm_say_what_they_can_do_in_other_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: "processor\t: 0\nFeatures\t: fp asimd i8mm bf16\n")
+    assert default_dtype() == "bfloat16"
+
+
 def test_as_many_requests_are_sent_as_a_workload_has_unless_fewer_are_asked_for() -> None:
     chat, light = LOADS["chat"], LOADS["light"]
     assert Conditions().count(chat) == 32
     assert Conditions(most=16).count(chat) == 16
     assert Conditions(most=16).count(light) == 10
     assert Conditions(most=16, counts={"light": 5}).count(light) == 5
+    assert Conditions(most=3, counts={"light": 5}).count(light) == 3
 
 
 def test_objectives_are_told_to_engines_on_one_device_if_that_is_asked_for() -> None:
@@ -229,6 +263,9 @@ def test_one_device_is_compared_with_the_best_other_system() -> None:
     said = report.markdown(found)
     assert "| light, mha | semi_pd | vllm_one | 0.97 (0.97, 1.10, 0.90) |" in said
     assert "| geometric mean | semi_pd | | 1.024 |" in said
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", page.page(found))]
+    assert ["light, mha", "semi_pd", "vllm_one", "0.97 (0.97, 1.10, 0.90)"] in rows
+    assert ["geometric mean", "semi_pd", "", "1.024"] in rows
 
 
 def test_mean_latency_is_told_for_every_rate_of_the_ramp() -> None:
@@ -236,7 +273,22 @@ def test_mean_latency_is_told_for_every_rate_of_the_ramp() -> None:
     runs = [made(name, 0, 100, load=rate) for rate in rates for name in ("vllm_one", "semi_pd")][:-1]
     found = report.summary(runs, {})
     assert found["latencies_s"] == {"mha": {"0.5": {"vllm_one": 0.001}, "0.55": {"vllm_one": 0.001, "semi_pd": 0.001}}}
-    assert "| 0.5 | 0.0 |  |" in report.markdown(found)
+    assert "| 0.5 | 0.00 |  |" in report.markdown(found)
+    assert '<tr><td>0.5</td><td class="n">0.00</td><td class="n"></td></tr>' in page.page(found)
+
+
+def test_searches_for_goodput_take_turns_whatever_the_number_of_their_rates() -> None:
+    searches = [iter([made(name, 0, 1)] * count) for name, count in (("a", 1), ("b", 3), ("c", 2))]
+    assert [run.system for run in in_turns(searches)] == list("abcbcb")
+
+
+def test_each_rate_of_the_ramp_has_prompts_of_its_own_and_all_have_the_same_lengths() -> None:
+    loads = [at_rate(rate) for rate in RATES]
+    assert len({load.name for load in loads}) == len({seed_of(load, 0) for load in loads}) == len(RATES)
+    one, other = (load.requests(VOCABULARY, seed_of(load, 0)) for load in loads[:2])
+    assert [(len(a.prompt), a.tokens) for a in one] == [(len(a.prompt), a.tokens) for a in other]
+    assert not any(a.prompt[:16] == b.prompt[:16] for a, b in zip(one, other, strict=True))
+    assert seed_of(LOADS["light"], 1) == 1
 
 
 class Engine:

@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,6 +81,24 @@ def test_a_link_that_becomes_slower_is_noticed_and_one_that_is_fast_again_as_wel
     for _ in range(10 * WINDOW):
         feedback.observe(far_step(link=0.001))
     assert feedback.costs.link[0] <= 0.004 * (1 + DEADBAND), "what hides it is all that is known"
+
+
+def test_one_step_that_had_to_wait_among_many_that_did_not_says_little_of_the_link() -> None:
+    feedback = Feedback(FAR)
+    for number in range(10 * WINDOW):
+        feedback.observe(far_step(link=0.005 if number % WINDOW == 0 else 0.003))
+    assert feedback.costs.link == FAR.link
+
+
+def test_what_rows_take_on_the_way_is_no_part_of_the_link() -> None:
+    far = msgspec.structs.replace(FAR, exchange=100e-6)
+    feedback = Feedback(far)
+    for _ in range(10 * WINDOW):
+        whole = far.remote_seconds(0, 30, 2_000)
+        here = 2e-6 * 500
+        step = Step(40, 500, [2_000, 0], far.other(40) + whole, here, [0.004, 0.0], whole - here, [30, 0])
+        feedback.observe(step)
+    assert feedback.costs.link == far.link
 
 
 def test_a_link_over_which_nothing_is_sent_any_more_is_tried_again_one_day() -> None:

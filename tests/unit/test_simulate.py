@@ -110,6 +110,15 @@ def test_elastic_work_goes_to_the_side_that_has_the_time() -> None:
         assert other.throughput_tok_s > 0.95 * off.throughput_tok_s, "the other way is not taken where it does not pay"
 
 
+def test_what_is_believed_of_a_link_stays_what_it_is() -> None:
+    far = msgspec.structs.replace(COSTS, link=[0.01])
+    for decode_blocks in (20, 1000):  # most steps wait for the link, and hardly any
+        simulation = run(Setup(Model(far, MODEL.prefill), ratio=0.5, decode_blocks=decode_blocks), BURST)
+        believed = simulation.decodes[0].admission.feedback.costs
+        assert believed.link == pytest.approx(far.link, rel=0.06)
+        assert believed.remote == pytest.approx(far.remote, rel=0.06)
+
+
 def test_fixed_ratios_are_kept() -> None:
     assert result(BURST, ratio=0.0).offloaded == 0
     assert result(BURST, ratio=1.0).offloaded == len(BURST)
@@ -266,9 +275,24 @@ def test_the_command_prints_a_table_and_json(files: Path, capsys: pytest.Capture
     assert {"throughput_tok_s", "ttft_p90_ms", "tpot_p90_ms"} <= json.loads(last).keys()
 
 
+def test_executors_of_a_profile_on_another_host_are_far_however_many_are_simulated(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    far = msgspec.structs.replace(COSTS, link=[0.01])
+    path = profile.store(profile.Profile({"role": "decode", "model": "far"}, far))
+    wanted = ["simulate", "--trace", str(files / "trace.csv"), "--profile", str(path), "--json"]
+    ends = []
+    for executors in ("1", "3"):
+        assert cli.main([*wanted, "--offload-ratio", "1", "--prefill", executors]) == 0
+        ends.append(json.loads(capsys.readouterr().out.strip().splitlines()[-1]))
+    assert [each["offloaded"] for each in ends] == [3, 3]
+    assert ends[1]["tpot_p50_ms"] > 20, "steps of 12 ms, and the link"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--pool", "both", "--tpot-slo-ms", "50"], "which is not simulated: use --pool mapped"),
         (["--model", "other"], "engines write them when they start"),
         (["--offload-ratio", "2"], "a share of the requests, from 0 to 1"),
         (["--decode-blocks", "1"], "fits into no engine"),

@@ -70,7 +70,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         lines += [f"## Mean latency, s, {model}", "", f"| requests a second | {' | '.join(names)} |"]
         lines.append("|---" * (len(names) + 1) + "|")
         for rate, systems in by_rate.items():
-            cells = (f"{systems[name]:.1f}" if name in systems else "" for name in names)
+            cells = (f"{systems[name]:.2f}" if name in systems else "" for name in names)
             lines.append(f"| {rate} | {' | '.join(cells)} |")
         lines.append("")
     return lines

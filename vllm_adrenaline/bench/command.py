@@ -15,6 +15,8 @@ downloaded. Results are kept as they come, so that a run that was stopped goes o
 and report.html are written to the folder.
 """
 QUICK_LOADS, QUICK_SYSTEMS, QUICK_COUNTS = "reasoning,light", "vllm_pd,adrenaline_auto", {"reasoning": 20, "light": 5}
+LONGEST_SLO_MS = 1e6
+"""The longest objective that an engine takes for the TPOT (config.py)."""
 FULL_SYSTEMS = "vllm_pd,vllm_one,vllm_two,adrenaline_0.5,adrenaline_auto"
 
 
@@ -43,6 +45,12 @@ def run(options: argparse.Namespace) -> int:
     from vllm_adrenaline.system import machine
     from vllm_adrenaline.system.terminal import say
 
+    for name in ("requests", "repeats"):
+        if getattr(options, name) < 0:
+            raise AdrenalineError(f"--{name} {getattr(options, name)}: it cannot be less than 0")
+    for name in ("ttft_slo_ms", "tpot_slo_ms"):
+        if not 0 < getattr(options, name) <= LONGEST_SLO_MS:
+            raise AdrenalineError(f"--{name.replace('_', '-')} must be more than 0 and at most {LONGEST_SLO_MS:g}")
     quick = options.quick
     given = conditions.Conditions(
         options.dtype or conditions.default_dtype(),

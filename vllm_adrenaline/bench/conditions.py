@@ -15,6 +15,15 @@ from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.system import machine
 from vllm_adrenaline.workload.load import Load
 
+OPTIONS = {
+    "dtype": "--dtype",
+    "most": "--requests",
+    "counts": "--quick",
+    "ttft_slo_ms": "--ttft-slo-ms",
+    "tpot_slo_ms": "--tpot-slo-ms",
+    "are_told": "--tell-objectives",
+}
+"""The options of `adrenaline bench` by the condition that they set."""
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 """Processors that multiply bfloat16 say one of these (/proc/cpuinfo of x86 and of Arm)."""
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
@@ -33,7 +42,8 @@ class Conditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         dtype: of models and KV cache, one of ITEM_BYTES.
-        most: at most so many requests of a workload, 0 for all; `counts` has other numbers by workload.
+        most: at most so many requests of a workload, 0 for all.
+        counts: at most so many of the workload of this name; the smaller number counts.
         ttft_slo_ms, tpot_slo_ms: objectives in milliseconds.
         are_told: whether this plugin's engines on one device know the objectives, and keep their shares by them.
     """
@@ -62,7 +72,7 @@ class Conditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def count(self, load: Load) -> int:
         """Return how many requests of a workload are sent."""
-        return min(load.count, self.counts.get(load.name, self.most or load.count))
+        return min(load.count, self.counts.get(load.name, load.count), self.most or load.count)
 
     @property
     def about_ramp(self) -> str:
@@ -74,21 +84,32 @@ class Conditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def keep(self, folder: Path) -> None:
-        """Note these conditions in a folder. Raises AdrenalineError if its results were made under others."""
+        """Note these conditions in a folder.
+
+        Raises AdrenalineError if its results were made under others, or by a version that did not note any.
+        """
         file = folder / "conditions.json"
-        if not file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(msgspec.json.format(msgspec.json.encode(self)))
-            return
-        try:
-            known = msgspec.json.decode(file.read_bytes(), type=Conditions)
-        except msgspec.DecodeError as error:
-            raise AdrenalineError(f"{file} is not of this version ({error}): name another folder with --out") from None
-        if others := _differences(known, self):
-            raise AdrenalineError(f"{folder} has results with {others}: name another folder with --out")
+        if any((folder / "runs").glob("*.json")):
+            try:
+                known = msgspec.json.decode(file.read_bytes(), type=Conditions)
+            except (FileNotFoundError, msgspec.DecodeError):
+                raise AdrenalineError(
+                    f"{folder} has results of another version: name another folder with --out"
+                ) from None
+            if others := _differences(known, self):
+                raise AdrenalineError(f"{folder} has results made {others}: name another folder with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(msgspec.json.format(msgspec.json.encode(self)))
 
 
 def _differences(known: Conditions, wanted: Conditions) -> str:
     """Return in words what is different, "" if nothing is."""
     before, now = (dict[str, Any](msgspec.structs.asdict(each)) for each in (known, wanted))
-    return ", ".join(f"{name} {value} (not {now[name]})" for name, value in before.items() if value != now[name])
+    return ", ".join(_in_words(name, value, now[name]) for name, value in before.items() if value != now[name])
+
+
+def _in_words(name: str, before: Any, now: Any) -> str:
+    option = OPTIONS[name]
+    if name in ("counts", "are_told"):
+        return f"with {option}" if before else f"without {option}"
+    return f"with {option} {before} (not {now})"

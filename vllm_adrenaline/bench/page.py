@@ -77,6 +77,38 @@ def _goodput(report: dict[str, Any]) -> str:
     return f"<h3>Goodput</h3><p>{html.escape(report['about_goodput'])}.</p>{table}"
 
 
+def _one_device(report: dict[str, Any]) -> str:
+    """Return the throughput of systems on one device over that of the best other one, "" without any."""
+    rows = [
+        [
+            *(_cell(html.escape(each)) for each in (f"{cell['workload']}, {cell['model']}", name, found["best"])),
+            _cell(f"{found['ratio']:.2f} ({', '.join(f'{ratio:.2f}' for ratio in found['ratios'])})", "n"),
+        ]
+        for cell in report["cells"]
+        for name, found in cell["over_best"].items()
+    ]
+    rows += [
+        [_cell("geometric mean"), _cell(html.escape(name)), _cell(""), _cell(f"{mean:.3f}", "n")]
+        for name, mean in report["geometric_means"].items()
+    ]
+    if not rows:
+        return ""
+    return f"<h3>One device</h3>{_table(['workload, model', 'system', 'best other', 'output tok/s, x'], rows, words=3)}"
+
+
+def _latencies(report: dict[str, Any]) -> str:
+    """Return the mean latency of each system at each rate of the ramp, "" without any."""
+    tables = []
+    for model, by_rate in report["latencies_s"].items():
+        names = list(dict.fromkeys(name for found in by_rate.values() for name in found))
+        rows = [
+            [_cell(rate), *(_cell(f"{found[name]:.2f}" if name in found else "", "n") for name in names)]
+            for rate, found in by_rate.items()
+        ]
+        tables.append(f"<h3>Mean latency, s, {html.escape(model)}</h3>{_table(['requests a second', *names], rows)}")
+    return "".join(tables)
+
+
 def _figures(cell: dict[str, Any]) -> str:
     """Return all figures of a workload: one row each, one column a system."""
     rows = [
@@ -119,7 +151,10 @@ def _paper(cell: dict[str, Any]) -> str:
 
 def page(report: dict[str, Any]) -> str:
     """Return the report (report.summary) as a page that needs nothing else."""
-    body = [f'<section class="card"><h2>Comparison</h2>{_comparison(report)}{_goodput(report)}</section>']
+    body = [
+        f'<section class="card"><h2>Comparison</h2>{_comparison(report)}{_one_device(report)}{_goodput(report)}'
+        f"{_latencies(report)}</section>"
+    ]
     for cell in report["cells"]:
         body.append(
             f'<section class="card"><h2>{html.escape(cell["workload"])}, {html.escape(cell["model"])}</h2>'

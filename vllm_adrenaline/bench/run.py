@@ -29,6 +29,7 @@ from vllm_adrenaline.bench.workloads import (
     VOCABULARY,
     at_rate,
     folder_of,
+    seed_of,
 )
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.proxy.snapshot import Snapshot
@@ -130,7 +131,8 @@ def run(plan: Plan, folder: Path, say: Callable[[str], None], logs: Path | None 
             bench.ceiling()
             results += [bench.once(repeat, load, name) for repeat, load, name in plan.wanted(model)]
             if RAMP in plan.loads_of(model):
-                results += [each for name in plan.systems for each in bench.ramp(name)]
+                for group in groups_of(plan.systems):
+                    results += in_turns([bench.ramp(name) for name in group])
         finally:
             bench.stop()
     return results
@@ -144,6 +146,17 @@ def groups_of(systems: Sequence[str]) -> list[list[str]]:
             groups.append([])
         groups[-1].append(name)
     return groups
+
+
+def in_turns(searches: Sequence[Iterator[Run]]) -> Iterator[Run]:
+    """Yield a run of each search in turn, until all have ended."""
+    left = list(searches)
+    while left:
+        for search in list(left):
+            if (found := next(search, None)) is None:
+                left.remove(search)
+            else:
+                yield found
 
 
 class Progress:
@@ -254,7 +267,7 @@ def _file(folder: Path, model: str, repeat: int, load: Load, system: str) -> Pat
 
 def _once(system: System, model: str, load: Load, repeat: int, conditions: Conditions) -> Run:
     count = conditions.count(load)
-    requests = load.requests(VOCABULARY, repeat, count)
+    requests = load.requests(VOCABULARY, seed_of(load, repeat), count)
     prompts = [len(request.prompt) for request in requests]
     first, last = next(iter(system.engines)), list(system.engines)[-1]
     before = {name: system.metrics(name).read() for name in system.engines}

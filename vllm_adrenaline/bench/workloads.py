@@ -62,6 +62,15 @@ def rate_of(name: str) -> float | None:
     return float(name.removeprefix(f"{RAMP}@")) if name.startswith(f"{RAMP}@") else None
 
 
+def seed_of(load: Load, repeat: int) -> int:
+    """Return the seed of the prompts of a run.
+
+    Each rate of the ramp has its own. Else a rate would find prompts of another one in prefix caches.
+    """
+    rate = rate_of(load.name)
+    return repeat if rate is None else repeat + round(1000 * rate)
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """A small Llama with random weights, and how it is measured.

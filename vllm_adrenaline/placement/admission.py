@@ -238,7 +238,8 @@ class Admission:
         """
         tokens = batch.remote_tokens(len(remote))
         _, here = batch.attended_here
-        self.feedback.observe(Step(batch.rows, here, tokens, total, local, remote, exposed))
+        rows = [batch.remote[e].rows if e in batch.remote else 0 for e in range(len(remote))]
+        self.feedback.observe(Step(batch.rows, here, tokens, total, local, remote, exposed, rows))
 
     # What the policy sees
 

@@ -4,8 +4,9 @@ Every `WINDOW` steps the observed cost is compared with the assumed one. Within 
 noise moves nothing; beyond it the assumption follows, by at most a factor `LARGEST`: one odd window moves little.
 
 How long a link to another host takes can be seen where decode steps wait for one executor. Where they do not wait, it
-takes no longer than what hides it. Over a link that became too slow nothing is sent any more, so its cost goes back to
-what was measured at the start, by a factor `FORGOTTEN` each window, until somebody tries again.
+takes no longer than what hides it: what is believed of it then stands, unless it is more than that. Over a link that
+became too slow nothing is sent any more, so its cost goes back to what was measured at the start, by a factor
+`FORGOTTEN` each window, until somebody tries again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ FORGOTTEN = 1.01
 
 class Step(msgspec.Struct, frozen=True):
     """One decode step as it was. Seconds; `total` is 0 for a step that also computed prompts. `local_seconds` and
-    `exposed` are 0 in steps with no offloaded row, where nobody measures them."""
+    `exposed` are 0 in steps with no offloaded row, where nobody measures them. `remote_seconds` are those that each
+    executor computed. `remote_rows` has the rows of each, and is empty if nobody says."""
 
     rows: int
     local_tokens: int
@@ -33,6 +35,7 @@ class Step(msgspec.Struct, frozen=True):
     local_seconds: float
     remote_seconds: Sequence[float]
     exposed: float
+    remote_rows: Sequence[int] = ()
 
 
 class Feedback:
@@ -69,9 +72,11 @@ class Feedback:
         if len(used) != 1 or not (assumed := self.costs.link_seconds(used[0])) or not step.remote_seconds[used[0]]:
             return
         whole = step.local_seconds + step.exposed
-        most = max(whole - step.remote_seconds[used[0]], 1e-9)
-        if step.exposed > DEADBAND * whole or most < assumed:
-            self._link[used[0]].add(most, assumed)
+        # What rows take on the way has a cost of its own, and counts once.
+        rows = self.costs.exchange * (step.remote_rows[used[0]] if step.remote_rows else 0)
+        most = max(whole - step.remote_seconds[used[0]] - rows, 1e-9)
+        waits = step.exposed > DEADBAND * whole
+        self._link[used[0]].add(most if waits else min(most, assumed), assumed)
 
     def _begin(self) -> None:
         self._steps = 0

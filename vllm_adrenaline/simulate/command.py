@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -79,7 +80,8 @@ def model_of(options: argparse.Namespace) -> Model:
     if costs is None or not prefill:
         raise AdrenalineError("--profile must be of a decode engine, and --prefill-profile of a prefill engine")
     executors = costs.remote or [costs.local]  # an engine that maps all has measured none
-    costs = msgspec.structs.replace(costs, remote=[executors[i % len(executors)] for i in range(options.prefill)])
+    remote, link = (_by_turns(each, options.prefill) for each in (executors, costs.link))
+    costs = msgspec.structs.replace(costs, remote=remote, link=link)
     overheads = (options.overhead_ms / 1000, options.row_overhead_ms / 1000)
     return Model(
         costs,
@@ -89,6 +91,11 @@ def model_of(options: argparse.Namespace) -> Model:
         shared=not options.isolated,
         prefill_costs=found["prefill"].costs or msgspec.structs.replace(costs, remote=[]),
     )
+
+
+def _by_turns(costs: Sequence[float], count: int) -> list[float]:
+    """Return the costs of `count` executors, which are those of a profile by turns; none if it has none."""
+    return [costs[i % len(costs)] for i in range(count)] if costs else []
 
 
 def arrivals_of(options: argparse.Namespace) -> list[trace.Arrival]:

@@ -152,8 +152,10 @@ class Decode:
         seconds = costs.seconds(len(self._active), local, remote)
         seconds += model.overhead + model.row_overhead * len(self._active)
         attended = [costs.remote_seconds(e, r, t) if r else 0.0 for e, (r, t) in enumerate(remote)]
-        for engine, busy in zip(self.prefills, attended, strict=True):
-            engine.attend(busy)
+        # An executor says how long it computed. A link to another host keeps neither it nor its prompts busy.
+        busy = [seconds - costs.link_seconds(e) if seconds else 0.0 for e, seconds in enumerate(attended)]
+        for engine, computed in zip(self.prefills, busy, strict=True):
+            engine.attend(computed)
         exposed = max(0.0, max(attended, default=0.0) - costs.local * local)
         recomputed = [row for row in self._active if row.recompute]
         for row in recomputed:
@@ -168,7 +170,7 @@ class Decode:
         self.exposed += exposed
         self.steps += 1
         self.row_steps += len(self._active)
-        self._took = (0.0 if recomputed else seconds, costs.local * local if any(rows) else 0.0, attended, exposed)
+        self._took = (0.0 if recomputed else seconds, costs.local * local if any(rows) else 0.0, busy, exposed)
         return seconds
 
     def _decoding(self) -> Batch:

@@ -14,8 +14,8 @@ def cpu_model() -> str:
 
 
 def cpu_flags() -> set[str]:
-    """Return what /proc/cpuinfo says that this machine's processor can do, e.g. "avx512f"."""
-    return set(_said_of_cpu("flags", otherwise="").split())
+    """Return what /proc/cpuinfo says that this machine's processor can do, e.g. "avx512f", or "bf16" of Arm."""
+    return set((_said_of_cpu("flags", otherwise="") or _said_of_cpu("Features", otherwise="")).split())
 
 
 def _said_of_cpu(field: str, otherwise: str) -> str:
