@@ -15,14 +15,15 @@ from vllm_adrenaline import cli
 from vllm_adrenaline.bench import figures, page, report, systems
 from vllm_adrenaline.bench.command import QUICK_COUNTS
 from vllm_adrenaline.bench.conditions import Conditions, default_dtype
-from vllm_adrenaline.bench.run import Plan, Run, groups_of, in_turns
+from vllm_adrenaline.bench.run import Plan, Progress, Run, _Bench, groups_of, in_turns
 from vllm_adrenaline.bench.sampler import Sampler
 from vllm_adrenaline.bench.systems import engines_of
-from vllm_adrenaline.bench.workloads import LOADS, MODELS, RATES, VOCABULARY, at_rate, seed_of
+from vllm_adrenaline.bench.workloads import COMMON, LOADS, MODELS, RATES, VOCABULARY, at_rate, seed_of
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.proxy.snapshot import Snapshot
 from vllm_adrenaline.system import machine
 from vllm_adrenaline.workload.client import Answer
+from vllm_adrenaline.workload.load import Load
 
 ANSWERS = [
     Answer(sent=0.0, times=[0.5, 0.6, 0.7, 0.8], tokens=[1, 2, 3, 4]),
@@ -152,7 +153,26 @@ def test_systems_take_turns_and_the_order_is_reversed_every_second_time() -> Non
     plan = Plan(["mha"], ["light"], ["a", "b"], 2)
     assert [(repeat, system) for repeat, _, system in plan.wanted("mha")] == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
     assert plan.runs == 4
-    assert Plan(["mha"], ["light", "ramp"], ["a", "b"], 2).runs == 4 + 2 * 6, "a search among forty rates takes six"
+    assert Plan(["mha"], ["light", "ramp"], ["a", "b"], 2).runs == 4 + 2 * 9, "a search among forty rates takes nine"
+
+
+@pytest.mark.parametrize("highest", [-1, 0, 3, 7, 8, 9, 13, 14, 20, 37, 38, 39])
+def test_a_search_finds_the_highest_rate_and_has_rates_in_common_with_all_others(
+    highest: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench = _Bench(Plan(["mha"], ["ramp"], ["a"], 1), "mha", tmp_path, Progress(9, lambda text: None), None)
+    seen: list[int] = []
+
+    def once(repeat: int, load: Load, name: str) -> Run:
+        seen.append([at_rate(rate).name for rate in RATES].index(load.name))
+        return made(name, repeat, 100, load=load.name, met=1.0 if seen[-1] <= highest else 0.5)
+
+    monkeypatch.setattr(bench, "once", once)
+    runs = list(bench.ramp("a"))
+    assert max((step for step, run in zip(seen, runs, strict=True) if run.has_goodput), default=-1) == highest
+    assert len(set(seen)) == len(seen) <= 9
+    tried = [step for step in COMMON if step <= highest]
+    assert seen[: len(tried)] == tried
 
 
 def test_systems_run_in_groups_whose_engines_fit_beside_each_other() -> None:

@@ -20,6 +20,7 @@ from vllm_adrenaline.bench.sampler import Sampler, cpu_seconds
 from vllm_adrenaline.bench.systems import Budget, System, Systems, engines_of
 from vllm_adrenaline.bench.workloads import (
     BLOCK,
+    COMMON,
     GOODPUT,
     LOADS,
     MAX_LENGTH,
@@ -41,6 +42,8 @@ MODEL_NAME = "m"
 WARM_UP = LOADS["chat"]
 MAX_ENGINES = 7
 """Engines that run at the same time. Each takes some 1.5 GiB, and while they start they share the cores."""
+MOST_SEARCHED = len(COMMON) + 3
+"""Rates that a search looks at, at most: all common ones, and three between two of them."""
 COUNTED = {
     "preemptions": "vllm:num_preemptions_total",
     "offloaded": "vllm:adrenaline_offloaded_requests_total",
@@ -99,7 +102,7 @@ class Plan(msgspec.Struct, frozen=True):
     @property
     def runs(self) -> int:
         """Return the number of runs. A ramp counts with the most that its search may take."""
-        searched = sum(RAMP in self.loads_of(model) for model in self.models) * len(RATES).bit_length()
+        searched = sum(RAMP in self.loads_of(model) for model in self.models) * MOST_SEARCHED
         return sum(len(list(self.wanted(model))) for model in self.models) + searched * len(self.systems)
 
     def loads_of(self, model: str) -> Sequence[str]:
@@ -230,13 +233,17 @@ class _Bench:
         return result
 
     def ramp(self, name: str) -> Iterator[Run]:
-        """Search the highest rate at which enough requests meet their objectives, and yield the runs that it takes."""
+        """Search the highest rate at which enough requests meet their objectives, and yield the runs that it takes.
+
+        The rates of COMMON come first, until one is too high: at those all systems' latencies can be compared.
+        """
         low, high = 0, len(RATES)
+        common = iter(COMMON)
         while low < high:
-            middle = (low + high) // 2
-            found = self.once(0, at_rate(RATES[middle]), name)
+            step = next((step for step in common if low <= step < high), (low + high) // 2)
+            found = self.once(0, at_rate(RATES[step]), name)
             yield found
-            low, high = (middle + 1, high) if found.has_goodput else (low, middle)
+            low, high = (step + 1, high) if found.has_goodput else (low, step)
 
     def _start(self, names: Sequence[str]) -> Systems:
         args = [

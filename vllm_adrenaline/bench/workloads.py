@@ -49,6 +49,8 @@ GOODPUT = 0.9
 """The share of requests that must meet both objectives for goodput."""
 RAMP, RATES = "ramp", tuple(0.5 * 1.1**step for step in range(40))
 """The ramp: the trace at these rates in requests a second, among which the highest that has its goodput is searched."""
+COMMON = range(8, len(RATES), 6)
+"""Numbers of the rates at which every system is measured, from about one a second on, as far as it gets."""
 
 
 def at_rate(rate: float) -> Load:
