@@ -407,19 +407,21 @@ def offloads_again(engines: Fleet, decode: str, seconds: float = 90) -> bool:
     return eventually(offloaded, seconds)
 
 
+def command_of(pid: int) -> bytes:
+    """Return a process's command line; nothing if it has ended by now."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def engine_core_of(engine: int) -> int:
     """Return the engine core in an engine's process group."""
-    return next(p for p in group_members(engine) if b"EngineCore" in Path(f"/proc/{p}/cmdline").read_bytes())
+    return next(p for p in group_members(engine) if b"EngineCore" in command_of(p))
 
 
 def executors_of(prefill: int) -> list[int]:
     """Return the attention executors in the prefill engine's process group, by rank."""
-    pids = [
-        pid
-        for pid in group_members(prefill)
-        if b"vllm_adrenaline.attention" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    return sorted(pids)
+    return sorted(pid for pid in group_members(prefill) if b"vllm_adrenaline.attention" in command_of(pid))
 
 
 def listening_beyond_loopback(processes: Sequence[int]) -> list[tuple[int, str]]:
