@@ -88,6 +88,15 @@ def engine_metrics() -> str:
     return table(HEADS, rows)
 
 
+def gpu_metrics() -> str:
+    """Return the table of the metrics of an engine's GPUs, from engine/metrics.py."""
+    from vllm_adrenaline.engine.metrics import GPU_GAUGES
+
+    return table(
+        HEADS, [_metric(f"vllm:adrenaline_{name}", "gauge", ("gpu",), text) for name, text in GPU_GAUGES.items()]
+    )
+
+
 def proxy_metrics() -> str:
     """Return the table of the proxy's metrics, from proxy/counts.py."""
     from prometheus_client.metrics import MetricWrapperBase
@@ -107,6 +116,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "up": lambda: command("up"),
     "proxy": lambda: command("proxy"),
     "engine_metrics": engine_metrics,
+    "gpu_metrics": gpu_metrics,
     "proxy_metrics": proxy_metrics,
 }
 

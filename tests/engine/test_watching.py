@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.engine.conftest import Client, Work, kv_bytes
 from tests.unit.test_monitoring import asked
 from vllm_adrenaline import cli
+from vllm_adrenaline.engine.metrics import GPU_GAUGES
 from vllm_adrenaline.launch.cluster import Cluster
 from vllm_adrenaline.launch.engine_metrics import get_page
 
@@ -41,7 +42,8 @@ def test_what_watches_over_a_cluster_finds_what_it_looks_for(
 
         there = scraped(cluster.url) | scraped(cluster.prefill_url) | scraped(cluster.decode_url)
         labelled = {"adrenaline_proxy_refused_total", "adrenaline_proxy_engine_failures_total"}  # there when they count
-        assert asked() - there - labelled == set()
+        on_gpus = {f"vllm:adrenaline_{name}" for name in GPU_GAUGES}  # not one of them on CPU, not even with a 0
+        assert asked() - there - labelled == on_gpus
 
         told = json.loads(get_page(cluster.url, "/adrenaline/state"))
         engines = {each["name"]: each for each in told["engines"]}

@@ -14,7 +14,7 @@ import pytest
 from tools import docs
 from tools.docs_site import OUTSIDE
 from vllm_adrenaline import cli, config
-from vllm_adrenaline.engine.metrics import ADVICE, COUNTERS, GAUGES, PLACED
+from vllm_adrenaline.engine.metrics import ADVICE, COUNTERS, GAUGES, GPU_GAUGES, PLACED
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in docs.DOCS.glob("*.md")) + sorted(OUTSIDE)
@@ -34,7 +34,7 @@ def test_every_table_is_on_a_page() -> None:
     assert {found[2] for found in docs.PLACE.finditer(pages)} == set(docs.TABLES)
 
 
-@pytest.mark.parametrize("text", [*COUNTERS.values(), *GAUGES.values(), PLACED])
+@pytest.mark.parametrize("text", [*COUNTERS.values(), *GAUGES.values(), *GPU_GAUGES.values(), PLACED])
 def test_every_metric_of_an_engine_says_what_to_do_when_it_is_high(text: str) -> None:
     meaning, _, advice = text.partition(ADVICE)
     assert re.fullmatch(r"[A-Z].{10,}[.]", meaning)

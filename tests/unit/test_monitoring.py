@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vllm_adrenaline.engine.metrics import COUNTERS, GAUGES
+from vllm_adrenaline.engine.metrics import COUNTERS, GAUGES, GPU_GAUGES
 from vllm_adrenaline.proxy.counts import Counts
 
 FOLDER = Path(__file__).parents[2] / "examples" / "monitoring"
 METRIC = re.compile(r"\b(?:vllm:|adrenaline_proxy_)\w+")
 GROUPED = re.compile(r"by \(([^)]*)\)|{{\s*(?:\$labels\.)?(\w+)\s*}}|{(\w+)=")
-LABELS = {"instance", "role", "le", "placement", "reason", "kind", "what"}
+LABELS = {"instance", "role", "le", "placement", "reason", "kind", "what", "gpu"}
 """Labels that metrics or the Prometheus configuration give."""
 
 
@@ -38,7 +38,7 @@ def ours() -> set[str]:
     proxy = re.findall(r"^# TYPE (\w+) ", Counts().text().decode(), re.MULTILINE)
     return (
         {f"vllm:adrenaline_{name}_total" for name in (*COUNTERS, "placements")}
-        | {f"vllm:adrenaline_{name}" for name in GAUGES}
+        | {f"vllm:adrenaline_{name}" for name in (*GAUGES, *GPU_GAUGES)}
         | set(proxy)
     )
 

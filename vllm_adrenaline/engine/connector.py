@@ -7,6 +7,7 @@ vllm/distributed/kv_transfer/kv_connector/v1/nixl of 0.32 (run) and 0.33 (read).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,11 @@ from vllm_adrenaline.compat.nixl_progress import pause_progress_thread
 from vllm_adrenaline.compat.side_channel import SideChannel
 from vllm_adrenaline.config import Options
 from vllm_adrenaline.engine.metrics import AdrenalinePromMetrics, AdrenalineStats
+from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.kv.sharing import GpuKVCache, SharedKVCache
+from vllm_adrenaline.system.nvml import Gpu
+
+logger = logging.getLogger("vllm.adrenaline")
 
 
 class Reporting:
@@ -32,7 +37,7 @@ class Reporting:
         return {}
 
     def gauges(self) -> Mapping[str, float]:
-        """Return what is true at present, by the names of GAUGES (engine/metrics.py)."""
+        """Return what is true at present, by the names of GAUGES and GPU_GAUGES (engine/metrics.py)."""
         return {}
 
 
@@ -56,8 +61,17 @@ class SchedulerSide(Reporting, NixlPullConnectorScheduler):
         super().shutdown()
 
 
+def _own_gpu() -> Gpu | None:
+    """Return this process's GPU as NVML knows it. If that cannot be had, log it: an engine runs without figures."""
+    try:
+        return Gpu(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+    except AdrenalineError as error:
+        logger.warning("nothing of this worker's GPU is in the metrics: %s", error)
+        return None
+
+
 class WorkerSide(Reporting, NixlPullConnectorWorker):
-    """The part of a connector that lives in a worker.
+    """The part of a connector that lives in a worker. On CUDA it reports its GPU: no other process knows which it is.
 
     Attributes:
         kv_caches: each layer's KV cache, by the layer's name; empty until vLLM has allocated them.
@@ -66,6 +80,11 @@ class WorkerSide(Reporting, NixlPullConnectorWorker):
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.kv_caches: dict[str, torch.Tensor] = {}
+        self._gpu = _own_gpu() if Options.of(vllm_config).experimental_cuda else None
+
+    def gauges(self) -> Mapping[str, float]:
+        gpu = self._gpu
+        return {} if gpu is None else {f"gpu_{figure}/{gpu.name}": value for figure, value in gpu.read().items()}
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self.kv_caches = kv_caches

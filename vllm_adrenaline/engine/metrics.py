@@ -14,6 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats, NixlPromMetrics
 from vllm.v1.metrics.utils import create_metric_per_engine
 
+from vllm_adrenaline.config import Options
+
 ADVICE = " If high: "
 """What stands between a metric's meaning and what to do, in each description below. Prometheus shows both, and the
 table in docs/metrics.md is made of them."""
@@ -81,6 +83,16 @@ GAUGES = {
     "If high: nothing to do.",
     "offloaded_rows": "Requests in the batch whose attention runs on executors. If high: nothing to do.",
 }
+GPU_GAUGES = {
+    "gpu_busy_share": "The part of the time in which a kernel was on the GPU, of any process; one that waits counts. "
+    "If high: nothing to do.",
+    "gpu_memory_busy_share": "The part of the time in which the GPU's memory was read or written, however much. "
+    "If high: nothing to do, on a prefill engine this is what offloading is for.",
+    "gpu_memory_used_bytes": "Memory of the GPU that is used, by all processes and the driver. "
+    "If high: nothing to do, an engine takes what --gpu-memory-utilization says.",
+}
+"""Gauges of an engine's GPUs, on CUDA alone. They are reported as <gauge>/<GPU>, and the GPU becomes one more label. A
+sample is there once it is reported: what NVML does not tell is absent, and not 0 (system/nvml.py)."""
 
 
 @dataclass
@@ -104,7 +116,8 @@ class AdrenalineStats(KVConnectorStats):
         if nixl is not None:
             stats.data["nixl"] = nixl.data
         unknown = {name for name in counts if name not in COUNTERS and not name.startswith(PLACEMENTS)}
-        assert not unknown | (gauges.keys() - GAUGES.keys()), "a metric is described in COUNTERS or GAUGES first"
+        unknown |= {name for name in gauges if name.partition("/")[0] not in (GPU_GAUGES if "/" in name else GAUGES)}
+        assert not unknown, "a metric is described in COUNTERS, GAUGES or GPU_GAUGES first"
         stats.data["counts"] = {name: count for name, count in counts.items() if count}
         stats.data["gauges"] = dict(gauges)
         return None if stats.is_empty() else stats
@@ -146,6 +159,11 @@ class AdrenalinePromMetrics(KVConnectorPromMetrics):
             documentation=PLACED,
             labelnames=[*labelnames, "placement", "reason"],
         )
+        on_gpus = GPU_GAUGES if Options.of(vllm_config).experimental_cuda else {}
+        self._gpu_gauges = {
+            name: self._gauge_cls(name=f"vllm:adrenaline_{name}", documentation=text, labelnames=[*labelnames, "gpu"])
+            for name, text in on_gpus.items()
+        }
 
     def _of_each(self, kind: Any, described: Mapping[str, str]) -> dict[str, Any]:
         return {
@@ -164,5 +182,9 @@ class AdrenalinePromMetrics(KVConnectorPromMetrics):
                 self._placements.labels(*labels).inc(count)
             else:
                 self._counters[name][engine_idx].inc(count)
-        for name, value in transfer_stats_data["gauges"].items():
-            self._gauges[name][engine_idx].set(value)
+        for key, value in transfer_stats_data["gauges"].items():
+            name, _, gpu = key.partition("/")
+            if gpu:
+                self._gpu_gauges[name].labels(*self.per_engine_labelvalues[engine_idx], gpu).set(value)
+            else:
+                self._gauges[name][engine_idx].set(value)
