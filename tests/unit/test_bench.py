@@ -19,6 +19,7 @@ from vllm_adrenaline.bench.run import Plan, Progress, Run, _Bench, groups_of, in
 from vllm_adrenaline.bench.sampler import Sampler
 from vllm_adrenaline.bench.systems import engines_of
 from vllm_adrenaline.bench.workloads import COMMON, LOADS, MODELS, RATES, VOCABULARY, at_rate, seed_of
+from vllm_adrenaline.config import FLAG_PREFIX, Options
 from vllm_adrenaline.errors import AdrenalineError
 from vllm_adrenaline.proxy.snapshot import Snapshot
 from vllm_adrenaline.system import machine
@@ -265,9 +266,14 @@ def test_as_many_requests_are_sent_as_a_workload_has_unless_fewer_are_asked_for(
 
 
 def test_objectives_are_told_to_engines_on_one_device_if_that_is_asked_for() -> None:
-    assert Conditions().flags == []
+    assert Conditions().flags == {"prefill": [], "decode": []}
     told = Conditions(tpot_slo_ms=50, are_told=True)
-    assert told.flags == ["--adrenaline-ttft-slo-ms", "2000", "--adrenaline-tpot-slo-ms", "50"]
+    assert told.flags["prefill"] == ["--adrenaline-ttft-slo-ms", "2000", "--adrenaline-tpot-slo-ms", "50"]
+    assert told.flags["decode"] == ["--adrenaline-tpot-slo-ms", "50"]
+    for role, more in {"prefill": {"listen": "ipc:///tmp/x"}, "decode": {"peers": "ipc:///tmp/x"}}.items():
+        names = [flag.removeprefix(FLAG_PREFIX).replace("-", "_") for flag in told.flags[role][::2]]
+        values = dict(zip(names, map(float, told.flags[role][1::2]), strict=True))
+        assert Options.parse({"role": role, "pool": "mapped", **more, **values}), "it is taken by that role"
     assert "a TPOT of at most 50 ms" in told.about_ramp
 
 

@@ -61,14 +61,12 @@ class Conditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return ITEM_BYTES[self.dtype]
 
     @property
-    def flags(self) -> list[str]:
-        """Return the flags by which engines know the objectives."""
+    def flags(self) -> dict[str, list[str]]:
+        """Return the flags by which engines know the objectives, by role: first tokens are a matter of prefill."""
         if not self.are_told:
-            return []
-        return [
-            *("--adrenaline-ttft-slo-ms", f"{self.ttft_slo_ms:g}"),
-            *("--adrenaline-tpot-slo-ms", f"{self.tpot_slo_ms:g}"),
-        ]
+            return {"prefill": [], "decode": []}
+        decode = ["--adrenaline-tpot-slo-ms", f"{self.tpot_slo_ms:g}"]
+        return {"prefill": ["--adrenaline-ttft-slo-ms", f"{self.ttft_slo_ms:g}", *decode], "decode": decode}
 
     def count(self, load: Load) -> int:
         """Return how many requests of a workload are sent."""

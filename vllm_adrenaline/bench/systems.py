@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +84,8 @@ def engines_of(names: Sequence[str]) -> int:
 class Systems:
     """All systems of a run, `running` by name. Their engines start at once, and stop with `stack`.
 
-    `args` are flags of vLLM for all engines, `objectives` flags for those on one device; `logs` is the folder for their
-    logs, None for one in the user's cache.
+    `args` are flags of vLLM for all engines, `objectives` flags for those on one device, by role; `logs` is the folder
+    for their logs, None for one in the user's cache.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Systems:
         model: Path,
         budget: Budget,
         args: Sequence[str],
-        objectives: Sequence[str],
+        objectives: Mapping[str, Sequence[str]],
         logs: Path | None,
     ) -> None:
         self._objectives = objectives
@@ -129,9 +129,10 @@ class Systems:
         if name in POOLS:
             rest, cores = b.decode_bytes + b.prefill_bytes - b.least_bytes, f"{b.decode_cores},{b.prefill_cores}"
             flags = engine_command.adrenaline_args(self._runtime / name, "auto", POOLS[name])
+            flags = {role: [*flags[role], *self._objectives[role]] for role in flags}
             return [
-                self._spec(f"adrenaline_{name}_prefill", rest, cores, [*flags["prefill"], *self._objectives]),
-                self._spec(f"adrenaline_{name}_decode", b.least_bytes, cores, [*flags["decode"], *self._objectives]),
+                self._spec(f"adrenaline_{name}_prefill", rest, cores, flags["prefill"]),
+                self._spec(f"adrenaline_{name}_decode", b.least_bytes, cores, flags["decode"]),
             ]
         if name == ELASTIC:
             flags = engine_command.adrenaline_args(self._runtime / name, "auto")
