@@ -211,9 +211,19 @@ class Fleet:
         """Say whether an engine serves that is not the process `after` any more."""
         return self._supervisor.processes[name].pid != after and is_ready(self.engines[name].url)
 
+    def revive(self, name: str) -> None:
+        """Start an engine again if an earlier test has ended it."""
+        recovery = Recovery(self._supervisor)
+
+        def serves() -> bool:
+            recovery.step()  # on this thread: who is started by a thread ends with it (system/child.py)
+            return is_ready(self.engines[name].url)
+
+        assert eventually(serves, seconds=120)
+
     @contextmanager
     def recovering(self) -> Iterator[None]:
-        """Start again what ends, as `adrenaline up` does."""
+        """Start again what ends, as `adrenaline up` does. What was started again ends with the context."""
         recovery, done = Recovery(self._supervisor), threading.Event()
 
         def watch() -> None:

@@ -20,7 +20,6 @@ import requests
 
 from tests.engine.conftest import Client, Fleet, Plain, eventually, run, workload
 from tests.engine.test_faults import Stream, stream_all
-from vllm_adrenaline.launch.supervisor import is_ready
 from vllm_adrenaline.proxy.server import ServerThread, bind, url_of
 from vllm_adrenaline.system.ports import reserve_ports
 
@@ -156,8 +155,7 @@ def test_what_other_routers_send_is_answered_as_plain_vllm_would(
 
 def test_our_proxy_shares_requests_between_two_decode_engines(standard: Fleet, plain: Plain) -> None:
     work = workload(16, seed=133, prompts=[20, 200], outputs=[20])
-    with standard.recovering():  # other tests kill the small one
-        assert eventually(lambda: is_ready(standard.engines["small"].url), seconds=120)
+    standard.revive("small")  # other tests kill it
     decode = [standard["decode"], standard["small"]]
     with bind("127.0.0.1", 0) as listener:
         proxy = ServerThread(listener, [standard["prefill"].url], [engine.url for engine in decode])
