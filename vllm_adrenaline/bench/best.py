@@ -54,6 +54,20 @@ def latencies(results: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
+def in_words(found: Mapping[str, Any]) -> str:
+    """Return a ratio of `over_best` and those of its repeats as text for people."""
+    return f"{found['ratio']:.2f} ({', '.join(f'{ratio:.2f}' for ratio in found['ratios'])})"
+
+
+def latency_table(by_rate: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a table of the latencies of a model, as text for people."""
+    names = list(dict.fromkeys(name for found in by_rate.values() for name in found))
+    rows = [
+        [rate, *(f"{found[name]:.2f}" if name in found else "" for name in names)] for rate, found in by_rate.items()
+    ]
+    return ["requests a second", *names], rows
+
+
 def markdown(report: Mapping[str, Any]) -> list[str]:
     """Return all that as lines of Markdown."""
     lines = []
@@ -62,15 +76,10 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         lines += ["|---|---|---|---|"]
         for cell in report["cells"]:
             for name, each in cell["over_best"].items():
-                ratio = f"{each['ratio']:.2f} ({', '.join(f'{ratio:.2f}' for ratio in each['ratios'])})"
-                lines.append(f"| {cell['workload']}, {cell['model']} | {name} | {each['best']} | {ratio} |")
+                lines.append(f"| {cell['workload']}, {cell['model']} | {name} | {each['best']} | {in_words(each)} |")
         lines += [f"| geometric mean | {name} | | {mean:.3f} |" for name, mean in means.items()] + [""]
     for model, by_rate in report["latencies_s"].items():
-        names = list(dict.fromkeys(name for systems in by_rate.values() for name in systems))
-        lines += [f"## Mean latency, s, {model}", "", f"| requests a second | {' | '.join(names)} |"]
-        lines.append("|---" * (len(names) + 1) + "|")
-        for rate, systems in by_rate.items():
-            cells = (f"{systems[name]:.2f}" if name in systems else "" for name in names)
-            lines.append(f"| {rate} | {' | '.join(cells)} |")
-        lines.append("")
+        header, rows = latency_table(by_rate)
+        lines += [f"## Mean latency, s, {model}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
     return lines

@@ -37,8 +37,10 @@ def _attention(shape: dict[str, int], rows: int, context: int, dtype: str, core:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
+    from vllm_adrenaline.kv.memory import dtype_of
+
     torch.set_num_threads(1)
-    torch.set_default_dtype(getattr(torch, dtype))
+    torch.set_default_dtype(dtype_of(dtype))
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_adrenaline.bench import systems
+from vllm_adrenaline.bench import best, systems
 from vllm_adrenaline.bench.report import NOT_ALIKE, PAPER, SHOWN, about_ceiling, shown, told
 from vllm_adrenaline.system import web_page
 
@@ -82,7 +82,7 @@ def _one_device(report: dict[str, Any]) -> str:
     rows = [
         [
             *(_cell(html.escape(each)) for each in (f"{cell['workload']}, {cell['model']}", name, found["best"])),
-            _cell(f"{found['ratio']:.2f} ({', '.join(f'{ratio:.2f}' for ratio in found['ratios'])})", "n"),
+            _cell(best.in_words(found), "n"),
         ]
         for cell in report["cells"]
         for name, found in cell["over_best"].items()
@@ -100,12 +100,9 @@ def _latencies(report: dict[str, Any]) -> str:
     """Return the mean latency of each system at each rate of the ramp, "" without any."""
     tables = []
     for model, by_rate in report["latencies_s"].items():
-        names = list(dict.fromkeys(name for found in by_rate.values() for name in found))
-        rows = [
-            [_cell(rate), *(_cell(f"{found[name]:.2f}" if name in found else "", "n") for name in names)]
-            for rate, found in by_rate.items()
-        ]
-        tables.append(f"<h3>Mean latency, s, {html.escape(model)}</h3>{_table(['requests a second', *names], rows)}")
+        header, found = best.latency_table(by_rate)
+        rows = [[_cell(rate), *(_cell(latency, "n") for latency in latencies)] for rate, *latencies in found]
+        tables.append(f"<h3>Mean latency, s, {html.escape(model)}</h3>{_table(header, rows)}")
     return "".join(tables)
 
 

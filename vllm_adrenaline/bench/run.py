@@ -42,8 +42,8 @@ MODEL_NAME = "m"
 WARM_UP = LOADS["chat"]
 MAX_ENGINES = 7
 """Engines that run at the same time. Each takes some 1.5 GiB, and while they start they share the cores."""
-MOST_SEARCHED = len(COMMON) + 3
-"""Rates that a search looks at, at most: all common ones, and three between two of them."""
+MOST_SEARCHED = len(COMMON) + (COMMON.step - 1).bit_length()
+"""Rates that a search looks at, at most: all common ones, and those that it takes to halve what is between two."""
 COUNTED = {
     "preemptions": "vllm:num_preemptions_total",
     "offloaded": "vllm:adrenaline_offloaded_requests_total",

@@ -236,9 +236,8 @@ class Admission:
             remote: Attention of each executor; 0 where it had nothing to attend.
             exposed: How long there was nothing left to do but wait for executors.
         """
-        tokens = batch.remote_tokens(len(remote))
+        tokens, rows = batch.remote_tokens(len(remote)), batch.remote_rows(len(remote))
         _, here = batch.attended_here
-        rows = [batch.remote[e].rows if e in batch.remote else 0 for e in range(len(remote))]
         self.feedback.observe(Step(batch.rows, here, tokens, total, local, remote, exposed, rows))
 
     # What the policy sees

@@ -89,6 +89,10 @@ class Batch:
             self.local.tokens + sum(load.tokens for load in self.mapped.values()),
         )
 
+    def remote_rows(self, executors: int) -> list[int]:
+        """Return the requests of the first `executors` executors."""
+        return [self.remote[e].rows if e in self.remote else 0 for e in range(executors)]
+
     def remote_tokens(self, executors: int) -> list[int]:
         """Return the tokens of context of the first `executors` executors."""
         return [self.remote[e].tokens if e in self.remote else 0 for e in range(executors)]

@@ -67,6 +67,8 @@ class Feedback:
 
     def _observe_link(self, step: Step) -> None:
         """Take what a step with rows of one executor says of the link to it."""
+        if not self.costs.link:  # all executors are on this host
+            return
         used = [executor for executor, tokens in enumerate(step.remote_tokens) if tokens]
         self._used.update(used)
         if len(used) != 1 or not (assumed := self.costs.link_seconds(used[0])) or not step.remote_seconds[used[0]]:

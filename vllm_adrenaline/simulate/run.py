@@ -66,7 +66,6 @@ class Simulation:
         self._devices = [Device(lambda: self._now) for _ in range(pairs)]
         objectives = Objectives(setup.ttft_slo, setup.tpot_slo)
         self.tuners = [ShareTuner.of_two_engines(objectives, setup.model.prefill, device) for device in self._devices]
-        self.shares: list[tuple[float, float, float]] = []  # seconds, prefill's and decode's, of the first device
         self.done: list[Row] = []
         self._pull_seconds = setup.model.pull
         self._order = itertools.count()
@@ -94,9 +93,6 @@ class Simulation:
         for number, tuner in enumerate(self.tuners):
             tuner.update(decode.tpot for decode in self.decodes if decode.tpot)
             self._foresee(number)
-        shares = self.tuners[0].shares
-        if shares is not None and (not self.shares or self.shares[-1][1:] != (shares.prefill, shares.decode)):
-            self.shares.append((now, shares.prefill, shares.decode))
         if self._events:
             self._at(now + UPDATE_S, self._divide)
 
